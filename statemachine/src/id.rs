@@ -1,0 +1,96 @@
+//! The identities of the model: what names a record, and nothing about what the record holds.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+id!(/// A job, minted by apply from a counter that starts at 1; below 2^48, the high bits are reserved for federation.
+    JobId(u64));
+id!(/// A tenant; 0 is the default tenant.
+    TenantId(u32));
+id!(/// An interned user name.
+    UserId(u32));
+id!(/// A queue; 0 is the default queue.
+    QueueId(u16));
+id!(/// A GPU machine, interned by its name and never reused.
+    NodeId(u32));
+id!(/// A machine class: the link facts that equal machines share.
+    ClassId(u32));
+id!(/// An interned GPU type slug such as `h100`.
+    GpuTypeId(u16));
+id!(/// A client session, the owner of locks.
+    SessionId(u64));
+id!(/// One per command that changed the keyspace; grows by one.
+    Revision(u64));
+
+/// A client's name for one mutation; the same id is the same effect. Sixteen bytes, a UUIDv7 from our own clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RequestId(pub [u8; 16]);
+
+impl RequestId {
+    /// The Unix time in milliseconds inside a UUIDv7; `None` for an id of another kind, which carries no time.
+    pub fn unix_ms(&self) -> Option<i64> {
+        (self.0[6] >> 4 == 7).then(|| self.0[..6].iter().fold(0i64, |ms, byte| ms << 8 | i64::from(*byte)))
+    }
+}
+
+/// 16 bytes of a NVML UUID, the identity of a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct GpuUuid(pub [u8; 16]);
+
+/// The fencing token of one attempt, and the name of its lease: 24 bits of generation (a restore starts a new one),
+/// 40 bits of counter. Strictly grows over the cluster's life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Token(pub u64);
+
+impl Token {
+    const COUNTER_BITS: u32 = 40;
+
+    /// The first 24 bits: which life of the cluster minted it.
+    pub fn generation(self) -> u32 {
+        (self.0 >> Self::COUNTER_BITS) as u32
+    }
+
+    /// The last 40 bits.
+    pub fn counter(self) -> u64 {
+        self.0 & ((1 << Self::COUNTER_BITS) - 1)
+    }
+
+    /// The next token of the same generation; `None` once 2^40 were minted, so that a token is never reused.
+    pub fn next(self) -> Option<Self> {
+        (self.counter() + 1 < 1 << Self::COUNTER_BITS).then(|| Self(self.0 + 1))
+    }
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// One index of a job's array: the unit that waits, is placed, leased and retried. A plain job has exactly index 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct TaskKey {
+    pub job: JobId,
+    pub index: u32,
+}
+
+impl From<JobId> for TaskKey {
+    fn from(job: JobId) -> Self {
+        Self { job, index: 0 }
+    }
+}

@@ -1,0 +1,535 @@
+//! The records of the replicated state: what is kept of each thing, not how it changes (that is `apply`).
+
+use std::collections::{BTreeMap, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::*;
+use crate::settings::Settings;
+pub use crate::spec::{Body, JobSpec};
+
+/// A record with the revisions that every key of the keyspace shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Versioned<T> {
+    pub create_rev: Revision,
+    pub mod_rev: Revision,
+    pub version: u32,
+    pub value: T,
+}
+
+// ---------------------------------------------------------------------------------------------------------- jobs
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    pub spec: JobSpec,
+    pub tenant: TenantId,
+    pub user: UserId,
+    pub queue: QueueId,
+    pub request: Option<RequestId>,
+    pub submitted_clock_ms: u64,
+    pub submitted_wall_ms: i64,
+    /// Place among the jobs of one priority: the revision of the submission, kept over requeues.
+    pub seq: u64,
+    /// Why the job must not start although nothing else forbids it.
+    pub holds: Holds,
+    /// Set once by a cancel: no task starts any more, and a way back to the queue becomes CANCELLED.
+    pub stop: Option<Stop>,
+    /// Tasks of the job; 1 until arrays exist.
+    pub tasks: u32,
+    pub ended: Option<JobEnd>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holds {
+    /// 20 excused attempts in a row.
+    pub launch: bool,
+    /// A machine reported a running attempt of this job that has no live lease.
+    pub orphan: bool,
+}
+
+impl Holds {
+    pub fn any(self) -> bool {
+        self.launch || self.orphan
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stop {
+    pub by: UserId,
+    pub rev: Revision,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobEnd {
+    pub outcome: TaskOutcome,
+    pub clock_ms: u64,
+    pub wall_ms: i64,
+}
+
+/// How a task ended. The order is that of the job's outcome: the first that occurs among its tasks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum TaskOutcome {
+    Failed,
+    TimedOut,
+    Cancelled,
+    Skipped,
+    Succeeded,
+}
+
+/// Exists once its index left its first PENDING, until the job ends and leaves memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    pub phase: Phase,
+    /// Attempts granted so far; the n-th attempt has number n.
+    pub attempt: u32,
+    pub used: Used,
+    /// Excused attempts since the last one that was not; at the limit the job is held.
+    pub excused_in_row: u16,
+    /// Nodes the next attempt would rather not use, newest last, at most 8.
+    pub avoid: VecDeque<NodeId>,
+    /// The newest four attempts, newest last.
+    pub attempts: VecDeque<AttemptRow>,
+    /// The one committed result.
+    pub result: Option<TaskResult>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Phase {
+    Pending,
+    Retrying { not_before_ms: u64 },
+    Leased { token: Token },
+    Ended { outcome: TaskOutcome },
+}
+
+/// What the attempts were charged to; only `retries` counts against `Retry::max`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Used {
+    pub retries: u16,
+    pub lost: u16,
+    pub launch: u16,
+    pub gpu_fault: u16,
+    pub preempted: u16,
+    pub timeout: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttemptRow {
+    pub attempt: u32,
+    pub token: Token,
+    pub verdict: VerdictKind,
+    pub exit: Option<Exit>,
+    pub nodes: Vec<NodeId>,
+    pub granted_ms: u64,
+    pub started_ms: Option<u64>,
+    pub ended_ms: u64,
+}
+
+/// The committed result of a task: written once, at the close of its last lease, carrying that lease's token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskResult {
+    pub outcome: TaskOutcome,
+    /// Absent when the task never had a lease.
+    pub token: Option<Token>,
+    pub attempt: u32,
+    pub exit: Option<Exit>,
+    pub rev: Revision,
+    pub wall_ms: i64,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Exit code, 0 when a signal ended it.
+    pub code: i32,
+    /// Signal number, 0 = none.
+    pub signal: u8,
+}
+
+impl Exit {
+    pub fn ok(self) -> bool {
+        self.code == 0 && self.signal == 0
+    }
+
+    /// What a shell would show: the code, or 128 + signal.
+    pub fn shell_code(self) -> u8 {
+        if self.signal > 0 { 128u8.saturating_add(self.signal) } else { (self.code & 0xff) as u8 }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- leases
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    pub task: TaskKey,
+    pub attempt: u32,
+    pub phase: LeasePhase,
+    pub granted_ms: u64,
+    pub go_ms: Option<u64>,
+    pub started_ms: Option<u64>,
+    pub ttl_ms: u64,
+    pub verdict: Option<Verdict>,
+    /// Where rank 0 listens; set with Go on several nodes, with Started on one.
+    pub master: Option<Master>,
+    /// Ordered by rank: part i holds the ranks from `first_rank` on.
+    pub parts: Vec<Part>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum LeasePhase {
+    /// Several nodes: each prepares, the last one opens the barrier.
+    Prepare,
+    Go,
+    Running,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Master {
+    pub node: NodeId,
+    pub port: u16,
+}
+
+/// How a lease was decided, once, by log order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    pub kind: VerdictKind,
+    pub rev: Revision,
+    pub clock_ms: u64,
+    /// The exit that decided it, where one did.
+    pub exit: Option<Exit>,
+    /// Node to blame, where there is one.
+    pub node: Option<NodeId>,
+    pub text: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum VerdictKind {
+    Succeeded,
+    Failed,
+    TimedOut,
+    Cancelled,
+    Lost,
+    /// Launch failed by the job's fault: burns a retry like a failure.
+    LaunchJob,
+    /// Launch failed by a node's fault, or not every part started in time: excused.
+    LaunchNode,
+    GpuFault,
+    Preempted,
+}
+
+/// A lease's share on one node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    pub node: NodeId,
+    /// The node's epoch at the grant, or at its last registration that named the token.
+    pub epoch: u64,
+    /// Slots of the node's GPUs as a mask; the ranks take them in `gpu_order`, `gpus_per_rank` each.
+    pub gpus: u128,
+    /// The same slots in rank order (the ring that the bandwidth model chose).
+    pub gpu_order: Vec<u8>,
+    pub first_rank: u32,
+    pub ranks: u16,
+    /// Cores taken from each NUMA node, index as in the node's capacity.
+    pub cores_by_numa: Vec<u16>,
+    pub mem_mib: u64,
+    pub state: PartState,
+    pub exits: Vec<RankExit>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PartState {
+    Held,
+    Prepared { port: u16 },
+    Started,
+    Exited,
+    Released,
+    /// Silent on a machine whose kernel can't promise the kill: freed only by its agent or by an operator.
+    Stuck,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankExit {
+    pub rank: u32,
+    pub exit: Exit,
+    pub cause: ExitCause,
+}
+
+/// Why a process ended, as its shim saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum ExitCause {
+    /// By itself.
+    Own,
+    /// After a stop that the lease's verdict asked for.
+    Stopped,
+    TimeLimit,
+    LeaseEnd,
+    GpuFault,
+}
+
+// --------------------------------------------------------------------------------------------------------- nodes
+
+/// The cold half of a machine: rewritten by registration and health, not by grants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    pub name: String,
+    /// Where the agent serves logs, `host:port`.
+    pub address: String,
+    /// Where ranks on other machines reach a rank here: host or IP.
+    pub host: String,
+    /// A random id in the agent's directory: another directory is another machine.
+    pub machine_id: [u8; 16],
+    pub boot_id: [u8; 16],
+    /// Grows with each registration; a message of an older epoch changes nothing.
+    pub epoch: u64,
+    pub version: String,
+    pub class: ClassId,
+    pub cores_by_numa: Vec<u16>,
+    pub mem_mib: u64,
+    pub gpus: Vec<Gpu>,
+    pub simulated: bool,
+    pub kill: KillStrength,
+    pub admin: NodeAdmin,
+    /// Jobs whose launch failed here by the node's fault since the last good launch.
+    pub launch_fails: Vec<JobId>,
+    pub labels: BTreeMap<String, String>,
+    pub registered_clock_ms: u64,
+}
+
+/// What makes sure that no process of a rank survives its shim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum KillStrength {
+    /// The shim is init of the ranks' PID namespace.
+    PidNamespace,
+    Cgroup,
+    /// Process groups only: a silent node's parts become Stuck.
+    Weak,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeAdmin {
+    Ready,
+    /// Gets nothing new; the text says why and who.
+    Out { reason: String },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gpu {
+    pub uuid: GpuUuid,
+    pub gpu_type: GpuTypeId,
+    pub mem_mib: u32,
+    /// Index into the node's `cores_by_numa`.
+    pub numa: u8,
+    pub health: GpuHealth,
+    pub reason: String,
+    pub xid: u16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum GpuHealth {
+    Ok,
+    /// No new lease; running work may end.
+    DrainWhenIdle,
+    Quarantined,
+    Dirty,
+    Unresponsive,
+    /// Its UUID vanished; the slot stays until a re-registration without leases on it.
+    Gone,
+}
+
+/// The hot half of a machine: the only node record that a grant rewrites.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alloc {
+    /// Slots in no lease; health is not counted here.
+    pub free_gpus: u128,
+    pub cores_free: Vec<u16>,
+    pub mem_free_mib: u64,
+    /// Holder of each taken slot.
+    pub holders: BTreeMap<u8, Token>,
+    /// Tokens with a part here that is not Released.
+    pub leases: Vec<Token>,
+    /// Running there without a live lease: their slots stay taken until the agent has killed them.
+    pub orphans: Vec<Orphan>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Orphan {
+    pub token: Token,
+    pub job: JobId,
+    pub gpus: u128,
+}
+
+/// The link facts of a machine, shared by equal machines. Bandwidths are integer MB/s (10^6 bytes/s), one direction.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Class {
+    /// GPUs; the matrices below are row-major `gpus x gpus`.
+    pub gpus: u8,
+    /// NVLinks between each pair; 0 = none.
+    pub nvlinks: Vec<u8>,
+    /// PCIe class of each pair, also where NVLink hides it.
+    pub pci: Vec<PciClass>,
+    pub nvlink_mbps_per_link: u32,
+    /// The NVLinks end in a switch: every subset is equal.
+    pub nvswitch: bool,
+    pub pcie_mbps: u32,
+    pub inter_socket_mbps: u32,
+    pub intel_cpu: bool,
+    /// Peers can reach each other's memory without staging in host memory.
+    pub p2p: bool,
+    /// NUMA domain of each GPU, as index 0..
+    pub numa: Vec<u8>,
+    pub nics: Vec<Nic>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum PciClass {
+    #[default]
+    Same,
+    Pix,
+    Pxb,
+    Phb,
+    Node,
+    Sys,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Nic {
+    pub name: String,
+    pub mbps: u32,
+    /// Class to each GPU.
+    pub class_to_gpu: Vec<PciClass>,
+}
+
+// -------------------------------------------------------------------------------------------- tenants and clients
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tenant {
+    pub name: String,
+    pub parent: Option<TenantId>,
+    /// Jobs that have not ended.
+    pub live_jobs: u64,
+    /// Bytes of their bodies.
+    pub body_bytes: u64,
+    /// GPUs in leases that are not closed.
+    pub used_gpus: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Queue {
+    pub name: String,
+    pub tenant: TenantId,
+}
+
+/// A client's life sign; keep-alives stay in the leader's memory, its end is a command.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Session {
+    pub owner: String,
+    pub ttl_ms: u64,
+    pub opened_clock_ms: u64,
+    /// Names of locks that it holds or waits for.
+    pub locks: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    pub holder: Option<Holder>,
+    pub waiters: VecDeque<SessionId>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    pub session: SessionId,
+    pub token: Token,
+}
+
+/// What a request id already did. Recorded only with an accepted effect, in the same command.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Digest of the command's body: the same id with another body is refused.
+    pub body: u128,
+    pub reply: StoredReply,
+    /// Five-minute bucket of cluster time in which the id may be forgotten from `request_keep_ms` on.
+    pub bucket: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StoredReply {
+    Done,
+    Job(JobId),
+    Session(SessionId),
+    /// Granted with the token, or queued.
+    Lock(Option<Token>),
+}
+
+// ------------------------------------------------------------------------------------------------ history and meta
+
+/// Outcomes of 256 consecutive jobs: answers "did job 17 succeed" and finds its history row without a disk read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// (job id modulo 256) -> (outcome, archive bucket), for jobs that left memory.
+    pub jobs: BTreeMap<u8, (TaskOutcome, u32)>,
+}
+
+/// An hour of history: dropped whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bucket {
+    pub rows: u64,
+    pub bytes: u64,
+    /// Wrapping sum of the rows' hashes, so that dropping or comparing a bucket reads nothing.
+    pub sum: u128,
+    pub highest_job: JobId,
+    pub newest_wall_ms: i64,
+}
+
+/// A job that ended and left memory, as it is kept on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryRow {
+    pub id: JobId,
+    pub job: Versioned<Job>,
+    pub body: Body,
+    pub task: Option<Task>,
+    pub bucket: u32,
+}
+
+/// Position in the replicated log; the leader's id is part of it (several leaders may share a term).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LogPosition {
+    pub term: u64,
+    pub leader: u64,
+    pub index: u64,
+}
+
+/// The one record that every entry touches.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    pub cluster: [u8; 16],
+    /// Grows by a restore from a backup.
+    pub incarnation: u32,
+    pub applied: LogPosition,
+    /// The consensus layer's membership and the position of its entry, opaque here.
+    pub membership: Vec<u8>,
+    pub clock_ms: u64,
+    pub wall_ms: i64,
+    pub rev: Revision,
+    /// Revisions at or below it can't be watched any more.
+    pub compacted_rev: Revision,
+    pub next_job: u64,
+    pub next_node: u32,
+    pub next_class: u32,
+    pub next_user: u32,
+    pub next_gpu_type: u16,
+    pub next_session: u64,
+    /// The last token minted.
+    pub token: Token,
+    pub level: u16,
+    pub settings: Settings,
+    /// Level of each replica's binary, by replica id.
+    pub members: BTreeMap<u64, u16>,
+    /// The oldest request bucket that is kept; an id whose own time is older is refused.
+    pub request_horizon_wall_ms: i64,
+}
+
+/// What a name is interned as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum NameKey {
+    User(UserId),
+    GpuType(GpuTypeId),
+}

@@ -1,0 +1,90 @@
+//! Named limits. They are part of the replicated state, so that every replica refuses the same command.
+
+use serde::{Deserialize, Serialize};
+
+/// Limits and waits that apply reads from the state; the defaults are design choices, explained beside each.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Jobs that have not ended (memory: ~1 KiB each beyond their own bytes).
+    pub live_jobs: u64,
+    /// Bytes of one body; the wire's message limit is 4 MiB, an entry's 320 KiB.
+    pub body_bytes: u64,
+    /// Bytes of all live bodies together.
+    pub bodies_bytes: u64,
+    pub labels: u32,
+    pub label_bytes: u32,
+    pub name_bytes: u32,
+    pub nodes: u32,
+    pub leases_per_node: u32,
+    pub parts_per_lease: u32,
+    pub ranks_per_lease: u32,
+    pub classes: u32,
+    pub sessions: u32,
+    pub locks: u32,
+    pub lock_name_bytes: u32,
+    pub lock_waiters: u32,
+    /// Request ids in memory; above it the oldest buckets go early.
+    pub requests: u64,
+    /// How long a request id is remembered, in ms of cluster time.
+    pub request_keep_ms: u64,
+    /// ... and how long at least, whatever the load.
+    pub request_keep_least_ms: u64,
+    /// How far a request id's own time may lie in the future, in ms.
+    pub request_future_ms: u64,
+    /// A finished job stays in memory this long, in ms.
+    pub linger_ms: u64,
+    /// Finished jobs leave history after this long, in ms of cluster time.
+    pub history_keep_ms: u64,
+    pub lease_ttl_min_ms: u64,
+    pub lease_ttl_max_ms: u64,
+    /// From the grant until every part must have started, in ms.
+    pub start_timeout_ms: u64,
+    /// Excused attempts (lost node, launch by the node's fault, GPU fault) in a row before the job is held.
+    pub excused_in_row: u16,
+    pub excused_in_sum: u16,
+    /// Launches of that many different jobs failing by a node's fault take the node out.
+    pub node_launch_fails: u8,
+    /// Events kept in memory for watches.
+    pub event_ring: u32,
+    pub chore_steps: u32,
+    pub timers_per_entry: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        const MIN: u64 = 60_000;
+        const HOUR: u64 = 60 * MIN;
+        Self {
+            live_jobs: 1_000_000,
+            body_bytes: 256 << 10,
+            bodies_bytes: 1 << 30,
+            labels: 32,
+            label_bytes: 128,
+            name_bytes: 128,
+            nodes: 20_000,
+            leases_per_node: 512,
+            parts_per_lease: 2_048,
+            ranks_per_lease: 65_536,
+            classes: 1_024,
+            sessions: 100_000,
+            locks: 100_000,
+            lock_name_bytes: 256,
+            lock_waiters: 1_024,
+            requests: 4_000_000,
+            request_keep_ms: 24 * HOUR,
+            request_keep_least_ms: 15 * MIN,
+            request_future_ms: 15 * MIN,
+            linger_ms: 5 * MIN,
+            history_keep_ms: 90 * 24 * HOUR,
+            lease_ttl_min_ms: 10_000,
+            lease_ttl_max_ms: 24 * HOUR,
+            start_timeout_ms: MIN,
+            excused_in_row: 20,
+            excused_in_sum: 100,
+            node_launch_fails: 3,
+            event_ring: 65_536,
+            chore_steps: 1_000,
+            timers_per_entry: 1_000,
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! The replicated state: tables, derived indexes, and the ring of recent events.
+
+use std::sync::Arc;
+
+use imbl::{OrdMap, OrdSet, Vector};
+
+use crate::event::Event;
+use crate::id::*;
+use crate::record::*;
+use crate::table::Table;
+
+/// Everything that the replicas agree on. Cloning is O(1): readers, the planner, the image and snapshots take clones.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    pub meta: Meta,
+    pub jobs: Table<JobId, Versioned<Job>>,
+    pub bodies: Table<JobId, Body>,
+    pub tasks: Table<TaskKey, Versioned<Task>>,
+    pub leases: Table<Token, Versioned<Lease>>,
+    pub nodes: Table<NodeId, Versioned<Node>>,
+    pub allocs: Table<NodeId, Alloc>,
+    pub classes: Table<ClassId, Class>,
+    pub tenants: Table<TenantId, Tenant>,
+    pub queues: Table<QueueId, Queue>,
+    pub sessions: Table<SessionId, Session>,
+    pub locks: Table<String, Versioned<Lock>>,
+    pub requests: Table<RequestId, Request>,
+    /// By job id / 256.
+    pub ended: Table<u64, Ended>,
+    pub buckets: Table<u32, Bucket>,
+    pub names: Table<NameKey, String>,
+    /// Last token granted for each GPU, for `/fencing/gpu/`.
+    pub gpu_tokens: Table<GpuUuid, Token>,
+    pub index: Index,
+    /// Recent events in order, at most `settings.event_ring`.
+    pub events: Vector<Arc<Event>>,
+    /// Jobs that left memory since the last cut of the image: readable here until the image holds them.
+    pub archived: OrdMap<JobId, Arc<HistoryRow>>,
+}
+
+/// Derived from the tables, rebuilt on load, never stored or hashed.
+#[derive(Clone, Debug, Default)]
+pub struct Index {
+    /// Tasks that may be placed now, in the order in which the planner looks: priority descending, then seq.
+    pub queue: OrdMap<QueueKey, ()>,
+    /// PENDING tasks that may not start: their job is on hold.
+    pub waiting: OrdSet<TaskKey>,
+    pub timers: OrdSet<Timer>,
+    /// Interned names by their text.
+    pub names: OrdMap<(NameKind, String), u32>,
+    pub node_by_name: OrdMap<String, NodeId>,
+    pub class_by_facts: OrdMap<Class, ClassId>,
+    /// Requests by bucket, the order in which they are forgotten.
+    pub requests: OrdSet<(u32, RequestId)>,
+}
+
+/// Sorts by priority descending, then by queue position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct QueueKey {
+    pub queue: QueueId,
+    pub priority: std::cmp::Reverse<i32>,
+    pub seq: u64,
+    pub task: TaskKey,
+}
+
+/// Something that apply does by itself when cluster time reaches `due_ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Timer {
+    pub due_ms: u64,
+    pub what: TimerKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TimerKind {
+    /// RETRYING -> PENDING.
+    Retry(TaskKey),
+    /// A finished job leaves memory.
+    Archive(JobId),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NameKind {
+    User,
+    GpuType,
+}
