@@ -1,1 +1,8 @@
-//! proto
+//! The wire of Ares: messages and services generated from `ares/v1/*.proto`, the frozen list of error reasons, and the
+//! one typed client. It knows no domain type.
+
+/// Messages and services, as generated.
+pub mod v1 {
+    #![allow(clippy::all, clippy::pedantic)]
+    tonic::include_proto!("ares.v1");
+}

@@ -1,1 +1,3 @@
-//! raft-node
+//! A scheduler replica: openraft, the log, the APIs, and the loops that only the leader runs.
+
+pub mod raft;

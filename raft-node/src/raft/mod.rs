@@ -1,0 +1,3 @@
+//! The openraft instance: types, network, state machine adapter.
+
+pub mod types;
