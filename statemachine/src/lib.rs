@@ -10,6 +10,7 @@ pub mod record;
 pub mod settings;
 pub mod spec;
 pub mod state;
+pub mod storage;
 pub mod table;
 
 pub use command::{Cmd, Code, Command, Entry, Outcome, Rejection, Reply};

@@ -1,0 +1,275 @@
+//! Bytes of entries and records: the only place that names bincode. One fixed configuration, ordered maps only, so
+//! equal content is equal bytes on every replica. Where the bytes are kept is for `image` and `snapshot` to say.
+//!
+//! | what | layout (integers little-endian) |
+//! |---|---|
+//! | log entry | codec u8, schema u16, payload |
+//! | stored value | codec u8, schema u16, hash u128 of (tag, key, payload), payload |
+//! | key | tag u8, then the record's key, big-endian |
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+use crate::command::Entry;
+use crate::id::*;
+use crate::record::NameKey;
+
+/// bincode 2 `standard()` (little-endian, variable-length integers), the only codec so far.
+pub const CODEC: u8 = 1;
+/// Schema of the commands and records of level 1.
+pub const SCHEMA: u16 = 1;
+
+/// Bytes of an encoded entry. The door packs at most 320 KiB; a plan's or registration's own bound lies far below it.
+pub const ENTRY_LIMIT: usize = 4 << 20;
+/// Bytes of one stored record. The largest are a lease of 2,048 parts with all exits and a 256 KiB body.
+pub const RECORD_LIMIT: usize = 16 << 20;
+
+const ENTRY_HEAD: usize = 3;
+const VALUE_HEAD: usize = ENTRY_HEAD + 16;
+
+/// Why bytes are not what they should be: damage, or written by a newer binary. Never caused by a client.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    #[error("{len} bytes are fewer than the {least} of a header")]
+    Short { len: usize, least: usize },
+    #[error("{len} bytes are more than the limit of {limit}")]
+    Long { len: usize, limit: usize },
+    #[error("codec {0} is unknown to this binary (it knows {CODEC})")]
+    Codec(u8),
+    #[error("schema {0} is newer than this binary's {SCHEMA}")]
+    Schema(u16),
+    #[error("checksum is {found:032x}, should be {stored:032x}")]
+    Checksum { stored: u128, found: u128 },
+    #[error("payload does not decode: {0}")]
+    Payload(String),
+    #[error("{0} bytes are left after the payload")]
+    Trailing(usize),
+    #[error("key of table {tag} does not decode ({len} bytes)")]
+    Key { tag: u8, len: usize },
+}
+
+/// Which table a record belongs to: the first byte of its key. Numbers are never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Tag {
+    Meta = 0,
+    Job = 1,
+    Body = 2,
+    Task = 3,
+    Lease = 4,
+    Node = 5,
+    Alloc = 6,
+    Class = 7,
+    Tenant = 8,
+    Queue = 9,
+    Session = 10,
+    Lock = 11,
+    Request = 12,
+    Ended = 13,
+    Bucket = 14,
+    Name = 15,
+    GpuToken = 16,
+    /// Jobs that left memory; key (bucket, job).
+    History = 17,
+    Event = 18,
+}
+
+// ------------------------------------------------------------------------------------------------------- log entries
+
+/// The payload of one log entry.
+pub fn encode_entry(entry: &Entry) -> Vec<u8> {
+    let mut out = Vec::with_capacity(256);
+    put_head(&mut out);
+    canonical(entry, &mut out);
+    out
+}
+
+/// Reads what [`encode_entry`] wrote. Memory stays within a small multiple of the bytes' length, whatever they hold.
+pub fn decode_entry(bytes: &[u8]) -> Result<Entry, CodecError> {
+    if bytes.len() > ENTRY_LIMIT {
+        return Err(CodecError::Long { len: bytes.len(), limit: ENTRY_LIMIT });
+    }
+    decode_canonical::<Entry, ENTRY_LIMIT>(after_head(bytes, ENTRY_HEAD)?)
+}
+
+// ------------------------------------------------------------------------------------------------------ stored values
+
+/// A record as it is stored under `key` of table `tag`.
+pub fn encode_value<T: Serialize>(tag: Tag, key: &[u8], value: &T) -> Vec<u8> {
+    let mut payload = Vec::with_capacity(256);
+    canonical(value, &mut payload);
+    seal(tag, key, &payload)
+}
+
+/// Reads what [`encode_value`] wrote under the same tag and key.
+pub fn decode_value<T: DeserializeOwned>(tag: Tag, key: &[u8], bytes: &[u8]) -> Result<T, CodecError> {
+    decode_record(open_sealed(tag, key, bytes)?)
+}
+
+/// Wraps a payload as a stored value: codec, schema and a hash that also covers tag and key.
+pub fn seal(tag: Tag, key: &[u8], payload: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(VALUE_HEAD + payload.len());
+    put_head(&mut out);
+    out.extend_from_slice(&hash_row(tag, key, payload).to_le_bytes());
+    out.extend_from_slice(payload);
+    out
+}
+
+/// The payload inside a stored value, its checksum verified.
+pub fn open_sealed<'a>(tag: Tag, key: &[u8], bytes: &'a [u8]) -> Result<&'a [u8], CodecError> {
+    let payload = after_head(bytes, VALUE_HEAD)?;
+    let stored = u128::from_le_bytes(bytes[ENTRY_HEAD..VALUE_HEAD].try_into().expect("a slice of 16 bytes"));
+    let found = hash_row(tag, key, payload);
+    if stored == found { Ok(payload) } else { Err(CodecError::Checksum { stored, found }) }
+}
+
+/// Hash of a record: xxh3-128 over table tag, key bytes and canonical bytes, in this order.
+pub fn hash_row(tag: Tag, key: &[u8], canonical: &[u8]) -> u128 {
+    const INLINE: usize = 1_024;
+    let len = 1 + key.len() + canonical.len();
+    if len <= INLINE {
+        // A flat buffer spares small records, nearly all of them, the set-up of the streaming hasher.
+        let mut flat = [0u8; INLINE];
+        flat[0] = tag as u8;
+        flat[1..1 + key.len()].copy_from_slice(key);
+        flat[1 + key.len()..len].copy_from_slice(canonical);
+        return xxh3_128(&flat[..len]);
+    }
+    let mut hasher = Xxh3::new();
+    hasher.update(&[tag as u8]);
+    hasher.update(key);
+    hasher.update(canonical);
+    hasher.digest128()
+}
+
+/// Appends the canonical bytes of `value`.
+pub fn canonical<T: Serialize>(value: &T, out: &mut Vec<u8>) {
+    bincode::serde::encode_into_std_write(value, out, CONFIG)
+        .expect("records hold only types that bincode can write, and a Vec takes every byte");
+}
+
+/// Reads canonical bytes of one record, all of them.
+pub fn decode_record<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
+    if bytes.len() > RECORD_LIMIT {
+        return Err(CodecError::Long { len: bytes.len(), limit: RECORD_LIMIT });
+    }
+    decode_canonical::<T, RECORD_LIMIT>(bytes)
+}
+
+const CONFIG: bincode::config::Configuration = bincode::config::standard();
+
+fn decode_canonical<T: DeserializeOwned, const LIMIT: usize>(bytes: &[u8]) -> Result<T, CodecError> {
+    let (value, used) = bincode::serde::decode_from_slice::<T, _>(bytes, CONFIG.with_limit::<LIMIT>())
+        .map_err(|err| CodecError::Payload(err.to_string()))?;
+    if used == bytes.len() { Ok(value) } else { Err(CodecError::Trailing(bytes.len() - used)) }
+}
+
+fn put_head(out: &mut Vec<u8>) {
+    out.push(CODEC);
+    out.extend_from_slice(&SCHEMA.to_le_bytes());
+}
+
+fn after_head(bytes: &[u8], head: usize) -> Result<&[u8], CodecError> {
+    if bytes.len() < head {
+        return Err(CodecError::Short { len: bytes.len(), least: head });
+    }
+    if bytes[0] != CODEC {
+        return Err(CodecError::Codec(bytes[0]));
+    }
+    let schema = u16::from_le_bytes([bytes[1], bytes[2]]);
+    if schema > SCHEMA {
+        return Err(CodecError::Schema(schema));
+    }
+    Ok(&bytes[head..])
+}
+
+// --------------------------------------------------------------------------------------------------------------- keys
+
+/// A key of a table: its bytes sort as the key does.
+pub trait StoredKey: Ord + Clone {
+    fn put(&self, out: &mut Vec<u8>);
+    /// `None` when the bytes are no key of this table.
+    fn take(bytes: &[u8]) -> Option<Self>;
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(16);
+        self.put(&mut out);
+        out
+    }
+}
+
+macro_rules! integer_key {
+    ($($key:ty: $inner:ty, $get:expr, $make:expr;)*) => {
+        $(impl StoredKey for $key {
+            fn put(&self, out: &mut Vec<u8>) {
+                let get: fn(&$key) -> $inner = $get;
+                out.extend_from_slice(&get(self).to_be_bytes());
+            }
+
+            fn take(bytes: &[u8]) -> Option<Self> {
+                let make: fn($inner) -> $key = $make;
+                Some(make(<$inner>::from_be_bytes(bytes.try_into().ok()?)))
+            }
+        })*
+    };
+}
+
+integer_key! {
+    u64: u64, |key| *key, |raw| raw;
+    u32: u32, |key| *key, |raw| raw;
+    JobId: u64, |key| key.0, JobId;
+    Token: u64, |key| key.0, Token;
+    SessionId: u64, |key| key.0, SessionId;
+    NodeId: u32, |key| key.0, NodeId;
+    ClassId: u32, |key| key.0, ClassId;
+    TenantId: u32, |key| key.0, TenantId;
+    QueueId: u16, |key| key.0, QueueId;
+    RequestId: u128, |key| u128::from_be_bytes(key.0), |raw| RequestId(raw.to_be_bytes());
+    GpuUuid: u128, |key| u128::from_be_bytes(key.0), |raw| GpuUuid(raw.to_be_bytes());
+}
+
+impl StoredKey for TaskKey {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.job.put(out);
+        self.index.put(out);
+    }
+
+    fn take(bytes: &[u8]) -> Option<Self> {
+        let (job, index) = bytes.split_at_checked(8)?;
+        Some(Self { job: JobId::take(job)?, index: u32::take(index)? })
+    }
+}
+
+impl StoredKey for String {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(self.as_bytes());
+    }
+
+    fn take(bytes: &[u8]) -> Option<Self> {
+        String::from_utf8(bytes.to_vec()).ok()
+    }
+}
+
+impl StoredKey for NameKey {
+    fn put(&self, out: &mut Vec<u8>) {
+        match self {
+            NameKey::User(id) => {
+                out.push(0);
+                id.0.put(out);
+            }
+            NameKey::GpuType(id) => {
+                out.push(1);
+                out.extend_from_slice(&id.0.to_be_bytes());
+            }
+        }
+    }
+
+    fn take(bytes: &[u8]) -> Option<Self> {
+        match bytes.split_first()? {
+            (0, id) => Some(NameKey::User(UserId(u32::take(id)?))),
+            (1, id) => Some(NameKey::GpuType(GpuTypeId(u16::from_be_bytes(id.try_into().ok()?)))),
+            _ => None,
+        }
+    }
+}
