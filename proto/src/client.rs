@@ -1,0 +1,317 @@
+//! The one typed client: it finds the leader through any replica's address, follows it, and repeats the same request id
+//! until the call is answered or its deadline passes. What is left to the caller: making the request, and its id.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tonic::metadata::{AsciiMetadataValue, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Response, Status};
+
+use crate::error::{Error, Failure};
+use crate::reason;
+use crate::retry::{Action, Event, Retry};
+use crate::v1;
+
+/// Metadata of every call once the caller knows its cluster: the id in hex.
+pub const CLUSTER: &str = "ares-cluster";
+/// Metadata of joins.
+pub const JOIN_TOKEN: &str = "ares-join-token";
+
+/// A channel that carries the caller's metadata.
+pub type Transport = InterceptedService<Channel, Identity>;
+
+/// What the caller says of itself in each call.
+#[derive(Clone, Debug, Default)]
+pub struct Identity {
+    cluster: Option<AsciiMetadataValue>,
+    join_token: Option<AsciiMetadataValue>,
+}
+
+impl Identity {
+    /// Empty strings are left out; a value that is no plain ASCII is an error of the caller's.
+    pub fn new(cluster: &str, join_token: &str) -> Result<Self, Error> {
+        Ok(Self { cluster: ascii("cluster id", cluster)?, join_token: ascii("join token", join_token)? })
+    }
+}
+
+fn ascii(what: &str, text: &str) -> Result<Option<AsciiMetadataValue>, Error> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let value = MetadataValue::try_from(text).map_err(|_| Error::Refused {
+        reason: reason::INVALID_ARGUMENT.name.to_owned(),
+        code: Code::InvalidArgument,
+        message: format!("the {what} holds characters that are not plain ASCII"),
+        retry_after: None,
+    })?;
+    Ok(Some(value))
+}
+
+impl Interceptor for Identity {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(cluster) = &self.cluster {
+            request.metadata_mut().insert(CLUSTER, cluster.clone());
+        }
+        if let Some(token) = &self.join_token {
+            request.metadata_mut().insert(JOIN_TOKEN, token.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// How long calls may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// One call with all its tries.
+    pub call: Duration,
+    /// One try at one replica.
+    pub attempt: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { call: Duration::from_secs(15), attempt: Duration::from_secs(5) }
+    }
+}
+
+/// A client of one cluster. Cloning shares connections and the known leader.
+#[derive(Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+    pub patience: Patience,
+}
+
+struct Shared {
+    servers: Vec<String>,
+    identity: Identity,
+    known: Mutex<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    channels: BTreeMap<String, Channel>,
+    leader: Option<String>,
+    /// Where the next read begins, so that reads spread over the replicas.
+    next_read: usize,
+}
+
+impl Client {
+    /// `servers`: `host:port` of one replica or more. No connection is made before the first call.
+    pub fn new(servers: Vec<String>, identity: Identity) -> Self {
+        let shared = Shared { servers, identity, known: Mutex::new(Known::default()) };
+        Self { shared: Arc::new(shared), patience: Patience::default() }
+    }
+
+    /// The same client with other patience.
+    pub fn with_patience(&self, patience: Patience) -> Self {
+        Self { shared: self.shared.clone(), patience }
+    }
+
+    pub fn servers(&self) -> &[String] {
+        &self.shared.servers
+    }
+
+    /// The last leader that answered, `host:port`.
+    pub fn leader(&self) -> Option<String> {
+        self.known().leader.clone()
+    }
+
+    /// Calls the leader, with retries: `call` must carry a request id or be harmless when it happens twice.
+    pub async fn leader_call<T, F, Fut>(&self, call: F) -> Result<T, Error>
+    where
+        F: Fn(Transport) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
+        let first = self.leader();
+        self.drive(first, 0, true, call).await
+    }
+
+    /// Calls any replica, the next one on failure.
+    pub async fn read_call<T, F, Fut>(&self, call: F) -> Result<T, Error>
+    where
+        F: Fn(Transport) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
+        let start = {
+            let mut known = self.known();
+            known.next_read = known.next_read.wrapping_add(1);
+            known.next_read
+        };
+        self.drive(None, start, false, call).await
+    }
+
+    /// A transport to one address, connected when it is first used.
+    pub fn transport(&self, addr: &str) -> Result<Transport, Error> {
+        let mut known = self.known();
+        let channel = match known.channels.get(addr) {
+            Some(channel) => channel.clone(),
+            None => {
+                let channel = connect_lazy(addr)?;
+                known.channels.insert(addr.to_owned(), channel.clone());
+                channel
+            }
+        };
+        Ok(InterceptedService::new(channel, self.shared.identity.clone()))
+    }
+
+    async fn drive<T, F, Fut>(&self, first: Option<String>, start: usize, to_leader: bool, call: F) -> Result<T, Error>
+    where
+        F: Fn(Transport) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
+        let began = Instant::now();
+        let now = || began.elapsed().as_millis() as u64;
+        let call_ms = self.patience.call.as_millis() as u64;
+        let try_ms = self.patience.attempt.as_millis() as u64;
+        let mut retry = Retry::new(self.shared.servers.clone(), first, start, call_ms, try_ms);
+        let mut last: Option<Error> = None;
+        // Once a try was sent and not answered, the call's outcome is unknown unless a later try is answered.
+        let mut sent = false;
+        let mut event = Event::Ready;
+        loop {
+            match retry.step(event, now()) {
+                Action::GiveUp => return Err(give_up(last, sent, &self.shared.servers)),
+                Action::Wait { ms } => {
+                    tokio::time::sleep(Duration::from_millis(ms)).await;
+                    event = Event::Ready;
+                }
+                Action::Call { addr, timeout_ms } => {
+                    let transport = self.transport(&addr)?;
+                    let answer = tokio::time::timeout(Duration::from_millis(timeout_ms), call(transport)).await;
+                    let failure = match answer {
+                        Ok(Ok(response)) => {
+                            if to_leader {
+                                self.known().leader = Some(addr);
+                            }
+                            return Ok(response.into_inner());
+                        }
+                        Ok(Err(status)) => Failure::from(status),
+                        Err(_) => Failure {
+                            code: Code::DeadlineExceeded,
+                            reason: String::new(),
+                            message: format!("{addr} did not answer within {timeout_ms} ms"),
+                            leader: None,
+                            retry_after: None,
+                        },
+                    };
+                    let Some(next) = classify(&failure) else {
+                        return Err(failure.into());
+                    };
+                    self.known().leader = None;
+                    sent |= next == Event::Lost;
+                    last = Some(failure.into());
+                    event = next;
+                }
+            }
+        }
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, Known> {
+        self.shared.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// What a failed try means for the next one; `None` = a refusal that another try would only repeat.
+fn classify(failure: &Failure) -> Option<Event> {
+    let name = failure.reason.as_str();
+    if name == reason::NOT_LEADER.name {
+        return Some(Event::NotLeader(failure.leader.clone()));
+    }
+    if name == reason::NO_QUORUM.name || name == reason::REVISION_NOT_LOCAL.name {
+        return Some(Event::NotLeader(None));
+    }
+    if name == reason::STOPPING.name {
+        return Some(Event::Unreachable);
+    }
+    if let (Code::ResourceExhausted, Some(after)) = (failure.code, failure.retry_after) {
+        return Some(Event::Busy { retry_ms: after.as_millis() as u64 });
+    }
+    match failure.code {
+        Code::DeadlineExceeded => Some(Event::Lost),
+        Code::Unavailable if name == reason::OUTCOME_UNKNOWN.name => Some(Event::Lost),
+        Code::Unavailable if failure.message.contains("tcp connect error") => Some(Event::Unreachable),
+        // A transport that broke: the request may have been read.
+        Code::Unavailable | Code::Cancelled | Code::Unknown | Code::Internal if name.is_empty() => Some(Event::Lost),
+        _ => None,
+    }
+}
+
+fn give_up(last: Option<Error>, sent: bool, servers: &[String]) -> Error {
+    let tried = servers.join(", ");
+    match last {
+        None => Error::Unreachable(format!("no time was left to ask {tried}")),
+        Some(error) if sent => Error::Unknown(format!("{error} (asked {tried})")),
+        Some(Error::Unreachable(text) | Error::Unknown(text)) => Error::Unreachable(format!("{text} (asked {tried})")),
+        Some(refused) => refused,
+    }
+}
+
+fn connect_lazy(addr: &str) -> Result<Channel, Error> {
+    let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|_| Error::Refused {
+        reason: reason::INVALID_ARGUMENT.name.to_owned(),
+        code: Code::InvalidArgument,
+        message: format!("{addr:?} is no address: write host:port"),
+        retry_after: None,
+    })?;
+    Ok(endpoint
+        .connect_timeout(Duration::from_millis(1_000))
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(Duration::from_secs(5))
+        .keep_alive_timeout(Duration::from_secs(5))
+        .connect_lazy())
+}
+
+macro_rules! calls {
+    ($($(#[$doc:meta])* $via:ident $method:ident($client:path, $request:ty) -> $reply:ty;)*) => {
+        impl Client {
+            $($(#[$doc])*
+            pub async fn $method(&self, request: $request) -> Result<$reply, Error> {
+                self.$via(|transport| {
+                    let request = request.clone();
+                    async move { <$client>::new(transport).max_decoding_message_size(MAX_MESSAGE).$method(request).await }
+                }).await
+            })*
+        }
+    };
+}
+
+/// Largest message that a client accepts, in bytes.
+pub const MAX_MESSAGE: usize = 16 << 20;
+
+calls! {
+    leader_call submit_job(v1::jobs_client::JobsClient<Transport>, v1::SubmitJobRequest) -> v1::SubmitJobReply;
+    leader_call cancel_job(v1::jobs_client::JobsClient<Transport>, v1::CancelJobRequest) -> v1::CancelJobReply;
+    read_call get_job(v1::jobs_client::JobsClient<Transport>, v1::GetJobRequest) -> v1::Job;
+    read_call list_jobs(v1::jobs_client::JobsClient<Transport>, v1::ListJobsRequest) -> v1::ListJobsReply;
+    read_call watch_job(v1::jobs_client::JobsClient<Transport>, v1::WatchJobRequest) -> tonic::Streaming<v1::Job>;
+    read_call get(v1::keyspace_client::KeyspaceClient<Transport>, v1::GetRequest) -> v1::GetReply;
+    read_call watch(v1::keyspace_client::KeyspaceClient<Transport>, v1::WatchRequest) -> tonic::Streaming<v1::WatchReply>;
+    leader_call open_session(v1::locks_client::LocksClient<Transport>, v1::OpenSessionRequest) -> v1::OpenSessionReply;
+    leader_call keep_alive(v1::locks_client::LocksClient<Transport>, v1::KeepAliveRequest) -> v1::KeepAliveReply;
+    leader_call end_session(v1::locks_client::LocksClient<Transport>, v1::EndSessionRequest) -> v1::EndSessionReply;
+    leader_call acquire(v1::locks_client::LocksClient<Transport>, v1::AcquireRequest) -> v1::AcquireReply;
+    read_call validate(v1::locks_client::LocksClient<Transport>, v1::ValidateRequest) -> v1::ValidateReply;
+    leader_call release(v1::locks_client::LocksClient<Transport>, v1::ReleaseRequest) -> v1::ReleaseReply;
+    read_call status(v1::cluster_client::ClusterClient<Transport>, v1::StatusRequest) -> v1::StatusReply;
+    leader_call add_replica(v1::cluster_client::ClusterClient<Transport>, v1::AddReplicaRequest) -> v1::AddReplicaReply;
+    leader_call promote_replica(v1::cluster_client::ClusterClient<Transport>, v1::ReplicaRequest) -> v1::ReplicaReply;
+    leader_call remove_replica(v1::cluster_client::ClusterClient<Transport>, v1::ReplicaRequest) -> v1::ReplicaReply;
+    leader_call transfer_leader(v1::cluster_client::ClusterClient<Transport>, v1::ReplicaRequest) -> v1::ReplicaReply;
+    read_call list_nodes(v1::cluster_client::ClusterClient<Transport>, v1::ListNodesRequest) -> v1::ListNodesReply;
+    leader_call confirm_dead(v1::cluster_client::ClusterClient<Transport>, v1::ConfirmDeadRequest) -> v1::ConfirmDeadReply;
+    leader_call set_node_admin(v1::cluster_client::ClusterClient<Transport>, v1::SetNodeAdminRequest) -> v1::SetNodeAdminReply;
+    leader_call register(v1::agents_client::AgentsClient<Transport>, v1::RegisterRequest) -> v1::RegisterReply;
+    leader_call report(v1::agents_client::AgentsClient<Transport>, v1::ReportRequest) -> v1::ReportReply;
+    leader_call report_health(v1::agents_client::AgentsClient<Transport>, v1::ReportHealthRequest) -> v1::ReportHealthReply;
+    leader_call fetch_bodies(v1::agents_client::AgentsClient<Transport>, v1::FetchBodiesRequest) -> v1::FetchBodiesReply;
+}
+
+/// A fresh request id: 16 bytes of a UUIDv7.
+pub fn request_id() -> Vec<u8> {
+    uuid::Uuid::now_v7().as_bytes().to_vec()
+}

@@ -1,0 +1,183 @@
+//! Which replica to ask next, and when: the client's retry as a pure step, without clock or socket.
+//!
+//! A call repeats the *same* request (and request id) until it is answered or its deadline passes. NOT_LEADER is
+//! followed at once; without a hint, and when nobody answers, the client goes round the replicas with a growing wait.
+
+/// What happened to the last try.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The beginning, and the end of a wait.
+    Ready,
+    /// The replica named the leader, or knows of none.
+    NotLeader(Option<String>),
+    /// The request surely did not reach a replica, or the replica is stopping.
+    Unreachable,
+    /// Sent, but not answered: it may have taken effect.
+    Lost,
+    /// The replica is over a bound and says when to come back.
+    Busy { retry_ms: u64 },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Ask this address, and wait for its answer so long.
+    Call { addr: String, timeout_ms: u64 },
+    /// Then step with [`Event::Ready`].
+    Wait { ms: u64 },
+    /// The deadline has passed.
+    GiveUp,
+}
+
+/// First wait of a round without an answer, in ms; doubles up to the maximum.
+const WAIT_FIRST_MS: u64 = 10;
+const WAIT_MAX_MS: u64 = 400;
+/// Leader hints followed in a row without a wait: two replicas may name each other during an election.
+const HINTS_IN_ROW: u32 = 3;
+
+/// One call's way through the replicas.
+#[derive(Clone, Debug)]
+pub struct Retry {
+    servers: Vec<String>,
+    at: usize,
+    target: Option<String>,
+    hints: u32,
+    tried_in_round: usize,
+    wait_ms: u64,
+    deadline_ms: u64,
+    try_timeout_ms: u64,
+}
+
+impl Retry {
+    /// Begins at `first` where the client knows a leader, else at the `start`-th server. A try is given up after
+    /// `try_timeout_ms`, the whole call at `deadline_ms` on the caller's clock.
+    pub fn new(
+        servers: Vec<String>,
+        first: Option<String>,
+        start: usize,
+        deadline_ms: u64,
+        try_timeout_ms: u64,
+    ) -> Self {
+        let at = if servers.is_empty() { 0 } else { start % servers.len() };
+        Self {
+            servers,
+            at,
+            target: first,
+            hints: 0,
+            tried_in_round: 0,
+            wait_ms: WAIT_FIRST_MS,
+            deadline_ms,
+            try_timeout_ms,
+        }
+    }
+
+    pub fn step(&mut self, event: Event, now_ms: u64) -> Action {
+        if now_ms >= self.deadline_ms || (self.servers.is_empty() && self.target.is_none()) {
+            return Action::GiveUp;
+        }
+        match event {
+            Event::Ready => self.call(now_ms),
+            Event::NotLeader(Some(addr)) if self.hints < HINTS_IN_ROW => {
+                self.hints += 1;
+                self.target = Some(addr);
+                self.call(now_ms)
+            }
+            Event::NotLeader(_) | Event::Lost => {
+                self.next_server();
+                self.wait(now_ms)
+            }
+            Event::Unreachable => {
+                self.next_server();
+                self.tried_in_round += 1;
+                if self.tried_in_round < self.servers.len() { self.call(now_ms) } else { self.wait(now_ms) }
+            }
+            Event::Busy { retry_ms } => Action::Wait { ms: retry_ms.clamp(1, self.deadline_ms - now_ms) },
+        }
+    }
+
+    fn call(&mut self, now_ms: u64) -> Action {
+        let addr = match &self.target {
+            Some(addr) => addr.clone(),
+            None => self.servers[self.at].clone(),
+        };
+        Action::Call { addr, timeout_ms: self.try_timeout_ms.min(self.deadline_ms - now_ms).max(1) }
+    }
+
+    /// A target that failed is forgotten; then the list, one after the other.
+    fn next_server(&mut self) {
+        if self.target.take().is_none() && !self.servers.is_empty() {
+            self.at = (self.at + 1) % self.servers.len();
+        }
+    }
+
+    fn wait(&mut self, now_ms: u64) -> Action {
+        self.tried_in_round = 0;
+        self.hints = 0;
+        let ms = self.wait_ms.min(self.deadline_ms - now_ms);
+        self.wait_ms = (self.wait_ms * 2).min(WAIT_MAX_MS);
+        Action::Wait { ms }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn retry() -> Retry {
+        Retry::new(vec!["a".into(), "b".into(), "c".into()], None, 0, 10_000, 1_000)
+    }
+
+    fn call(addr: &str) -> Action {
+        Action::Call { addr: addr.into(), timeout_ms: 1_000 }
+    }
+
+    #[test]
+    fn a_leader_hint_is_followed_at_once() {
+        let mut retry = retry();
+        assert_eq!(retry.step(Event::Ready, 0), call("a"));
+        assert_eq!(retry.step(Event::NotLeader(Some("c".into())), 1), call("c"));
+    }
+
+    #[test]
+    fn replicas_that_name_each_other_do_not_make_a_busy_loop() {
+        let mut retry = retry();
+        retry.step(Event::Ready, 0);
+        let waited = (0..10).any(|i| {
+            let hint = if i % 2 == 0 { "b" } else { "c" };
+            matches!(retry.step(Event::NotLeader(Some(hint.into())), i), Action::Wait { .. })
+        });
+        assert!(waited);
+    }
+
+    #[test]
+    fn every_server_is_tried_before_the_first_wait() {
+        let mut retry = retry();
+        assert_eq!(retry.step(Event::Ready, 0), call("a"));
+        assert_eq!(retry.step(Event::Unreachable, 1), call("b"));
+        assert_eq!(retry.step(Event::Unreachable, 2), call("c"));
+        assert_eq!(retry.step(Event::Unreachable, 3), Action::Wait { ms: WAIT_FIRST_MS });
+        assert_eq!(retry.step(Event::Ready, 13), call("a"));
+    }
+
+    #[test]
+    fn a_dead_leader_is_forgotten() {
+        let mut retry = Retry::new(vec!["a".into(), "b".into()], Some("x".into()), 0, 10_000, 1_000);
+        assert_eq!(retry.step(Event::Ready, 0), call("x"));
+        assert_eq!(retry.step(Event::Unreachable, 1), call("a"));
+    }
+
+    #[test]
+    fn a_busy_replica_is_asked_again_after_its_own_wait() {
+        let mut retry = retry();
+        retry.step(Event::Ready, 0);
+        assert_eq!(retry.step(Event::Busy { retry_ms: 70 }, 1), Action::Wait { ms: 70 });
+        assert_eq!(retry.step(Event::Ready, 71), call("a"));
+    }
+
+    #[test]
+    fn the_deadline_ends_it_and_bounds_each_wait_and_try() {
+        let mut retry = retry();
+        assert_eq!(retry.step(Event::Ready, 9_700), Action::Call { addr: "a".into(), timeout_ms: 300 });
+        assert_eq!(retry.step(Event::Busy { retry_ms: 5_000 }, 9_900), Action::Wait { ms: 100 });
+        assert_eq!(retry.step(Event::Ready, 10_000), Action::GiveUp);
+    }
+}
