@@ -5,3 +5,5 @@
 pub mod codec;
 
 pub use codec::CodecError;
+mod digest;
+mod rows;
