@@ -1,1 +1,11 @@
-//! scheduling
+//! The pure policy of Ares: which task starts where, and why another one still waits.
+//!
+//! Functions over an immutable view of the state. No clock, no IO, no randomness; floats only while a bandwidth table
+//! is built. What is allowed at all (`fit`) is decided once, in `statemachine`, and imported here.
+
+pub mod bandwidth;
+pub mod choose;
+pub mod links;
+pub mod predict;
+
+pub use bandwidth::BandwidthTable;
