@@ -3,7 +3,15 @@
 //! crate. The replicated log is not here: raft-node owns it.
 
 pub mod codec;
+mod digest;
+mod error;
+mod history;
+mod image;
+mod pages;
+mod rows;
+mod store;
 
 pub use codec::CodecError;
-mod digest;
-mod rows;
+pub use error::{Cause, StorageError};
+pub use history::{HistoryKey, weigh};
+pub use image::{BEHIND_BYTES, BEHIND_RECORDS, CUT_MS, CUT_RECORDS, Cut, Image, Persisted};

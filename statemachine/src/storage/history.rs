@@ -1,0 +1,191 @@
+//! Finished jobs that left memory: where their rows stand in the image, and how they are read. Which jobs are archived,
+//! and when a bucket is dropped, is apply's matter.
+//!
+//! A value holds the rows of up to 64 consecutive job ids that one cut archived: key = bucket u32, job id / 64 u64, log
+//! index of the cut u64, big-endian. So a cut only adds values, a job is found through its bucket (`State::ended` knows
+//! it) with one short scan, and a dropped bucket is one key range.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::codec::{self, StoredKey, Tag};
+use super::error::{At, StorageError};
+use super::image::Image;
+use super::pages::{RowReader, put_row};
+use super::store::Batch;
+use crate::id::JobId;
+use crate::record::HistoryRow;
+use crate::state::State;
+
+/// Job ids that share a value.
+const GROUP: u64 = 64;
+
+/// Identity of a history row: its bucket, then its job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HistoryKey {
+    pub bucket: u32,
+    pub job: JobId,
+}
+
+impl StoredKey for HistoryKey {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.bucket.put(out);
+        self.job.put(out);
+    }
+
+    fn take(bytes: &[u8]) -> Option<Self> {
+        let (bucket, job) = bytes.split_at_checked(4)?;
+        Some(Self { bucket: u32::take(bucket)?, job: JobId::take(job)? })
+    }
+}
+
+impl HistoryKey {
+    pub fn of(row: &HistoryRow) -> Self {
+        Self { bucket: row.bucket, job: row.id }
+    }
+}
+
+/// What a row adds to `Bucket::sum` and `Bucket::bytes`.
+pub fn weigh(row: &HistoryRow) -> (u128, u64) {
+    let mut bytes = Vec::with_capacity(512);
+    codec::canonical(row, &mut bytes);
+    (codec::hash_row(Tag::History, &HistoryKey::of(row).bytes(), &bytes), bytes.len() as u64)
+}
+
+/// Adds archived rows to a batch.
+pub(super) fn put<'a>(rows: impl Iterator<Item = &'a Arc<HistoryRow>>, index: u64, batch: &mut Batch) {
+    let mut groups: BTreeMap<(u32, u64), Vec<u8>> = BTreeMap::new();
+    let mut bytes = Vec::with_capacity(512);
+    for row in rows {
+        bytes.clear();
+        codec::canonical(row.as_ref(), &mut bytes);
+        put_row(groups.entry((row.bucket, row.id.0 / GROUP)).or_default(), &HistoryKey::of(row).bytes(), &bytes);
+    }
+    for ((bucket, group), payload) in groups {
+        batch.put(Tag::History, &[group_key(bucket, group), index.to_be_bytes().to_vec()].concat(), &payload);
+    }
+}
+
+fn group_key(bucket: u32, group: u64) -> Vec<u8> {
+    [&bucket.to_be_bytes()[..], &group.to_be_bytes()].concat()
+}
+
+/// The bucket in the key of a value.
+pub(super) fn bucket_of(key: &[u8]) -> Option<u32> {
+    u32::take(key.get(..4)?)
+}
+
+impl State {
+    /// The archive bucket of a job that left memory.
+    pub fn archive_bucket(&self, job: JobId) -> Option<u32> {
+        let ended = self.ended.get(&(job.0 / 256))?;
+        ended.jobs.get(&((job.0 % 256) as u8)).map(|(_, bucket)| *bucket)
+    }
+}
+
+impl Image {
+    /// A job that left memory: from the rows that no cut holds yet, else from disk. `None` when it never left memory,
+    /// or its bucket was dropped. `state` is this replica's current one.
+    pub fn history(&self, state: &State, job: JobId) -> Result<Option<Arc<HistoryRow>>, StorageError> {
+        if let Some(row) = state.archived.get(&job) {
+            return Ok(Some(row.clone()));
+        }
+        let Some(bucket) = state.archive_bucket(job).filter(|bucket| state.buckets.contains(bucket)) else {
+            return Ok(None);
+        };
+        let mut found = None;
+        self.store.scan(Tag::History, &group_key(bucket, job.0 / GROUP), &mut |_, payload, _| {
+            found = self.rows_of(&payload)?.into_iter().find(|row| row.id == job);
+            Ok(found.is_none())
+        })?;
+        match found {
+            Some(row) => Ok(Some(Arc::new(row))),
+            None => Err(StorageError::damaged(
+                self.dir(),
+                "read the history of",
+                format!("job {job} left memory in hour {bucket}, but its row is missing"),
+            )),
+        }
+    }
+
+    /// Jobs that left memory, the latest hour first and within it the highest id first: up to `limit` below `before`
+    /// (the key of the last row of the page before; `None` for the first page).
+    pub fn history_list(
+        &self,
+        state: &State,
+        before: Option<HistoryKey>,
+        limit: usize,
+    ) -> Result<Vec<Arc<HistoryRow>>, StorageError> {
+        let before = before.unwrap_or(HistoryKey { bucket: u32::MAX, job: JobId(u64::MAX) });
+        let mut rows: BTreeMap<HistoryKey, Arc<HistoryRow>> = BTreeMap::new();
+        let fits = |row: &HistoryRow| HistoryKey::of(row) < before && state.buckets.contains(&row.bucket);
+        rows.extend(state.archived.values().filter(|row| fits(row)).map(|row| (HistoryKey::of(row), row.clone())));
+
+        let mut read = 0;
+        let mut last_group = Vec::new();
+        let below = group_key(before.bucket, (before.job.0 / GROUP).saturating_add(1));
+        self.store.scan_down(Tag::History, &below, &mut |key, payload, _| {
+            let group = key.get(..12).unwrap_or_default();
+            if read >= limit && group != last_group {
+                return Ok(false);
+            }
+            last_group = group.to_vec();
+            for row in self.rows_of(&payload)?.into_iter().filter(|row| fits(row)) {
+                read += 1;
+                rows.entry(HistoryKey::of(&row)).or_insert_with(|| Arc::new(row));
+            }
+            Ok(true)
+        })?;
+        Ok(rows.into_values().rev().take(limit).collect())
+    }
+
+    /// Calls `each` with the stored rows of a bucket as (job, canonical bytes), job ids ascending.
+    pub(super) fn bucket_rows(
+        &self,
+        bucket: u32,
+        each: &mut dyn FnMut(JobId, &[u8]) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        let mut group: Vec<u8> = Vec::new();
+        let mut rows: BTreeMap<JobId, Vec<u8>> = BTreeMap::new();
+        self.store.scan(Tag::History, &bucket.to_be_bytes(), &mut |key, payload, _| {
+            let this = key.get(..12).unwrap_or_default();
+            if this != group {
+                group = this.to_vec();
+                std::mem::take(&mut rows).iter().try_for_each(|(job, bytes)| each(*job, bytes))?;
+            }
+            for row in RowReader(&payload) {
+                let (key, bytes) = row.map_err(|text| self.damaged_row(text))?;
+                let key = HistoryKey::take(key).ok_or_else(|| self.damaged_row("a key is malformed"))?;
+                rows.insert(key.job, bytes.to_vec());
+            }
+            Ok(true)
+        })?;
+        rows.iter().try_for_each(|(job, bytes)| each(*job, bytes))
+    }
+
+    /// Stores rows given as (key, canonical bytes), all of one bucket and in the order of their ids; for a new image.
+    pub(super) fn put_history(&self, rows: &[(HistoryKey, Vec<u8>)], index: u64) -> Result<(), StorageError> {
+        let mut batch = Batch::default();
+        for group in rows.chunk_by(|left, right| left.0.job.0 / GROUP == right.0.job.0 / GROUP) {
+            let mut payload = Vec::new();
+            group.iter().for_each(|(key, bytes)| put_row(&mut payload, &key.bytes(), bytes));
+            let first = group[0].0;
+            let key = [group_key(first.bucket, first.job.0 / GROUP), index.to_be_bytes().to_vec()].concat();
+            batch.put(Tag::History, &key, &payload);
+        }
+        self.store.apply(batch)
+    }
+
+    fn rows_of(&self, payload: &[u8]) -> Result<Vec<HistoryRow>, StorageError> {
+        RowReader(payload)
+            .map(|row| {
+                let (_, bytes) = row.map_err(|text| self.damaged_row(text))?;
+                codec::decode_record(bytes).at(self.dir(), "read a history row of")
+            })
+            .collect()
+    }
+
+    fn damaged_row(&self, text: impl Into<String>) -> StorageError {
+        StorageError::damaged(self.dir(), "read a history value of", text)
+    }
+}

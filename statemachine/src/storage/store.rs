@@ -1,0 +1,329 @@
+//! sled, and nothing above it: one tree, atomic batches, values cut into chunks, and the one way to make it durable.
+//! The only place that names sled. What keys and values mean is for `image` and `history`.
+//!
+//! sled's own `flush` does not survive a power cut on Linux (it never syncs), and a message of more than a quarter of a
+//! segment goes to a file of its own that nobody syncs. So: large segments, small values, and [`Store::persist`].
+
+use std::fs::{self, File};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::codec::{self, Tag};
+use super::error::{At, Cause, StorageError};
+
+/// Fixed when the image is created. Values up to 240 KB stay inside the main file with it.
+const SEGMENT: usize = 16 << 20;
+/// A hint to sled: pages written last stay in memory.
+const CACHE: u64 = 64 << 20;
+/// Payloads above this are cut into chunks.
+const VALUE_LIMIT: usize = 128 << 10;
+const CHUNK: usize = 64 << 10;
+/// Set in the tag byte of a chunk's key.
+const CHUNK_BIT: u8 = 0x80;
+
+/// First byte of a value's payload.
+const WHOLE: u8 = 0;
+const CHUNKED: u8 = 1;
+
+/// Gets key, payload and number of chunks of a value; says whether to go on.
+pub(crate) type EachValue<'a> = &'a mut dyn FnMut(&[u8], Vec<u8>, u16) -> Result<bool, StorageError>;
+
+pub(crate) struct Store {
+    dir: PathBuf,
+    db: sled::Db,
+    tree: sled::Tree,
+}
+
+/// Changes that reach the disk together or not at all.
+#[derive(Default)]
+pub(crate) struct Batch {
+    inner: sled::Batch,
+    /// Keys and values, in bytes.
+    pub bytes: usize,
+    pub values: usize,
+}
+
+impl Batch {
+    /// Stores a payload under tag + key; returns the chunks it needed beside its head.
+    pub fn put(&mut self, tag: Tag, key: &[u8], payload: &[u8]) -> u16 {
+        let full = stored_key(tag, key);
+        if payload.len() <= VALUE_LIMIT {
+            self.insert(full, sealed(tag, key, WHOLE, payload));
+            return 0;
+        }
+        let mut chunks = 0u16;
+        for chunk in payload.chunks(CHUNK) {
+            self.insert(chunk_key(tag, key, chunks), sealed(tag, &chunk_suffix(key, chunks), WHOLE, chunk));
+            chunks += 1;
+        }
+        // The head names count and hash: chunks of another version of the value would be found out.
+        let mut head = chunks.to_le_bytes().to_vec();
+        head.extend_from_slice(&codec::hash_row(tag, key, payload).to_le_bytes());
+        self.insert(full, sealed(tag, key, CHUNKED, &head));
+        chunks
+    }
+
+    pub fn remove(&mut self, tag: Tag, key: &[u8], chunks: u16) {
+        self.inner.remove(stored_key(tag, key));
+        for number in 0..chunks {
+            self.inner.remove(chunk_key(tag, key, number));
+        }
+    }
+
+    fn insert(&mut self, key: Vec<u8>, value: Vec<u8>) {
+        self.bytes += key.len() + value.len();
+        self.values += 1;
+        self.inner.insert(key, value);
+    }
+}
+
+fn stored_key(tag: Tag, key: &[u8]) -> Vec<u8> {
+    [&[tag as u8], key].concat()
+}
+
+fn chunk_suffix(key: &[u8], number: u16) -> Vec<u8> {
+    [key, &number.to_be_bytes()].concat()
+}
+
+fn chunk_key(tag: Tag, key: &[u8], number: u16) -> Vec<u8> {
+    [&[tag as u8 | CHUNK_BIT], key, &number.to_be_bytes()].concat()
+}
+
+fn sealed(tag: Tag, key: &[u8], kind: u8, payload: &[u8]) -> Vec<u8> {
+    codec::seal(tag, key, &[&[kind], payload].concat())
+}
+
+impl Store {
+    /// Opens the store in `dir`, or makes it. A panic inside sled becomes an error.
+    pub fn open(dir: &Path) -> Result<Self, StorageError> {
+        let is_new = !dir.join("conf").exists();
+        remove_unfinished_snapshots(dir)?;
+        let opened = catch_unwind(AssertUnwindSafe(|| open_patiently(dir)));
+        let (db, tree) = match opened {
+            Ok(result) => result.at(dir, "open the image in")?,
+            Err(panic) => return Err(StorageError::damaged(dir, "open the image in", panic_text(&*panic))),
+        };
+        let store = Self { dir: dir.into(), db, tree };
+        if is_new {
+            store.persist_creation()?;
+        }
+        Ok(store)
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub fn apply(&self, batch: Batch) -> Result<(), StorageError> {
+        self.guarded("write a batch to", || self.tree.apply_batch(batch.inner))
+    }
+
+    /// Makes everything applied so far survive a power cut. The only place where durability is made.
+    pub fn persist(&self) -> Result<(), StorageError> {
+        self.guarded("flush", || self.tree.flush())?;
+        for file in self.data_files()? {
+            match File::open(&file) {
+                Ok(open) => open.sync_data().at(&file, "sync")?,
+                // sled replaces its `snap.*` now and then.
+                Err(err) if err.kind() == std::io::ErrorKind::NotFound => {}
+                Err(err) => return Err(err).at(&file, "open to sync"),
+            }
+        }
+        self.assert_no_blobs()
+    }
+
+    /// What a new store needs once: its configuration file, and the directory entries of all of it.
+    fn persist_creation(&self) -> Result<(), StorageError> {
+        self.persist()?;
+        let conf = self.dir.join("conf");
+        File::open(&conf).and_then(|file| file.sync_all()).at(&conf, "sync")?;
+        sync_dir(&self.dir)?;
+        self.dir.parent().map_or(Ok(()), sync_dir)
+    }
+
+    fn data_files(&self) -> Result<Vec<PathBuf>, StorageError> {
+        let mut files = vec![self.dir.join("db")];
+        for entry in fs::read_dir(&self.dir).at(&self.dir, "list")? {
+            let entry = entry.at(&self.dir, "list")?;
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            if name.starts_with("snap.") && !name.ends_with(".generating") {
+                files.push(entry.path());
+            }
+        }
+        Ok(files)
+    }
+
+    fn assert_no_blobs(&self) -> Result<(), StorageError> {
+        let blobs = self.dir.join("blobs");
+        match fs::read_dir(&blobs) {
+            Ok(mut entries) => match entries.next() {
+                None => Ok(()),
+                Some(_) => Err(StorageError::damaged(&blobs, "persist", "a value went to a file that is never synced")),
+            },
+            Err(err) if err.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(err) => Err(err).at(&blobs, "list"),
+        }
+    }
+
+    /// The payload under tag + key, checksum verified and chunks joined, with the number of chunks.
+    pub fn get(&self, tag: Tag, key: &[u8]) -> Result<Option<(Vec<u8>, u16)>, StorageError> {
+        let value = self.guarded("read", || self.tree.get(stored_key(tag, key)))?;
+        value.map(|value| self.unpack(tag, key, &value)).transpose()
+    }
+
+    /// Calls `each` with (key, payload, chunks) for every value of a table whose key begins with `prefix`, in order.
+    pub fn scan(&self, tag: Tag, prefix: &[u8], each: EachValue) -> Result<(), StorageError> {
+        let mut found = self.tree.scan_prefix(stored_key(tag, prefix));
+        while let Some((key, value)) = self.guarded("read", || found.next().transpose())? {
+            let (payload, chunks) = self.unpack(tag, &key[1..], &value)?;
+            if !each(&key[1..], payload, chunks)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `each` for every value of a table whose key is below `below`, the highest first.
+    pub fn scan_down(&self, tag: Tag, below: &[u8], each: EachValue) -> Result<(), StorageError> {
+        let mut found = self.tree.range(stored_key(tag, &[])..stored_key(tag, below));
+        while let Some((key, value)) = self.guarded("read", || found.next_back().transpose())? {
+            let (payload, chunks) = self.unpack(tag, &key[1..], &value)?;
+            if !each(&key[1..], payload, chunks)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first key of a table that is at or above `from`.
+    pub fn first_key_from(&self, tag: Tag, from: &[u8]) -> Result<Option<Vec<u8>>, StorageError> {
+        let range = stored_key(tag, from)..vec![tag as u8 + 1];
+        let found = self.guarded("read", || self.tree.range(range).next().transpose())?;
+        Ok(found.map(|(key, _)| key[1..].to_vec()))
+    }
+
+    /// Removes every value of a table whose key begins with `prefix`; in steps, so not atomically.
+    pub fn remove_prefix(&self, tag: Tag, prefix: &[u8]) -> Result<(), StorageError> {
+        const STEP: usize = 1_024;
+        for first in [tag as u8, tag as u8 | CHUNK_BIT] {
+            let start = [&[first], prefix].concat();
+            loop {
+                let mut batch = sled::Batch::default();
+                let mut count = 0;
+                for key in self.tree.scan_prefix(&start).keys().take(STEP) {
+                    batch.remove(self.guarded("read", || key)?);
+                    count += 1;
+                }
+                self.guarded("write a batch to", || self.tree.apply_batch(batch))?;
+                if count < STEP {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn unpack(&self, tag: Tag, key: &[u8], value: &[u8]) -> Result<(Vec<u8>, u16), StorageError> {
+        let payload = codec::open_sealed(tag, key, value).at(&self.dir, "read a value of")?;
+        match payload.split_first() {
+            Some((&WHOLE, rows)) => Ok((rows.to_vec(), 0)),
+            Some((&CHUNKED, head)) if head.len() == 18 => {
+                let chunks = u16::from_le_bytes([head[0], head[1]]);
+                let joined = self.join(tag, key, chunks)?;
+                let hash = codec::hash_row(tag, key, &joined);
+                if hash.to_le_bytes() != head[2..] {
+                    return Err(self.damaged(tag, key, "its chunks are not of one version"));
+                }
+                Ok((joined, chunks))
+            }
+            _ => Err(self.damaged(tag, key, "its first byte is of no kind")),
+        }
+    }
+
+    fn join(&self, tag: Tag, key: &[u8], chunks: u16) -> Result<Vec<u8>, StorageError> {
+        let mut joined = Vec::with_capacity(usize::from(chunks) * CHUNK);
+        for number in 0..chunks {
+            let chunk = self.guarded("read", || self.tree.get(chunk_key(tag, key, number)))?;
+            let chunk = chunk.ok_or_else(|| self.damaged(tag, key, format!("chunk {number} of {chunks} is missing")))?;
+            let payload = codec::open_sealed(tag, &chunk_suffix(key, number), &chunk).at(&self.dir, "read a chunk of")?;
+            joined.extend_from_slice(payload.get(1..).unwrap_or_default());
+        }
+        Ok(joined)
+    }
+
+    fn damaged(&self, tag: Tag, key: &[u8], what: impl std::fmt::Display) -> StorageError {
+        StorageError::damaged(&self.dir, "read", format!("value of table {tag:?}, key {key:02x?}: {what}"))
+    }
+
+    /// Runs a call into sled: its error, or its panic, becomes ours.
+    fn guarded<T>(&self, operation: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StorageError> {
+        match catch_unwind(AssertUnwindSafe(call)) {
+            Ok(result) => result.at(&self.dir, operation),
+            Err(panic) => Err(StorageError::damaged(&self.dir, operation, panic_text(&*panic))),
+        }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // sled flushes when the last handle goes; a failure then has nobody to tell, so the owner persists before.
+        let _ = catch_unwind(AssertUnwindSafe(|| self.db.flush()));
+    }
+}
+
+impl From<sled::Error> for Cause {
+    fn from(err: sled::Error) -> Self {
+        match err {
+            sled::Error::Io(err) => Cause::Io(err),
+            other => Cause::Damaged(other.to_string()),
+        }
+    }
+}
+
+/// A store that this process just closed may hold its lock for a moment longer, while sled's threads end.
+fn open_patiently(dir: &Path) -> sled::Result<(sled::Db, sled::Tree)> {
+    const TRIES: u32 = 40;
+    let config = sled::Config::new().path(dir).segment_size(SEGMENT).cache_capacity(CACHE).flush_every_ms(None);
+    let mut tries = 0;
+    let db = loop {
+        match config.open() {
+            Err(sled::Error::Io(err)) if err.to_string().contains("could not acquire lock") && tries < TRIES => {
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            result => break result?,
+        }
+    };
+    let tree = db.open_tree("image")?;
+    Ok((db, tree))
+}
+
+/// A crash while sled wrote one of its own snapshots leaves a file that it refuses to open over.
+fn remove_unfinished_snapshots(dir: &Path) -> Result<(), StorageError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(err) if err.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(err) => return Err(err).at(dir, "list"),
+    };
+    for entry in entries {
+        let path = entry.at(dir, "list")?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            fs::remove_file(&path).at(&path, "remove")?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the directory's entries durable.
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), StorageError> {
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    File::open(dir).and_then(|open| open.sync_all()).at(dir, "sync the directory")
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("sled panicked: {}", text.unwrap_or("without a message"))
+}
