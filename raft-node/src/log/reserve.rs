@@ -1,0 +1,67 @@
+//! Disk space kept back. When the disk is full the reserve is given up, so that what the log holds can still be written
+//! and acknowledged while the replica, told by [`super::Log::disk_full`], hands over leadership and refuses new writes.
+//! When it can be made again, there is space again. Owns the file `reserve`; leaves waiting to the writer.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, fallocate};
+
+pub(super) struct Reserve {
+    path: PathBuf,
+    bytes: u64,
+    held: bool,
+}
+
+impl Reserve {
+    pub(super) fn new(dir: &Path, bytes: u64) -> Reserve {
+        Reserve { path: dir.join("reserve"), bytes, held: false }
+    }
+
+    pub(super) fn held(&self) -> bool {
+        self.held
+    }
+
+    /// Takes the space. Fails if there is not as much.
+    pub(super) fn take(&mut self) -> io::Result<()> {
+        let taken = self.fill();
+        self.held = taken.is_ok();
+        if !self.held {
+            std::fs::remove_file(&self.path).ok();
+        }
+        taken
+    }
+
+    fn fill(&self) -> io::Result<()> {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&self.path)?;
+        match fallocate(&file, FallocateFlags::empty(), 0, self.bytes) {
+            Ok(()) => Ok(()),
+            Err(error) if is_full(&error.into()) => Err(error.into()),
+            // A file system that cannot reserve: zeros take the space as well.
+            Err(_) => write_zeros(&file, self.bytes),
+        }
+    }
+
+    /// Gives the space back to the disk; false if it was given back before.
+    pub(super) fn give_up(&mut self) -> bool {
+        std::mem::take(&mut self.held) && std::fs::remove_file(&self.path).is_ok()
+    }
+}
+
+fn write_zeros(file: &std::fs::File, bytes: u64) -> io::Result<()> {
+    let zeros = vec![0; 1 << 20];
+    let mut at = 0;
+    while at < bytes {
+        let n = (bytes - at).min(zeros.len() as u64);
+        file.write_all_at(&zeros[..n as usize], at)?;
+        at += n;
+    }
+    Ok(())
+}
+
+/// Whether an error says that the disk, or the user's share of it, is full.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
