@@ -4,7 +4,7 @@
 //! | what | layout (integers little-endian) |
 //! |---|---|
 //! | log entry | codec u8, schema u16, payload |
-//! | stored value | codec u8, schema u16, hash u128 of (tag, key, payload), payload |
+//! | stored value | codec u8, schema u16, hash u128 of (tag, key, codec, schema, payload), payload |
 //! | key | tag u8, then the record's key, big-endian |
 
 use serde::Serialize;
@@ -111,36 +111,48 @@ pub fn decode_value<T: DeserializeOwned>(tag: Tag, key: &[u8], bytes: &[u8]) -> 
 pub fn seal(tag: Tag, key: &[u8], payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(VALUE_HEAD + payload.len());
     put_head(&mut out);
-    out.extend_from_slice(&hash_row(tag, key, payload).to_le_bytes());
+    let hash = hash_parts([&[tag as u8], key, &out[..], payload]);
+    out.extend_from_slice(&hash.to_le_bytes());
     out.extend_from_slice(payload);
     out
 }
 
-/// The payload inside a stored value, its checksum verified.
+/// The payload inside a stored value. The checksum is verified first: an unknown codec or schema under a good checksum
+/// was written by a newer binary, and is not damage.
 pub fn open_sealed<'a>(tag: Tag, key: &[u8], bytes: &'a [u8]) -> Result<&'a [u8], CodecError> {
-    let payload = after_head(bytes, VALUE_HEAD)?;
+    if bytes.len() < VALUE_HEAD {
+        return Err(CodecError::Short { len: bytes.len(), least: VALUE_HEAD });
+    }
+    let (head, payload) = (&bytes[..ENTRY_HEAD], &bytes[VALUE_HEAD..]);
     let stored = u128::from_le_bytes(bytes[ENTRY_HEAD..VALUE_HEAD].try_into().expect("a slice of 16 bytes"));
-    let found = hash_row(tag, key, payload);
-    if stored == found { Ok(payload) } else { Err(CodecError::Checksum { stored, found }) }
+    let found = hash_parts([&[tag as u8], key, head, payload]);
+    if stored != found {
+        return Err(CodecError::Checksum { stored, found });
+    }
+    after_head(bytes, VALUE_HEAD)
 }
 
 /// Hash of a record: xxh3-128 over table tag, key bytes and canonical bytes, in this order.
 pub fn hash_row(tag: Tag, key: &[u8], canonical: &[u8]) -> u128 {
+    hash_parts([&[tag as u8], key, canonical])
+}
+
+fn hash_parts<const N: usize>(parts: [&[u8]; N]) -> u128 {
     const INLINE: usize = 1_024;
-    let len = 1 + key.len() + canonical.len();
-    if len <= INLINE {
-        // A flat buffer spares small records, nearly all of them, the set-up of the streaming hasher.
-        let mut flat = [0u8; INLINE];
-        flat[0] = tag as u8;
-        flat[1..1 + key.len()].copy_from_slice(key);
-        flat[1 + key.len()..len].copy_from_slice(canonical);
-        return xxh3_128(&flat[..len]);
+    let len = parts.iter().map(|part| part.len()).sum();
+    if len > INLINE {
+        let mut hasher = Xxh3::new();
+        parts.iter().for_each(|part| hasher.update(part));
+        return hasher.digest128();
     }
-    let mut hasher = Xxh3::new();
-    hasher.update(&[tag as u8]);
-    hasher.update(key);
-    hasher.update(canonical);
-    hasher.digest128()
+    // A flat buffer spares small records, nearly all of them, the set-up of the streaming hasher.
+    let mut flat = [0u8; INLINE];
+    let mut end = 0;
+    for part in parts {
+        flat[end..end + part.len()].copy_from_slice(part);
+        end += part.len();
+    }
+    xxh3_128(&flat[..len])
 }
 
 /// Appends the canonical bytes of `value`.

@@ -18,7 +18,7 @@ use crate::record::HistoryRow;
 use crate::state::State;
 
 /// Job ids that share a value.
-const GROUP: u64 = 64;
+pub(super) const GROUP: u64 = 64;
 
 /// Identity of a history row: its bucket, then its job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

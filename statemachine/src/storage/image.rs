@@ -262,13 +262,7 @@ fn put_changed(pages: &mut Pages, tag: Tag, table: &dyn Rows, batch: &mut Batch)
     Ok(())
 }
 
-fn put_run(
-    pages: &mut Pages,
-    mut run: Run,
-    tag: Tag,
-    table: &dyn Rows,
-    batch: &mut Batch,
-) -> Result<(), CodecError> {
+fn put_run(pages: &mut Pages, mut run: Run, tag: Tag, table: &dyn Rows, batch: &mut Batch) -> Result<(), CodecError> {
     let mut made: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
     let mut emit = |bound: Vec<u8>, page: &[u8]| made.push((bound, page.to_vec()));
     let mut filler = Filler::default();

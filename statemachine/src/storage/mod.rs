@@ -2,16 +2,21 @@
 //! (`image`), snapshot files (`snapshot`), and the way back from disk to a state (`recovery`). The only IO of this
 //! crate. The replicated log is not here: raft-node owns it.
 
+mod blocks;
 pub mod codec;
 mod digest;
 mod error;
 mod history;
 mod image;
 mod pages;
+mod recovery;
 mod rows;
+pub mod snapshot;
 mod store;
 
 pub use codec::CodecError;
 pub use error::{Cause, StorageError};
 pub use history::{HistoryKey, weigh};
 pub use image::{BEHIND_BYTES, BEHIND_RECORDS, CUT_MS, CUT_RECORDS, Cut, Image, Persisted};
+pub use recovery::{LogBounds, Recovered, Source, install, open, snapshots_dir};
+pub use snapshot::{Incoming, Snapshot, SnapshotId};

@@ -246,8 +246,10 @@ impl Store {
         let mut joined = Vec::with_capacity(usize::from(chunks) * CHUNK);
         for number in 0..chunks {
             let chunk = self.guarded("read", || self.tree.get(chunk_key(tag, key, number)))?;
-            let chunk = chunk.ok_or_else(|| self.damaged(tag, key, format!("chunk {number} of {chunks} is missing")))?;
-            let payload = codec::open_sealed(tag, &chunk_suffix(key, number), &chunk).at(&self.dir, "read a chunk of")?;
+            let chunk =
+                chunk.ok_or_else(|| self.damaged(tag, key, format!("chunk {number} of {chunks} is missing")))?;
+            let payload =
+                codec::open_sealed(tag, &chunk_suffix(key, number), &chunk).at(&self.dir, "read a chunk of")?;
             joined.extend_from_slice(payload.get(1..).unwrap_or_default());
         }
         Ok(joined)

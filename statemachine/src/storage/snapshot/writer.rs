@@ -1,0 +1,115 @@
+//! Writes a snapshot of a state, on a thread that may take its time: the state is a clone, and the image is only read.
+
+use std::path::Path;
+
+use super::super::blocks::BlockWriter;
+use super::super::codec::{self, StoredKey, Tag};
+use super::super::error::{At, Cause, StorageError};
+use super::super::history::HistoryKey;
+use super::super::image::Image;
+use super::super::rows;
+use super::manifest::{FileEntry, Manifest};
+use super::{Snapshot, SnapshotId};
+use crate::record::Bucket;
+use crate::state::State;
+
+/// Writes a snapshot of `state` (a clone of the applied one) below `snapshots` and removes all but the newest two. The
+/// image gives the history rows that left memory; it may be ahead of the state, not behind it.
+///
+/// Errors: [`Cause::Superseded`] when a bucket of history was dropped meanwhile: take a new clone and try again.
+pub fn write(snapshots: &Path, mut state: State, image: &Image) -> Result<Snapshot, StorageError> {
+    let _history_stays = image.history.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let dir = super::begin(snapshots, "write")?;
+    let digest = state.digest();
+    let mut files = vec![write_live(&dir, &state, digest)?, write_events(&dir, &state)?];
+    for (bucket, sums) in state.buckets.iter() {
+        files.push(place_bucket(snapshots, &dir, &state, image, *bucket, sums)?);
+    }
+    Manifest::of(&state, digest, files).write(&dir)?;
+    let snapshot = super::publish(&dir, snapshots, SnapshotId(state.meta.applied))?;
+    super::prune(snapshots)?;
+    Ok(snapshot)
+}
+
+fn write_live(dir: &Path, state: &State, digest: u128) -> Result<FileEntry, StorageError> {
+    let path = dir.join("live");
+    let mut file = BlockWriter::create(&path)?;
+    let mut meta = Vec::new();
+    codec::canonical(&state.meta, &mut meta);
+    file.push(Tag::Meta, &[], &meta)?;
+    for (tag, table) in rows::all(state) {
+        let mut result = Ok(());
+        table
+            .encode_range(tag, None, None, &mut |key, bytes| {
+                if result.is_ok() {
+                    result = file.push(tag, key, bytes);
+                }
+            })
+            .at(&path, "encode the state for")?;
+        result?;
+    }
+    Ok(FileEntry::new("live", file.finish(digest)?))
+}
+
+fn write_events(dir: &Path, state: &State) -> Result<FileEntry, StorageError> {
+    let mut file = BlockWriter::create(&dir.join("events"))?;
+    let mut bytes = Vec::new();
+    for event in &state.events {
+        bytes.clear();
+        codec::canonical(event.as_ref(), &mut bytes);
+        let key = [&event.rev.0.to_be_bytes()[..], &event.sub.to_be_bytes()].concat();
+        file.push(Tag::Event, &key, &bytes)?;
+    }
+    Ok(FileEntry::new("events", file.finish(0)?))
+}
+
+/// A bucket's file: linked from an older snapshot, else written from the image and the rows that it doesn't hold yet.
+fn place_bucket(
+    snapshots: &Path,
+    dir: &Path,
+    state: &State,
+    image: &Image,
+    bucket: u32,
+    sums: &Bucket,
+) -> Result<FileEntry, StorageError> {
+    let name = format!("history-{bucket:010}-{:032x}", sums.sum);
+    if let Some(entry) = super::link_known(snapshots, &name, dir)? {
+        return Ok(entry);
+    }
+    let path = dir.join(&name);
+    let mut file = BlockWriter::create(&path)?;
+    let (mut count, mut sum) = (0u64, 0u128);
+    let mut push = |key: HistoryKey, bytes: &[u8]| {
+        let key = key.bytes();
+        count += 1;
+        sum = sum.wrapping_add(codec::hash_row(Tag::History, &key, bytes));
+        file.push(Tag::History, &key, bytes)
+    };
+    let mut overlay = state.archived.values().filter(|row| row.bucket == bucket).peekable();
+    let mut bytes = Vec::new();
+    let mut push_overlay =
+        |below: Option<HistoryKey>, push: &mut dyn FnMut(HistoryKey, &[u8]) -> Result<(), StorageError>| {
+            while let Some(row) = overlay.next_if(|row| below.is_none_or(|below| HistoryKey::of(row) < below)) {
+                bytes.clear();
+                codec::canonical(row.as_ref(), &mut bytes);
+                push(HistoryKey::of(row), &bytes)?;
+            }
+            Ok::<(), StorageError>(())
+        };
+    image.bucket_rows(bucket, &mut |job, stored| {
+        // The image may hold jobs that left memory after this state was cloned.
+        if state.archive_bucket(job) != Some(bucket) || state.archived.contains_key(&job) {
+            return Ok(());
+        }
+        let key = HistoryKey { bucket, job };
+        push_overlay(Some(key), &mut push)?;
+        push(key, stored)
+    })?;
+    push_overlay(None, &mut push)?;
+
+    if (count, sum) != (sums.rows, sums.sum) {
+        tracing::warn!(bucket, found = count, expected = sums.rows, "history differs from its bucket");
+        return Err(StorageError { file: path, operation: "write", cause: Cause::Superseded { bucket } });
+    }
+    Ok(FileEntry::new(&name, file.finish(sum)?))
+}
