@@ -1,0 +1,4 @@
+//! discovery
+
+pub mod cpulist;
+pub mod matrix;
