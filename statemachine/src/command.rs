@@ -36,30 +36,63 @@ pub struct Cmd {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     SubmitJob(Box<SubmitJob>),
-    Cancel { job: JobId },
+    Cancel {
+        job: JobId,
+    },
     Plan(Plan),
     RegisterNode(Box<RegisterNode>),
     /// Health facts and the action decided for them, above apply.
     GpuHealth(GpuHealthChange),
     Report(Report),
     /// The leader measured a silence longer than the lease allows.
-    NodeSilent { node: NodeId, epoch: u64, tokens: Vec<Token> },
-    LeaseDue { token: Token, cause: DueCause },
+    NodeSilent {
+        node: NodeId,
+        epoch: u64,
+        tokens: Vec<Token>,
+    },
+    LeaseDue {
+        token: Token,
+        cause: DueCause,
+    },
     /// An operator's word that no process of the part is alive.
-    ConfirmDead { node: NodeId, token: Option<Token> },
-    OpenSession { owner: String, ttl_ms: u64 },
-    EndSession { session: SessionId },
-    Acquire { session: SessionId, name: String },
-    Unlock { session: SessionId, name: String },
-    Member { replica: u64, level: u16 },
-    Compact { rev: Revision },
-    Retain { bucket: u32 },
+    ConfirmDead {
+        node: NodeId,
+        token: Option<Token>,
+    },
+    OpenSession {
+        owner: String,
+        ttl_ms: u64,
+    },
+    EndSession {
+        session: SessionId,
+    },
+    Acquire {
+        session: SessionId,
+        name: String,
+    },
+    Unlock {
+        session: SessionId,
+        name: String,
+    },
+    Member {
+        replica: u64,
+        level: u16,
+    },
+    Compact {
+        rev: Revision,
+    },
+    Retain {
+        bucket: u32,
+    },
     /// Replicas publish the digest at this index.
     Mark,
     /// Runs due timers and chores.
     Tick,
     /// Takes a node out of scheduling, with a reason, or back in.
-    NodeAdmin { node: NodeId, out: Option<String> },
+    NodeAdmin {
+        node: NodeId,
+        out: Option<String>,
+    },
 }
 
 /// The spec as a client names things; apply interns tenant, queue and GPU types.
@@ -178,14 +211,24 @@ pub struct ReportItem {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PartReport {
     /// Ready at the barrier; rank 0's agent names the port it reserved, others 0.
-    Prepared { port: u16 },
+    Prepared {
+        port: u16,
+    },
     /// All ranks of the part run; on one node with the port that the agent picked.
-    Started { port: u16 },
+    Started {
+        port: u16,
+    },
     /// Ranks that ended; with `released` when no process of the part is left and the GPUs are clean.
-    Exited { exits: Vec<ReportExit>, released: bool },
+    Exited {
+        exits: Vec<ReportExit>,
+        released: bool,
+    },
     /// No process of the part is left (after a stop, or nothing was ever started).
     Released,
-    LaunchFailed { fault: LaunchFault, why: String },
+    LaunchFailed {
+        fault: LaunchFault,
+        why: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -223,7 +266,10 @@ pub enum Outcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
     Stored(StoredReply),
-    Registered { node: NodeId, epoch: u64 },
+    Registered {
+        node: NodeId,
+        epoch: u64,
+    },
     /// One per placement, in order.
     Plan(Vec<Result<Token, Rejection>>),
     /// One per report item, in order. A refusal means "do not send it again".

@@ -3,16 +3,27 @@
 //! No clock, no randomness, no hash order here: time and salt ride in each [`command::Entry`]. IO lives in `storage`
 //! alone.
 
+pub mod apply;
+pub mod check;
 pub mod command;
 pub mod event;
+pub mod fit;
 pub mod id;
+mod index;
+mod lease;
 pub mod record;
+mod retry;
 pub mod settings;
 pub mod spec;
 pub mod state;
 pub mod storage;
 pub mod table;
+mod transition;
+pub mod view;
 
+pub use apply::{LEVEL, TooNew};
+pub use check::Violation;
 pub use command::{Cmd, Code, Command, Entry, Outcome, Rejection, Reply};
+pub use event::{Change, Compacted, Event};
 pub use id::*;
 pub use state::State;

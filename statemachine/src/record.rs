@@ -17,6 +17,20 @@ pub struct Versioned<T> {
     pub value: T,
 }
 
+impl<T> Versioned<T> {
+    pub fn new(rev: Revision, value: T) -> Self {
+        Self { create_rev: rev, mod_rev: rev, version: 1, value }
+    }
+
+    /// Counts a change that the keyspace shows; several of one revision count once.
+    pub(crate) fn bump(&mut self, rev: Revision) {
+        if self.mod_rev != rev {
+            self.mod_rev = rev;
+            self.version = self.version.saturating_add(1);
+        }
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------- jobs
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,6 +105,8 @@ pub struct Task {
     pub attempts: VecDeque<AttemptRow>,
     /// The one committed result.
     pub result: Option<TaskResult>,
+    /// The last grant, for `/fencing/job/`; absent before the first one.
+    pub fence: Option<Versioned<Token>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +128,13 @@ pub struct Used {
     pub timeout: u16,
 }
 
+impl Used {
+    /// Attempts that ended by no fault of the job.
+    pub fn excused(&self) -> u16 {
+        self.lost.saturating_add(self.launch).saturating_add(self.gpu_fault)
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttemptRow {
     pub attempt: u32,
@@ -122,6 +145,8 @@ pub struct AttemptRow {
     pub granted_ms: u64,
     pub started_ms: Option<u64>,
     pub ended_ms: u64,
+    /// What the verdict said, for people; empty where its kind says it all.
+    pub text: String,
 }
 
 /// The committed result of a task: written once, at the close of its last lease, carrying that lease's token.
@@ -238,7 +263,9 @@ pub struct Part {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum PartState {
     Held,
-    Prepared { port: u16 },
+    Prepared {
+        port: u16,
+    },
     Started,
     Exited,
     Released,
@@ -308,7 +335,9 @@ pub enum KillStrength {
 pub enum NodeAdmin {
     Ready,
     /// Gets nothing new; the text says why and who.
-    Out { reason: String },
+    Out {
+        reason: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -406,7 +435,7 @@ pub struct Tenant {
     pub parent: Option<TenantId>,
     /// Jobs that have not ended.
     pub live_jobs: u64,
-    /// Bytes of their bodies.
+    /// Bytes of the bodies of all jobs in memory, ended ones too until they are archived.
     pub body_bytes: u64,
     /// GPUs in leases that are not closed.
     pub used_gpus: u64,
@@ -485,7 +514,7 @@ pub struct HistoryRow {
     pub id: JobId,
     pub job: Versioned<Job>,
     pub body: Body,
-    pub task: Option<Task>,
+    pub task: Option<Versioned<Task>>,
     pub bucket: u32,
 }
 
@@ -523,8 +552,11 @@ pub struct Meta {
     pub settings: Settings,
     /// Level of each replica's binary, by replica id.
     pub members: BTreeMap<u64, u16>,
-    /// The oldest request bucket that is kept; an id whose own time is older is refused.
+    /// Wall time up to which request ids may have been forgotten: an unknown id that is older is refused. Starts at
+    /// the smallest number, that is with nothing forgotten.
     pub request_horizon_wall_ms: i64,
+    /// Dropped buckets of history whose jobs still stand in `ended`, each with the next chunk to clear.
+    pub retiring: BTreeMap<u32, u64>,
 }
 
 /// What a name is interned as.

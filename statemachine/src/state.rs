@@ -30,7 +30,7 @@ pub struct State {
     pub buckets: Table<u32, Bucket>,
     pub names: Table<NameKey, String>,
     /// Last token granted for each GPU, for `/fencing/gpu/`.
-    pub gpu_tokens: Table<GpuUuid, Token>,
+    pub gpu_tokens: Table<GpuUuid, Versioned<Token>>,
     pub index: Index,
     /// Recent events in order, at most `settings.event_ring`.
     pub events: Vector<Arc<Event>>,
@@ -39,7 +39,7 @@ pub struct State {
 }
 
 /// Derived from the tables, rebuilt on load, never stored or hashed.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Index {
     /// Tasks that may be placed now, in the order in which the planner looks: priority descending, then seq.
     pub queue: OrdMap<QueueKey, ()>,
@@ -52,6 +52,10 @@ pub struct Index {
     pub class_by_facts: OrdMap<Class, ClassId>,
     /// Requests by bucket, the order in which they are forgotten.
     pub requests: OrdSet<(u32, RequestId)>,
+    /// Where each GPU was last registered and not seen to vanish.
+    pub gpus: OrdMap<GpuUuid, NodeId>,
+    /// Attempts that run without a live lease: as long as a job has one, it is on hold.
+    pub orphans: OrdSet<(JobId, NodeId, Token)>,
 }
 
 /// Sorts by priority descending, then by queue position.

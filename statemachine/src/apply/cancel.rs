@@ -1,0 +1,95 @@
+//! Cancel: sets the job's `stop` for good. A waiting task ends at once; a running one gets the verdict CANCELLED and
+//! drains. A verdict reached before stands, but leads no more back to the queue.
+//!
+//! Refuses NOT_FOUND, ALREADY_ENDED, NOT_OWNER. A second cancel is accepted and changes nothing.
+
+use super::{Ctx, DONE};
+use crate::command::{Code, Rejection, Reply};
+use crate::id::*;
+use crate::lease::Ruling;
+use crate::record::*;
+use crate::state::State;
+use crate::transition::{self, By};
+
+pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<Reply, Rejection> {
+    let job = find(state, id)?;
+    check_owner(state, ctx, job)?;
+    if job.stop.is_some() {
+        return DONE;
+    }
+    state.change_job(ctx, id, |state, ctx| {
+        let by = state.intern_user(ctx.actor);
+        let create_rev = ctx.rev;
+        state.jobs.update(&id, |job| job.value.stop = Some(Stop { by, rev: create_rev }));
+        stop_task(state, ctx, id.into());
+    });
+    DONE
+}
+
+fn find(state: &State, id: JobId) -> Result<&Job, Rejection> {
+    let ended = |outcome: TaskOutcome| {
+        let name = crate::view::ShownState::from(outcome).name();
+        Rejection::new(Code::AlreadyEnded, format!("job {id} has ended: {name}"))
+    };
+    match state.jobs.get(&id) {
+        Some(job) => match &job.value.ended {
+            Some(end) => Err(ended(end.outcome)),
+            None => Ok(&job.value),
+        },
+        None => Err(state
+            .ended_job(id)
+            .map_or_else(|| Rejection::new(Code::NotFound, format!("there is no job {id}")), |(end, _)| ended(end))),
+    }
+}
+
+/// The leader's own commands have no actor, and no owner to respect.
+fn check_owner(state: &State, ctx: &Ctx<'_>, job: &Job) -> Result<(), Rejection> {
+    let owner = state.user_name(job.user);
+    if ctx.actor.is_empty() || owner.is_empty() || ctx.actor == owner {
+        return Ok(());
+    }
+    Err(Rejection::new(Code::NotOwner, format!("the job is {owner}'s, not {}'s", ctx.actor)))
+}
+
+fn stop_task(state: &mut State, ctx: &mut Ctx<'_>, task: TaskKey) {
+    if let Some(Phase::Leased { token }) = state.tasks.get(&task).map(|task| task.value.phase.clone()) {
+        // A verdict that stands already decides; `stop` still forbids the way back to the queue.
+        let _ = state.decide(ctx, token, Ruling::new(VerdictKind::Cancelled, format!("cancelled by {}", ctx.actor)));
+        return;
+    }
+    state.touch_task(task);
+    let attempt = state.tasks.update(&task, |task| {
+        let task = &mut task.value;
+        if let Some(next) = transition::next(&task.phase, By::Cancel) {
+            task.phase = next.phase;
+        }
+        task.attempt
+    });
+    let result = TaskResult {
+        outcome: TaskOutcome::Cancelled,
+        token: None,
+        attempt: attempt.unwrap_or(0),
+        exit: None,
+        rev: ctx.rev,
+        wall_ms: state.meta.wall_ms,
+    };
+    state.end_task(ctx, task, result);
+}
+
+impl State {
+    /// Gives the task its record, if it has none yet; it goes on from the job's revisions.
+    pub(crate) fn touch_task(&mut self, key: TaskKey) {
+        if self.tasks.contains(&key) {
+            return;
+        }
+        if let Some(job) = self.jobs.get(&key.job) {
+            let task = Versioned {
+                create_rev: job.create_rev,
+                mod_rev: job.mod_rev,
+                version: job.version,
+                value: Task::untouched(),
+            };
+            self.tasks.insert(key, task);
+        }
+    }
+}

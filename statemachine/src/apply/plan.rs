@@ -1,0 +1,191 @@
+//! Plan: grants leases for the placements that still hold. Each is checked whole against the state as it is after the
+//! placements before it: one failing part refuses its placement, and no other.
+//!
+//! Per placement: TASK_GONE, ATTEMPT_MOVED, NODE_NOT_READY, EPOCH_MOVED, GPU_TAKEN, GPU_UNHEALTHY, NO_FIT, LIMIT.
+//! Emits the lease, the fences of its job and GPUs, and the task's state.
+
+use std::collections::BTreeSet;
+
+use super::Ctx;
+use crate::command::{Code, Place, PlacePart, Plan, Rejection, Reply};
+use crate::event::Change;
+use crate::fit::{self, NoFit};
+use crate::id::*;
+use crate::record::*;
+use crate::state::State;
+use crate::transition::{self, By};
+
+/// Placements of one command: bounds its work and its events.
+const PLACES: usize = 4_096;
+
+pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, plan: &Plan) -> Result<Reply, Rejection> {
+    if plan.places.len() > PLACES {
+        let detail = format!("places has {} items, the limit is {PLACES}", plan.places.len());
+        return Err(Rejection::new(Code::Limit, detail));
+    }
+    Ok(Reply::Plan(plan.places.iter().map(|place| grant(state, ctx, place)).collect()))
+}
+
+fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, Rejection> {
+    let job = check_task(state, place)?;
+    let masks = check_parts(state, &job.spec.shape, &place.parts)?;
+    let (ttl_ms, tenant, ranks) = (job.spec.lease_ttl_ms, job.tenant, job.spec.shape.ranks_per_node);
+    let token = state.mint().ok_or_else(|| Rejection::new(Code::Limit, "fencing tokens are used up"))?;
+
+    let lease = build_lease(state, place, &masks, ttl_ms, ranks);
+    state.change_job(ctx, place.task.job, |state, ctx| {
+        state.touch_task(place.task);
+        state.tasks.update(&place.task, |task| {
+            if let Some(next) = transition::next(&task.value.phase, By::Grant { token }) {
+                task.value.phase = next.phase;
+                task.value.attempt = place.attempt;
+            }
+            match &mut task.value.fence {
+                Some(fence) => {
+                    fence.value = token;
+                    fence.bump(ctx.rev);
+                }
+                none => *none = Some(Versioned::new(ctx.rev, token)),
+            }
+        });
+        take_parts(state, token, tenant, &lease);
+        fence_gpus(state, ctx, place.task, token, &lease);
+        state.leases.insert(token, Versioned::new(ctx.rev, lease));
+    });
+    Ok(token)
+}
+
+fn check_task<'a>(state: &'a State, place: &Place) -> Result<&'a Job, Rejection> {
+    let gone = |why: &str| Rejection::new(Code::TaskGone, format!("job {}: {why}", place.task.job));
+    let job = &state.jobs.get(&place.task.job).ok_or_else(|| gone("unknown or ended"))?.value;
+    let task = state.tasks.get(&place.task).map(|task| &task.value);
+    if place.task.index >= job.tasks {
+        return Err(gone("has no task of this index"));
+    }
+    if job.stop.is_some() || job.ended.is_some() {
+        return Err(gone("was cancelled or has ended"));
+    }
+    if job.holds.any() {
+        return Err(gone("is on hold"));
+    }
+    if task.is_some_and(|task| task.phase != Phase::Pending) {
+        return Err(gone("is not PENDING"));
+    }
+    let next = task.map_or(0, |task| task.attempt).saturating_add(1);
+    if place.attempt != next {
+        let detail = format!("attempt is {}, the next one is {next}", place.attempt);
+        return Err(Rejection::new(Code::AttemptMoved, detail));
+    }
+    Ok(job)
+}
+
+/// The GPU masks of the parts, in order.
+fn check_parts(state: &State, shape: &crate::spec::Shape, parts: &[PlacePart]) -> Result<Vec<u128>, Rejection> {
+    if parts.len() != usize::from(shape.nodes) {
+        let detail = format!("the placement has {} parts, the gang needs {}", parts.len(), shape.nodes);
+        return Err(Rejection::new(Code::NoFit, detail));
+    }
+    let (mut nodes, mut of_type, mut masks) = (BTreeSet::new(), None, Vec::with_capacity(parts.len()));
+    for part in parts {
+        if !nodes.insert(part.node) {
+            return Err(Rejection::new(Code::NoFit, format!("node {} is named twice", part.node)));
+        }
+        let (mask, gpu_type) = check_part(state, shape, part)?;
+        if let Some(gpu_type) = gpu_type {
+            if of_type.replace(gpu_type).is_some_and(|other| other != gpu_type) {
+                return Err(Rejection::new(Code::NoFit, "the parts' GPUs are of different types"));
+            }
+        }
+        masks.push(mask);
+    }
+    Ok(masks)
+}
+
+fn check_part(
+    state: &State,
+    shape: &crate::spec::Shape,
+    part: &PlacePart,
+) -> Result<(u128, Option<GpuTypeId>), Rejection> {
+    let missing = || Rejection::new(Code::NodeNotReady, format!("there is no node {}", part.node));
+    let node = &state.nodes.get(&part.node).ok_or_else(missing)?.value;
+    let alloc = state.allocs.get(&part.node).ok_or_else(missing)?;
+    if node.epoch != part.epoch {
+        let detail = format!("node {}: epoch is {}, not {}", node.name, node.epoch, part.epoch);
+        return Err(Rejection::new(Code::EpochMoved, detail));
+    }
+    if alloc.leases.len() >= state.meta.settings.leases_per_node as usize {
+        let (held, limit) = (alloc.leases.len(), state.meta.settings.leases_per_node);
+        return Err(Rejection::new(
+            Code::Limit,
+            format!("node {}: holds {held} leases, the limit is {limit}", node.name),
+        ));
+    }
+    fit::fit(node, alloc, shape, part).map_err(|why| {
+        let code = match why {
+            NoFit::NotReady(_) => Code::NodeNotReady,
+            NoFit::Unhealthy(..) => Code::GpuUnhealthy,
+            NoFit::Taken(_) => Code::GpuTaken,
+            NoFit::Shape(_) | NoFit::Cores { .. } | NoFit::Memory { .. } => Code::NoFit,
+        };
+        Rejection::new(code, format!("node {}: {why}", node.name))
+    })
+}
+
+/// One machine starts at once; several wait at the barrier until each is prepared.
+fn build_lease(state: &State, place: &Place, masks: &[u128], ttl_ms: u64, ranks: u16) -> Lease {
+    let alone = place.parts.len() == 1;
+    let now = state.meta.clock_ms;
+    let parts = place.parts.iter().zip(masks).enumerate().map(|(nth, (part, mask))| Part {
+        node: part.node,
+        epoch: part.epoch,
+        gpus: *mask,
+        gpu_order: part.gpu_order.clone(),
+        first_rank: u32::try_from(nth).unwrap_or(u32::MAX).saturating_mul(u32::from(ranks)),
+        ranks,
+        cores_by_numa: part.cores_by_numa.clone(),
+        mem_mib: part.mem_mib,
+        state: PartState::Held,
+        exits: Vec::new(),
+    });
+    Lease {
+        task: place.task,
+        attempt: place.attempt,
+        phase: if alone { LeasePhase::Go } else { LeasePhase::Prepare },
+        granted_ms: now,
+        go_ms: alone.then_some(now),
+        started_ms: None,
+        ttl_ms,
+        verdict: None,
+        master: None,
+        parts: parts.collect(),
+    }
+}
+
+fn take_parts(state: &mut State, token: Token, tenant: TenantId, lease: &Lease) {
+    let mut gpus = 0u64;
+    for part in &lease.parts {
+        gpus += u64::from(part.gpus.count_ones());
+        state.allocs.update(&part.node, |alloc| alloc.take(token, part));
+    }
+    if gpus > 0 {
+        state.tenants.update(&tenant, |tenant| tenant.used_gpus = tenant.used_gpus.saturating_add(gpus));
+    }
+}
+
+fn fence_gpus(state: &mut State, ctx: &mut Ctx<'_>, task: TaskKey, token: Token, lease: &Lease) {
+    let slots = lease.parts.iter().flat_map(|part| part.gpu_order.iter().map(|slot| (part.node, *slot)));
+    let gpus: Vec<GpuUuid> = slots.filter_map(|(node, slot)| state.gpu_uuid(node, slot)).collect();
+    for gpu in &gpus {
+        let raised = state.gpu_tokens.update(gpu, |fence| {
+            fence.value = token;
+            fence.bump(ctx.rev);
+        });
+        if raised.is_none() {
+            state.gpu_tokens.insert(*gpu, Versioned::new(ctx.rev, token));
+        }
+    }
+    ctx.tell(Change::JobFenced { task, token });
+    if !gpus.is_empty() {
+        ctx.tell(Change::GpusFenced { token, gpus });
+    }
+}

@@ -1,0 +1,253 @@
+//! SubmitJob: mints the job's id and puts it in its queue.
+//!
+//! Refuses TENANT_UNKNOWN, QUEUE_UNKNOWN; INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
+//! the limits could hold (not: what no machine of today holds); STATE_FULL. Emits JobSubmitted and its first state.
+
+use std::collections::BTreeMap;
+
+use super::Ctx;
+use crate::command::{Code, Rejection, Reply, SubmitJob};
+use crate::event::Change;
+use crate::fit::MAX_GPUS;
+use crate::id::*;
+use crate::record::*;
+use crate::settings::Settings;
+use crate::spec::{Retry, Shape};
+use crate::state::State;
+
+/// Alternatives that a job may name, in order of preference.
+const GPU_TYPES: usize = 4;
+const GPU_TYPE_BYTES: usize = 64;
+/// Arguments, and environment variables, of one body: bounds what empty strings cost.
+const BODY_STRINGS: usize = 4_096;
+/// 2^48 and above is reserved for jobs of other clusters.
+const MAX_JOB: u64 = 1 << 48;
+/// Longest backoff of a retry: a week.
+const MAX_BACKOFF_MS: u64 = 7 * 24 * 3_600_000;
+const MULTIPLIER: std::ops::RangeInclusive<u32> = 1_000..=100_000;
+
+pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) -> Result<Reply, Rejection> {
+    let tenant = find_tenant(state, &submit.tenant)?;
+    let queue = find_queue(state, &submit.queue, tenant)?;
+    check_fields(submit, &state.meta.settings)?;
+    check_shape(&submit.spec.shape, &state.meta.settings)?;
+    state.gpu_types_left(submit.gpu_types.iter().map(String::as_str))?;
+    check_room(state, submit.body.size())?;
+
+    let id = JobId(state.meta.next_job);
+    state.meta.next_job = id.0.saturating_add(1);
+    let mut spec = submit.spec.clone();
+    spec.shape.gpu_types = submit.gpu_types.iter().map(|name| state.intern_gpu_type(name)).collect();
+    let job = Job {
+        spec,
+        tenant,
+        user: state.intern_user(ctx.actor),
+        queue,
+        request: ctx.request,
+        submitted_clock_ms: state.meta.clock_ms,
+        submitted_wall_ms: state.meta.wall_ms,
+        seq: ctx.rev.0,
+        holds: Holds::default(),
+        stop: None,
+        tasks: 1,
+        ended: None,
+    };
+    ctx.tell(Change::JobSubmitted { job: id });
+    let bytes = u64::try_from(submit.body.size()).unwrap_or(u64::MAX);
+    state.change_job(ctx, id, |state, ctx| {
+        state.jobs.insert(id, Versioned::new(ctx.rev, job));
+        state.bodies.insert(id, submit.body.clone());
+        state.tenants.update(&tenant, |tenant| {
+            tenant.live_jobs = tenant.live_jobs.saturating_add(1);
+            tenant.body_bytes = tenant.body_bytes.saturating_add(bytes);
+        });
+    });
+    Ok(Reply::Stored(StoredReply::Job(id)))
+}
+
+fn find_tenant(state: &State, name: &str) -> Result<TenantId, Rejection> {
+    let mut tenants = state.tenants.iter();
+    tenants.find(|(_, tenant)| tenant.name == name).map(|(id, _)| *id).ok_or_else(|| {
+        let known: Vec<&str> = state.tenants.iter().take(8).map(|(_, tenant)| tenant.name.as_str()).collect();
+        Rejection::new(Code::TenantUnknown, format!("tenant {name:?} does not exist, known: {}", known.join(", ")))
+    })
+}
+
+fn find_queue(state: &State, name: &str, tenant: TenantId) -> Result<QueueId, Rejection> {
+    let mut queues = state.queues.iter();
+    queues.find(|(_, queue)| queue.name == name && queue.tenant == tenant).map(|(id, _)| *id).ok_or_else(|| {
+        Rejection::new(Code::QueueUnknown, format!("queue {name:?} does not exist in this tenant, known: default"))
+    })
+}
+
+fn check_room(state: &State, body: usize) -> Result<(), Rejection> {
+    let settings = &state.meta.settings;
+    let full = |detail: String| Err(Rejection::new(Code::StateFull, detail));
+    let jobs = u64::try_from(state.jobs.len()).unwrap_or(u64::MAX);
+    if jobs >= settings.live_jobs {
+        return full(format!("{jobs} jobs are in memory, the limit is {}", settings.live_jobs));
+    }
+    let held = state.tenants.iter().fold(0u64, |sum, (_, tenant)| sum.saturating_add(tenant.body_bytes));
+    if held.saturating_add(u64::try_from(body).unwrap_or(u64::MAX)) > settings.bodies_bytes {
+        let limit = settings.bodies_bytes;
+        return full(format!("the bodies in memory hold {held} bytes, {body} more would pass the limit of {limit}"));
+    }
+    if state.meta.next_job >= MAX_JOB {
+        return full(format!("job ids are used up at {MAX_JOB}"));
+    }
+    Ok(())
+}
+
+/// All that is wrong with the fields, in one refusal.
+fn check_fields(submit: &SubmitJob, settings: &Settings) -> Result<(), Rejection> {
+    let mut wrong = Wrong::default();
+    let spec = &submit.spec;
+    wrong.text("name", &spec.name, settings.name_bytes);
+    check_gpu_types(&mut wrong, submit);
+    check_counts(&mut wrong, &spec.shape);
+    let (least, most) = (settings.lease_ttl_min_ms, settings.lease_ttl_max_ms);
+    if !(least..=most).contains(&spec.lease_ttl_ms) {
+        wrong.push(format!("lease_ttl_ms is {}, must be {least} to {most}", spec.lease_ttl_ms));
+    }
+    if spec.kill_grace_ms > spec.lease_ttl_ms / 4 {
+        let limit = spec.lease_ttl_ms / 4;
+        wrong.push(format!("kill_grace_ms is {}, the limit is {limit}, a quarter of the lease", spec.kill_grace_ms));
+    }
+    check_retry(&mut wrong, &spec.retry);
+    check_labels(&mut wrong, &spec.labels, settings);
+    check_body(&mut wrong, &submit.body, settings);
+    wrong.done()
+}
+
+fn check_gpu_types(wrong: &mut Wrong, submit: &SubmitJob) {
+    if !submit.spec.shape.gpu_types.is_empty() {
+        wrong.push("shape.gpu_types is filled by the state machine, must be empty".into());
+    }
+    if submit.gpu_types.len() > GPU_TYPES {
+        wrong.push(format!("gpu_types names {} types, the limit is {GPU_TYPES}", submit.gpu_types.len()));
+    }
+    for (place, name) in submit.gpu_types.iter().enumerate().take(GPU_TYPES) {
+        if !is_slug(name) {
+            wrong.push(format!(
+                "gpu_types[{place}] is {:?}, must be 1 to {GPU_TYPE_BYTES} of a-z 0-9 . _ -",
+                crate::lease::clip(name)
+            ));
+        }
+        if submit.gpu_types[..place].contains(name) {
+            wrong.push(format!("gpu_types names {:?} twice", crate::lease::clip(name)));
+        }
+    }
+}
+
+/// A GPU type's name: what nodes register and jobs ask for.
+pub(super) fn is_slug(name: &str) -> bool {
+    (1..=GPU_TYPE_BYTES).contains(&name.len())
+        && name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
+}
+
+fn check_counts(wrong: &mut Wrong, shape: &Shape) {
+    if shape.nodes == 0 {
+        wrong.push("shape.nodes is 0, must be at least 1".into());
+    }
+    if shape.ranks_per_node == 0 {
+        wrong.push("shape.ranks_per_node is 0, must be at least 1".into());
+    }
+}
+
+fn check_retry(wrong: &mut Wrong, retry: &Retry) {
+    if retry.max_ms > MAX_BACKOFF_MS {
+        wrong.push(format!("retry.max_ms is {}, the limit is {MAX_BACKOFF_MS}", retry.max_ms));
+    }
+    if retry.initial_ms > retry.max_ms {
+        wrong.push(format!("retry.initial_ms is {}, the limit is retry.max_ms = {}", retry.initial_ms, retry.max_ms));
+    }
+    if !MULTIPLIER.contains(&retry.mult_milli) {
+        let (least, most) = (MULTIPLIER.start(), MULTIPLIER.end());
+        wrong.push(format!("retry.mult_milli is {}, must be {least} to {most}", retry.mult_milli));
+    }
+    if retry.on_exit.len() > 255 {
+        wrong.push(format!("retry.on_exit names {} codes, the limit is 255", retry.on_exit.len()));
+    }
+    if retry.on_exit.contains(&0) {
+        wrong.push("retry.on_exit names 0, success is never retried".into());
+    }
+}
+
+fn check_labels(wrong: &mut Wrong, labels: &BTreeMap<String, String>, settings: &Settings) {
+    if labels.len() > settings.labels as usize {
+        wrong.push(format!("labels has {} entries, the limit is {}", labels.len(), settings.labels));
+        return;
+    }
+    for (key, value) in labels {
+        wrong.text("a label's key", key, settings.label_bytes);
+        if value.len() > settings.label_bytes as usize {
+            let (key, limit) = (crate::lease::clip(key), settings.label_bytes);
+            wrong.push(format!("label {key:?} has a value of {} bytes, the limit is {limit}", value.len()));
+        }
+    }
+}
+
+fn check_body(wrong: &mut Wrong, body: &Body, settings: &Settings) {
+    if body.argv.first().is_none_or(String::is_empty) {
+        wrong.push("argv is empty, must name a program".into());
+    }
+    for (field, len) in [("argv", body.argv.len()), ("env", body.env.len())] {
+        if len > BODY_STRINGS {
+            wrong.push(format!("{field} has {len} entries, the limit is {BODY_STRINGS}"));
+        }
+    }
+    let size = u64::try_from(body.size()).unwrap_or(u64::MAX);
+    if size > settings.body_bytes {
+        wrong.push(format!("argv, env and cwd hold {size} bytes, the limit is {}", settings.body_bytes));
+        return;
+    }
+    let nul = |text: &String| text.contains('\0');
+    if body.argv.iter().any(nul) || body.env.iter().any(|(key, value)| nul(key) || nul(value)) || nul(&body.cwd) {
+        wrong.push("argv, env or cwd has a NUL byte, no process can take one".into());
+    }
+    if let Some(key) = body.env.keys().find(|key| key.is_empty() || key.contains('=')) {
+        let key = crate::lease::clip(key);
+        wrong.push(format!("env has the name {key:?}, must be non-empty and without '='"));
+    }
+}
+
+fn check_shape(shape: &Shape, settings: &Settings) -> Result<(), Rejection> {
+    let never = |detail: String| Err(Rejection::new(Code::NeverFits, detail));
+    if u32::from(shape.nodes) > settings.parts_per_lease {
+        return never(format!("shape.nodes is {}, the limit is {}", shape.nodes, settings.parts_per_lease));
+    }
+    if shape.ranks() > settings.ranks_per_lease {
+        return never(format!("the gang has {} ranks, the limit is {}", shape.ranks(), settings.ranks_per_lease));
+    }
+    if shape.gpus_per_node() as usize > MAX_GPUS {
+        return never(format!("a machine would need {} GPUs, the limit is {MAX_GPUS}", shape.gpus_per_node()));
+    }
+    let cores = u32::from(shape.cores_per_rank) * u32::from(shape.ranks_per_node);
+    if cores > u32::from(u16::MAX) {
+        return never(format!("a machine would need {cores} cores, the limit is {}", u16::MAX));
+    }
+    Ok(())
+}
+
+/// Collects what is wrong.
+#[derive(Default)]
+struct Wrong(Vec<String>);
+
+impl Wrong {
+    fn push(&mut self, what: String) {
+        self.0.push(what);
+    }
+
+    fn text(&mut self, field: &str, text: &str, limit: u32) {
+        if text.is_empty() || text.len() > limit as usize {
+            self.push(format!("{field} has {} bytes, must have 1 to {limit}", text.len()));
+        }
+        if text.chars().any(char::is_control) {
+            self.push(format!("{field} has a control character"));
+        }
+    }
+
+    fn done(self) -> Result<(), Rejection> {
+        if self.0.is_empty() { Ok(()) } else { Err(Rejection::new(Code::InvalidSpec, self.0.join("; "))) }
+    }
+}

@@ -1,0 +1,223 @@
+//! Derived indexes: what a job's records put into them, and how a change of a job keeps indexes, revisions and events
+//! in step. Every change of a job, its task or its lease goes through [`State::change_job`].
+
+use std::cmp::Reverse;
+
+use crate::apply::Ctx;
+use crate::event::{Change, QueuePlace};
+use crate::id::*;
+use crate::record::*;
+use crate::state::{Index, NameKind, QueueKey, State, Timer, TimerKind};
+use crate::view::{TaskView, task_view};
+
+/// Where a job stands in the indexes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Standing {
+    queue: Option<QueueKey>,
+    waiting: Option<TaskKey>,
+    timer: Option<Timer>,
+}
+
+/// What the keyspace shows of a job.
+#[derive(PartialEq, Eq)]
+struct Shown {
+    standing: Standing,
+    tenant: TenantId,
+    task: TaskView,
+    lease: Option<(Token, LeasePhase, Option<VerdictKind>, Option<Master>)>,
+    result: bool,
+}
+
+impl State {
+    /// Runs `change` on one job's records, then brings indexes, revisions and events to what the records say.
+    pub(crate) fn change_job<T>(
+        &mut self,
+        ctx: &mut Ctx<'_>,
+        id: JobId,
+        change: impl FnOnce(&mut State, &mut Ctx<'_>) -> T,
+    ) -> T {
+        let before = self.shown(id);
+        let answer = change(self, ctx);
+        let after = self.shown(id);
+        self.index.move_standing(
+            before.as_ref().map(|shown| shown.standing).unwrap_or_default(),
+            after.as_ref().map(|shown| shown.standing).unwrap_or_default(),
+        );
+        if let Some(after) = &after {
+            self.tell_queue(ctx, before.as_ref(), after);
+            self.tell_retry(ctx, id, before.as_ref(), after);
+            self.tell_lease(ctx, before.as_ref(), after);
+            self.tell_state(ctx, id, before.as_ref(), after);
+            self.tell_result(ctx, id, before.as_ref(), after);
+        }
+        answer
+    }
+
+    fn shown(&self, id: JobId) -> Option<Shown> {
+        let job = &self.jobs.get(&id)?.value;
+        let task = self.tasks.get(&id.into()).map(|task| &task.value);
+        let lease = task.and_then(|task| match task.phase {
+            Phase::Leased { token } => self.leases.get(&token).map(|lease| {
+                let lease = &lease.value;
+                (token, lease.phase, lease.verdict.as_ref().map(|verdict| verdict.kind), lease.master)
+            }),
+            _ => None,
+        });
+        Some(Shown {
+            standing: standing(id, job, task, &self.meta.settings),
+            tenant: job.tenant,
+            task: task_view(self, job, task),
+            lease,
+            result: task.is_some_and(|task| task.result.is_some()),
+        })
+    }
+
+    fn tell_queue(&self, ctx: &mut Ctx<'_>, before: Option<&Shown>, after: &Shown) {
+        let old = before.and_then(|shown| shown.standing.queue);
+        if old == after.standing.queue {
+            return;
+        }
+        let place =
+            |key: QueueKey| QueuePlace { tenant: after.tenant, priority: key.priority.0, seq: key.seq, task: key.task };
+        if let Some(key) = old {
+            ctx.tell(Change::Dequeued { place: place(key) });
+        }
+        if let Some(key) = after.standing.queue {
+            ctx.tell(Change::Queued { place: place(key) });
+        }
+    }
+
+    fn tell_retry(&self, ctx: &mut Ctx<'_>, id: JobId, before: Option<&Shown>, after: &Shown) {
+        let old = before.and_then(|shown| shown.task.not_before_ms);
+        match after.task.not_before_ms {
+            new if new == old => {}
+            Some(not_before_ms) => {
+                ctx.tell(Change::RetrySet { task: id.into(), attempt: after.task.attempt, not_before_ms });
+            }
+            None => ctx.tell(Change::RetryOver { task: id.into() }),
+        }
+    }
+
+    fn tell_lease(&mut self, ctx: &mut Ctx<'_>, before: Option<&Shown>, after: &Shown) {
+        let old = before.and_then(|shown| shown.lease);
+        if old == after.lease {
+            return;
+        }
+        let token_after = after.lease.map(|lease| lease.0);
+        if let Some((token, ..)) = old.filter(|lease| Some(lease.0) != token_after) {
+            ctx.tell(Change::LeaseClosed { token });
+        }
+        if let Some(token) = token_after {
+            self.leases.update(&token, |lease| lease.bump(ctx.rev));
+            if let Some(lease) = self.leases.get(&token) {
+                ctx.tell(Change::LeaseShown { token, lease: Box::new(self.lease_view(&lease.value)) });
+            }
+        }
+    }
+
+    /// The revisions of `/state/ID` are the task's, and the job's as long as there is no task record.
+    fn tell_state(&mut self, ctx: &mut Ctx<'_>, id: JobId, before: Option<&Shown>, after: &Shown) {
+        if before.is_some_and(|shown| shown.task == after.task) {
+            return;
+        }
+        if self.tasks.update(&id.into(), |task| task.bump(ctx.rev)).is_none() {
+            self.jobs.update(&id, |job| job.bump(ctx.rev));
+        }
+        ctx.tell(Change::TaskState { task: id.into(), state: after.task.clone() });
+    }
+
+    fn tell_result(&self, ctx: &mut Ctx<'_>, id: JobId, before: Option<&Shown>, after: &Shown) {
+        if before.is_some_and(|shown| shown.result) || !after.result {
+            return;
+        }
+        if let Some(result) = self.tasks.get(&id.into()).and_then(|task| task.value.result.clone()) {
+            ctx.tell(Change::ResultCommitted { task: id.into(), result });
+        }
+    }
+
+    /// Builds all indexes anew from the tables: after a load, which brings tables only.
+    pub fn rebuild_indexes(&mut self) {
+        self.index = self.indexes_of_tables();
+    }
+
+    pub(crate) fn indexes_of_tables(&self) -> Index {
+        let mut index = Index::default();
+        for (id, job) in self.jobs.iter() {
+            let task = self.tasks.get(&(*id).into()).map(|task| &task.value);
+            index.move_standing(Standing::default(), standing(*id, &job.value, task, &self.meta.settings));
+        }
+        for (key, name) in self.names.iter() {
+            let (kind, id) = match key {
+                NameKey::User(id) => (NameKind::User, id.0),
+                NameKey::GpuType(id) => (NameKind::GpuType, u32::from(id.0)),
+            };
+            index.names.insert((kind, name.clone()), id);
+        }
+        for (id, node) in self.nodes.iter() {
+            index.node_by_name.insert(node.value.name.clone(), *id);
+            for gpu in node.value.gpus.iter().filter(|gpu| gpu.health != GpuHealth::Gone) {
+                index.gpus.insert(gpu.uuid, *id);
+            }
+        }
+        for (id, alloc) in self.allocs.iter() {
+            for orphan in &alloc.orphans {
+                index.orphans.insert((orphan.job, *id, orphan.token));
+            }
+        }
+        for (id, class) in self.classes.iter() {
+            index.class_by_facts.insert(class.clone(), *id);
+        }
+        for (id, request) in self.requests.iter() {
+            index.requests.insert((request.bucket, *id));
+        }
+        index
+    }
+}
+
+fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::settings::Settings) -> Standing {
+    let task_key = TaskKey::from(id);
+    let mut standing = Standing::default();
+    if let Some(end) = &job.ended {
+        let due_ms = end.clock_ms.saturating_add(settings.linger_ms);
+        standing.timer = Some(Timer { due_ms, what: TimerKind::Archive(id) });
+        return standing;
+    }
+    match task.map_or(&Phase::Pending, |task| &task.phase) {
+        Phase::Pending if job.holds.any() || job.stop.is_some() => standing.waiting = Some(task_key),
+        Phase::Pending => {
+            standing.queue =
+                Some(QueueKey { queue: job.queue, priority: Reverse(job.spec.priority), seq: job.seq, task: task_key });
+        }
+        Phase::Retrying { not_before_ms } => {
+            standing.timer = Some(Timer { due_ms: *not_before_ms, what: TimerKind::Retry(task_key) });
+        }
+        Phase::Leased { .. } | Phase::Ended { .. } => {}
+    }
+    standing
+}
+
+impl Index {
+    fn move_standing(&mut self, old: Standing, new: Standing) {
+        if old == new {
+            return;
+        }
+        if let Some(key) = old.queue {
+            self.queue.remove(&key);
+        }
+        if let Some(task) = old.waiting {
+            self.waiting.remove(&task);
+        }
+        if let Some(timer) = old.timer {
+            self.timers.remove(&timer);
+        }
+        if let Some(key) = new.queue {
+            self.queue.insert(key, ());
+        }
+        if let Some(task) = new.waiting {
+            self.waiting.insert(task);
+        }
+        if let Some(timer) = new.timer {
+            self.timers.insert(timer);
+        }
+    }
+}

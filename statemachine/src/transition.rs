@@ -1,0 +1,89 @@
+//! The one place where a task's state changes, as a pure function. What surrounds a change (leases, results, queues,
+//! events) is done by the callers.
+
+use crate::id::Token;
+use crate::record::{Phase, TaskOutcome, VerdictKind};
+
+/// What happens to a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    /// A plan placed it.
+    Grant { token: Token },
+    /// A cancel, of a task without a lease.
+    Cancel,
+    /// The wait before its next attempt is over.
+    BackoffOver,
+    /// The last part of its lease was released.
+    Close { verdict: VerdictKind, facts: CloseFacts },
+}
+
+/// What decides the way of a task whose lease closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CloseFacts {
+    /// A cancel was accepted: it never overrides a result, it replaces a way back to the queue.
+    pub stop: bool,
+    /// The job wants this exit retried, and a retry is left.
+    pub retry_left: bool,
+    /// Excused attempts reached their cap with this one.
+    pub excused_out: bool,
+    /// When a next attempt may start, in cluster time.
+    pub not_before_ms: u64,
+}
+
+/// Which counter of `Used` an attempt is charged to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Burn {
+    Retry,
+    Lost,
+    Launch,
+    GpuFault,
+    Preempted,
+    Timeout,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Next {
+    pub phase: Phase,
+    pub burns: Option<Burn>,
+    /// Put the job on hold: its excused attempts are used up.
+    pub hold: bool,
+}
+
+/// The task's next phase; `None` where nothing of the kind may happen to a task in this phase.
+pub(crate) fn next(from: &Phase, by: By) -> Option<Next> {
+    use TaskOutcome::*;
+    let to = |phase, burns| Some(Next { phase, burns, hold: false });
+    let end = |outcome, burns| to(Phase::Ended { outcome }, burns);
+    match (from, by) {
+        (Phase::Pending, By::Grant { token }) => to(Phase::Leased { token }, None),
+        (Phase::Pending | Phase::Retrying { .. }, By::Cancel) => end(Cancelled, None),
+        (Phase::Retrying { .. }, By::BackoffOver) => to(Phase::Pending, None),
+        (Phase::Leased { .. }, By::Close { verdict, facts }) => {
+            let again = Phase::Retrying { not_before_ms: facts.not_before_ms };
+            match (verdict, facts) {
+                (VerdictKind::Succeeded, _) => end(Succeeded, None),
+                (VerdictKind::Cancelled, _) => end(Cancelled, None),
+                (VerdictKind::TimedOut, _) => end(TimedOut, Some(Burn::Timeout)),
+                (VerdictKind::Failed | VerdictKind::LaunchJob, CloseFacts { retry_left: false, .. }) => {
+                    end(Failed, None)
+                }
+                (_, CloseFacts { stop: true, .. }) => end(Cancelled, None),
+                (VerdictKind::Failed | VerdictKind::LaunchJob, _) => to(again, Some(Burn::Retry)),
+                (VerdictKind::Preempted, _) => to(Phase::Pending, Some(Burn::Preempted)),
+                (VerdictKind::Lost | VerdictKind::LaunchNode | VerdictKind::GpuFault, facts) => {
+                    let burns = match verdict {
+                        VerdictKind::Lost => Burn::Lost,
+                        VerdictKind::GpuFault => Burn::GpuFault,
+                        _ => Burn::Launch,
+                    };
+                    let phase = if facts.excused_out { Phase::Pending } else { again };
+                    Some(Next { phase, burns: Some(burns), hold: facts.excused_out })
+                }
+            }
+        }
+        (Phase::Pending, By::BackoffOver | By::Close { .. })
+        | (Phase::Retrying { .. }, By::Grant { .. } | By::Close { .. })
+        | (Phase::Leased { .. }, By::Grant { .. } | By::Cancel | By::BackoffOver)
+        | (Phase::Ended { .. }, _) => None,
+    }
+}
