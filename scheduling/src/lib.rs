@@ -5,7 +5,15 @@
 
 pub mod bandwidth;
 pub mod choose;
+pub mod explain;
 pub mod links;
+mod machines;
+pub mod plan;
 pub mod predict;
+pub mod reason;
+mod seats;
 
 pub use bandwidth::BandwidthTable;
+pub use explain::reason_for;
+pub use plan::{Cache, Limits, Plan, plan};
+pub use reason::Reason;

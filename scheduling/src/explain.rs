@@ -1,0 +1,291 @@
+//! Why a task waits: finds the first thing that binds. The planner's reasons and every replica's answer to
+//! `ares queue` and `ares show` come from here.
+
+use std::collections::BTreeSet;
+
+use statemachine::fit::{self, NoFit};
+use statemachine::record::{Alloc, Gpu, GpuHealth, Node, NodeAdmin, Phase};
+use statemachine::spec::Shape;
+use statemachine::{GpuTypeId, NodeId, State, TaskKey};
+
+use crate::choose::Shortage;
+use crate::machines::{Cache, Machines, want_of};
+use crate::plan::waiting_task;
+use crate::reason::{Best, Lack, Needs, Reason};
+
+/// Why a task waits, from any replica's state; `None` when it does not wait (it runs, has ended, or is unknown).
+///
+/// Looks at every machine once or twice. `unheard` as the leader knows it; elsewhere empty, which takes silent machines
+/// for busy or free ones.
+pub fn reason_for(state: &State, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
+    reason_with(state, &mut Cache::default(), task, unheard)
+}
+
+/// `reason_for` for a caller that asks often and keeps a cache.
+pub fn reason_with(state: &State, cache: &mut Cache, key: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
+    let job = &state.jobs.get(&key.job)?.value;
+    let task = state.tasks.get(&key).map(|task| &task.value);
+    if let Some(Phase::Retrying { not_before_ms }) = task.map(|task| &task.phase) {
+        let attempt = task.map_or(0, |task| task.attempt).saturating_add(1);
+        return Some(Reason::Backoff { attempt, in_ms: not_before_ms.saturating_sub(state.meta.clock_ms) });
+    }
+    if task.is_none_or(|task| task.phase == Phase::Pending) && job.holds.any() {
+        return Some(Reason::Held { launch: job.holds.launch, orphan: job.holds.orphan });
+    }
+    let (shape, _) = waiting_task(state, key)?;
+    cache.keep_what_holds(state);
+    Some(explain(&Machines::new(state, unheard), cache, shape))
+}
+
+/// The first thing that binds a shape on these machines.
+///
+/// A gang gets GPUs of one type, so each acceptable type is its own question; the one that came farthest answers.
+pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape) -> Reason {
+    if machines.state.nodes.is_empty() {
+        return Reason::NoNodes;
+    }
+    if shape.gpus_per_node() == 0 {
+        return Question { machines, shape, gpu_type: None }.answer(cache).1;
+    }
+    let present = present_types(machines.state);
+    let mut types: Vec<GpuTypeId> = present.iter().copied().collect();
+    if !shape.gpu_types.is_empty() {
+        types = shape.gpu_types.iter().copied().filter(|gpu_type| present.contains(gpu_type)).collect();
+    }
+    // max_by_key takes the last of equals: the most preferred type goes last.
+    let answers =
+        types.into_iter().rev().map(|gpu_type| Question { machines, shape, gpu_type: Some(gpu_type) }.answer(cache));
+    answers.max_by_key(|(progress, _)| *progress).map_or_else(
+        || Reason::NoSuchGpuType {
+            wanted: type_names(machines.state, &shape.gpu_types),
+            present: type_names(machines.state, &present),
+        },
+        |(_, reason)| reason,
+    )
+}
+
+fn present_types(state: &State) -> BTreeSet<GpuTypeId> {
+    let gpus = state.nodes.iter().flat_map(|(_, node)| &node.value.gpus);
+    gpus.filter(|gpu| is_present(gpu)).map(|gpu| gpu.gpu_type).collect()
+}
+
+fn is_present(gpu: &Gpu) -> bool {
+    gpu.health != GpuHealth::Gone
+}
+
+fn type_names<'a>(state: &State, types: impl IntoIterator<Item = &'a GpuTypeId>) -> Vec<String> {
+    types.into_iter().map(|gpu_type| state.gpu_type_name(*gpu_type).to_owned()).collect()
+}
+
+/// What a machine must have, in the order in which it is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    Gpus,
+    Cores,
+    Memory,
+    Links,
+    /// Fewer leases than a machine may hold.
+    Leases,
+    /// Nothing is short.
+    Fits,
+}
+
+/// How far a question came: an idle cluster could run it; enough of it is in service; the step that is short, the
+/// machines that pass it, and how much the best of the others has.
+type Progress = (bool, bool, Step, u32, u64);
+
+#[derive(Clone, Copy)]
+struct Question<'a> {
+    machines: &'a Machines<'a>,
+    shape: &'a Shape,
+    /// `None` for a shape without GPUs.
+    gpu_type: Option<GpuTypeId>,
+}
+
+impl Question<'_> {
+    fn answer(self, cache: &mut Cache) -> (Progress, Reason) {
+        let needed = u32::from(self.shape.nodes);
+        let idle = self.survey_idle(cache);
+        if let Some((step, tally)) = idle.short_step(needed) {
+            return ((false, false, step, tally.passed, tally.best().has), self.never(step, tally));
+        }
+        let away = idle.out + idle.silent;
+        if idle.able() - away < needed {
+            let (able, out, silent) = (idle.able(), idle.out, idle.silent);
+            let reason = Reason::NodesOut { needs: self.needs(None), able, out, silent };
+            return ((true, false, Step::Gpus, 0, 0), reason);
+        }
+        let now = self.survey_now(cache);
+        match now.short_step(needed) {
+            Some((step, tally)) => {
+                ((true, true, step, tally.passed, tally.best().has), self.busy(step, tally, now.unhealthy, away))
+            }
+            None => ((true, true, Step::Fits, 0, 0), Reason::Soon),
+        }
+    }
+
+    fn never(self, step: Step, tally: &Tally) -> Reason {
+        let lack = match step {
+            _ if tally.passed > 0 => Lack::Machines { able: tally.passed },
+            Step::Gpus => Lack::Gpus(tally.best()),
+            Step::Cores => Lack::Cores(tally.best()),
+            Step::Memory => Lack::Memory(tally.best()),
+            Step::Links | Step::Leases | Step::Fits => Lack::Bandwidth(tally.best()),
+        };
+        Reason::Never { needs: self.needs(tally.nearest()), lack }
+    }
+
+    fn busy(self, step: Step, tally: &Tally, unhealthy: u32, away: u32) -> Reason {
+        let (needs, ready, best) = (self.needs(tally.nearest()), tally.passed, tally.best());
+        match step {
+            Step::Gpus => Reason::GpusBusy { needs, ready, best, unhealthy, away },
+            Step::Cores => Reason::CoresBusy { needs, ready, best, away },
+            Step::Memory => Reason::MemBusy { needs, ready, best, away },
+            Step::Links => Reason::Bandwidth { needs, ready, best, wanted_mbps: self.shape.min_bandwidth_mbps },
+            Step::Leases | Step::Fits => {
+                Reason::LeasesFull { needs, limit: self.machines.state.meta.settings.leases_per_node }
+            }
+        }
+    }
+
+    /// `nearest` is the machine whose default share is named.
+    fn needs(self, nearest: Option<NodeId>) -> Needs {
+        let nearest = nearest.and_then(|id| self.machines.state.nodes.get(&id));
+        let (cores, mem_mib) = nearest.map_or((0, 0), |node| fit::request_on(&node.value, self.shape));
+        Needs {
+            machines: self.shape.nodes.into(),
+            gpus: self.shape.gpus_per_node(),
+            types: type_names(self.machines.state, &self.shape.gpu_types),
+            cores,
+            mem_mib,
+        }
+    }
+
+    /// Every machine as it would be in service, healthy and empty.
+    fn survey_idle(self, cache: &mut Cache) -> Survey {
+        let mut survey = Survey::default();
+        for (id, node) in self.machines.state.nodes.iter() {
+            let (node, in_service) = (&node.value, node.value.admin == NodeAdmin::Ready);
+            let (idle, alloc) = idle(node);
+            if survey.count(*id, node, self.first_lack(cache, &idle, &alloc)) {
+                survey.out += u32::from(!in_service);
+                survey.silent += u32::from(in_service && self.machines.unheard.contains(id));
+            }
+        }
+        survey
+    }
+
+    /// The machines in service as the plan has left them.
+    fn survey_now(self, cache: &mut Cache) -> Survey {
+        let mut survey = Survey::default();
+        for (id, _) in self.machines.state.nodes.iter() {
+            let Some((node, alloc)) = self.machines.node(*id) else { continue };
+            if node.admin != NodeAdmin::Ready || self.machines.unheard.contains(id) {
+                continue;
+            }
+            let lack = self.first_lack(cache, node, alloc);
+            let full = lack == (Step::Fits, 0) && !self.machines.takes_leases(*id);
+            survey.count(*id, node, if full { (Step::Leases, 0) } else { lack });
+            survey.unhealthy += self.unhealthy(node, alloc);
+        }
+        survey
+    }
+
+    /// The first step that the machine fails, and how much it has of what is short there.
+    fn first_lack(self, cache: &mut Cache, node: &Node, alloc: &Alloc) -> (Step, u64) {
+        let usable = self.gpu_type.map_or(0, |gpu_type| fit::usable_gpus(node, alloc, &[gpu_type]));
+        if usable.count_ones() < self.shape.gpus_per_node() {
+            return (Step::Gpus, usable.count_ones().into());
+        }
+        let of_this_type = Shape { gpu_types: self.gpu_type.into_iter().collect(), ..self.shape.clone() };
+        match fit::room_for(node, alloc, &of_this_type) {
+            Err(NoFit::Cores { free, .. }) => return (Step::Cores, free.into()),
+            Err(NoFit::Memory { free, .. }) => return (Step::Memory, free),
+            _ => {}
+        }
+        let Some(want) = want_of(self.shape) else { return (Step::Fits, 0) };
+        match cache.choose(self.machines.state, node.class, usable, want) {
+            Ok(_) => (Step::Fits, 0),
+            Err(Shortage::Bandwidth { best_mbps }) => (Step::Links, best_mbps.into()),
+            // More GPUs than the class has links for: nothing is known to link them.
+            Err(Shortage::Gpus { .. }) => (Step::Links, 0),
+        }
+    }
+
+    /// GPUs of the type that are idle only because they are not healthy.
+    fn unhealthy(self, node: &Node, alloc: &Alloc) -> u32 {
+        let Some(gpu_type) = self.gpu_type else { return 0 };
+        let slots = node.gpus.iter().take(fit::MAX_GPUS).enumerate();
+        let sick = slots.filter(|(slot, gpu)| {
+            gpu.gpu_type == gpu_type && gpu.health != GpuHealth::Ok && alloc.free_gpus & (1 << slot) != 0
+        });
+        sick.count() as u32
+    }
+}
+
+/// The machine as it would be in service, healthy and empty.
+fn idle(node: &Node) -> (Node, Alloc) {
+    let mut node = Node { admin: NodeAdmin::Ready, ..node.clone() };
+    let mut free_gpus = 0;
+    for (slot, gpu) in node.gpus.iter_mut().enumerate().take(fit::MAX_GPUS).filter(|(_, gpu)| is_present(gpu)) {
+        gpu.health = GpuHealth::Ok;
+        free_gpus |= 1 << slot;
+    }
+    let (cores_free, mem_free_mib) = (node.cores_by_numa.clone(), node.mem_mib);
+    (node, Alloc { free_gpus, cores_free, mem_free_mib, ..Alloc::default() })
+}
+
+/// The steps at which a machine can fall short.
+const STEPS: [Step; 5] = [Step::Gpus, Step::Cores, Step::Memory, Step::Links, Step::Leases];
+
+/// The machines, counted at each step.
+#[derive(Default)]
+struct Survey {
+    tallies: [Tally; STEPS.len()],
+    /// Of the machines that pass every step.
+    out: u32,
+    silent: u32,
+    unhealthy: u32,
+}
+
+/// One step: who passes it and all before it, and who of those that fail it comes nearest.
+#[derive(Default)]
+struct Tally {
+    passed: u32,
+    nearest: Option<(NodeId, Best)>,
+}
+
+impl Survey {
+    /// Counts a machine with the first step that it fails; true when it fails none.
+    fn count(&mut self, id: NodeId, node: &Node, (lacks, has): (Step, u64)) -> bool {
+        for (step, tally) in STEPS.into_iter().zip(&mut self.tallies) {
+            if step == lacks {
+                if tally.nearest.as_ref().is_none_or(|(_, best)| has > best.has) {
+                    tally.nearest = Some((id, Best { node: node.name.clone(), has }));
+                }
+                return false;
+            }
+            tally.passed += 1;
+        }
+        true
+    }
+
+    /// The first step that fewer machines pass than are needed.
+    fn short_step(&self, needed: u32) -> Option<(Step, &Tally)> {
+        STEPS.into_iter().zip(&self.tallies).find(|(_, tally)| tally.passed < needed)
+    }
+
+    fn able(&self) -> u32 {
+        self.tallies.last().map_or(0, |tally| tally.passed)
+    }
+}
+
+impl Tally {
+    fn nearest(&self) -> Option<NodeId> {
+        self.nearest.as_ref().map(|(id, _)| *id)
+    }
+
+    fn best(&self) -> Best {
+        self.nearest.as_ref().map_or_else(Best::default, |(_, best)| best.clone())
+    }
+}

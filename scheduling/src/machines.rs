@@ -1,0 +1,178 @@
+//! The machines as one plan sees them: what is free after the placements made so far, and the memoised choice of GPUs.
+//!
+//! Whether a part fits is `statemachine::fit`'s answer, given here for the machine as the plan has left it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use statemachine::command::PlacePart;
+use statemachine::fit::{self, NoFit};
+use statemachine::record::{Alloc, Class, Node};
+use statemachine::spec::Shape;
+use statemachine::{ClassId, GpuTypeId, NodeId, State};
+
+use crate::bandwidth::BandwidthTable;
+use crate::choose::{Choice, Shortage, Want, choose};
+use crate::links::Mask;
+
+/// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
+const CHOICES: usize = 65_536;
+
+/// What a planner may keep from plan to plan. Everything in it follows from the state: an empty cache gives the same
+/// plan, later.
+#[derive(Clone, Debug, Default)]
+pub struct Cache {
+    tables: BTreeMap<ClassId, Arc<BandwidthTable>>,
+    choices: BTreeMap<(ClassId, Mask, Want), Result<Choice, Shortage>>,
+}
+
+impl Cache {
+    /// Forgets what was derived from classes that are not those of the state.
+    pub(crate) fn keep_what_holds(&mut self, state: &State) {
+        let holds =
+            |(class, table): (&ClassId, &Arc<BandwidthTable>)| state.classes.get(class) == Some(table.links().facts());
+        if !self.tables.iter().all(holds) {
+            *self = Self::default();
+        }
+    }
+
+    pub(crate) fn table(&mut self, state: &State, class: ClassId) -> Arc<BandwidthTable> {
+        let new = || Arc::new(BandwidthTable::new(state.classes.get(&class).unwrap_or(&Class::default())));
+        self.tables.entry(class).or_insert_with(new).clone()
+    }
+
+    pub(crate) fn choose(
+        &mut self,
+        state: &State,
+        class: ClassId,
+        usable: Mask,
+        want: Want,
+    ) -> Result<Choice, Shortage> {
+        let key = (class, usable, want);
+        if let Some(known) = self.choices.get(&key) {
+            return known.clone();
+        }
+        if self.choices.len() >= CHOICES {
+            self.choices.clear();
+        }
+        let answer = choose(&self.table(state, class), usable, want);
+        self.choices.insert(key, answer.clone());
+        answer
+    }
+}
+
+/// What a shape asks of the GPUs of one machine; `None` for a shape without GPUs.
+pub(crate) fn want_of(shape: &Shape) -> Option<Want> {
+    let gpus = shape.gpus_per_node();
+    (gpus > 0).then_some(Want { gpus, several_nodes: shape.nodes > 1, min_mbps: shape.min_bandwidth_mbps })
+}
+
+/// The state's machines under an overlay of what the plan has taken.
+pub(crate) struct Machines<'a> {
+    pub(crate) state: &'a State,
+    pub(crate) unheard: &'a BTreeSet<NodeId>,
+    left: BTreeMap<NodeId, Left>,
+    /// Machines that lost something, in order: whoever keeps a view of them reads on from where it stopped.
+    pub(crate) touched: Vec<NodeId>,
+}
+
+struct Left {
+    alloc: Alloc,
+    /// Parts that the plan has put here.
+    parts: usize,
+}
+
+impl<'a> Machines<'a> {
+    pub(crate) fn new(state: &'a State, unheard: &'a BTreeSet<NodeId>) -> Self {
+        Self { state, unheard, left: BTreeMap::new(), touched: Vec::new() }
+    }
+
+    pub(crate) fn node(&self, id: NodeId) -> Option<(&'a Node, &Alloc)> {
+        let node = &self.state.nodes.get(&id)?.value;
+        let alloc = self.left.get(&id).map(|left| &left.alloc).or_else(|| self.state.allocs.get(&id))?;
+        Some((node, alloc))
+    }
+
+    /// The machine is heard of and may hold one more lease. `fit` decides the rest.
+    pub(crate) fn takes_leases(&self, id: NodeId) -> bool {
+        let held = self.state.allocs.get(&id).map_or(0, |alloc| alloc.leases.len());
+        let planned = self.left.get(&id).map_or(0, |left| left.parts);
+        !self.unheard.contains(&id) && held + planned < self.state.meta.settings.leases_per_node as usize
+    }
+
+    /// The part of `shape` on this machine, with GPUs of `gpu_type` where it needs some.
+    pub(crate) fn part(
+        &self,
+        cache: &mut Cache,
+        id: NodeId,
+        shape: &Shape,
+        gpu_type: Option<GpuTypeId>,
+    ) -> Option<PlacePart> {
+        let (node, alloc) = self.node(id)?;
+        let (cores, mem_mib) = fit::request_on(node, shape);
+        let gpu_order = match (want_of(shape), gpu_type) {
+            (Some(want), Some(gpu_type)) => {
+                let usable = fit::usable_gpus(node, alloc, &[gpu_type]);
+                cache.choose(self.state, node.class, usable, want).ok()?.order
+            }
+            _ => Vec::new(),
+        };
+        let cores_by_numa = cores_beside(node, alloc, cores, &gpu_order)?;
+        let part = PlacePart { node: id, epoch: node.epoch, gpu_order, cores_by_numa, mem_mib };
+        fit::fit(node, alloc, shape, &part).is_ok().then_some(part)
+    }
+
+    /// Takes what the part holds out of the overlay.
+    pub(crate) fn take(&mut self, part: &PlacePart) {
+        let Some((_, alloc)) = self.node(part.node) else { return };
+        let alloc = alloc.clone();
+        let left = self.left.entry(part.node).or_insert(Left { alloc, parts: 0 });
+        left.parts += 1;
+        for slot in &part.gpu_order {
+            left.alloc.free_gpus &= !(1 << slot);
+        }
+        for (free, cores) in left.alloc.cores_free.iter_mut().zip(&part.cores_by_numa) {
+            *free = free.saturating_sub(*cores);
+        }
+        left.alloc.mem_free_mib = left.alloc.mem_free_mib.saturating_sub(part.mem_mib);
+        self.touched.push(part.node);
+    }
+
+    /// Room for a part of `shape` here, apart from what links the GPUs.
+    pub(crate) fn room(&self, id: NodeId, shape: &Shape) -> Option<Result<Mask, NoFit>> {
+        let (node, alloc) = self.node(id)?;
+        self.takes_leases(id).then(|| fit::room_for(node, alloc, shape))
+    }
+}
+
+/// Cores from the NUMA domains of the GPUs, in proportion to the GPUs in each; what is missing there comes from the
+/// others. Without GPUs from one domain if one has enough, the fullest such.
+fn cores_beside(node: &Node, alloc: &Alloc, cores: u32, gpu_order: &[u8]) -> Option<Vec<u16>> {
+    if gpu_order.is_empty() {
+        let mut domains: Vec<u8> = (0..alloc.cores_free.len()).filter_map(|numa| u8::try_from(numa).ok()).collect();
+        let free = |numa: &u8| u32::from(alloc.cores_free[usize::from(*numa)]);
+        // Enough and least first, then most first.
+        domains.sort_by_key(|numa| if free(numa) >= cores { (0, free(numa)) } else { (1, u32::MAX - free(numa)) });
+        return fit::take_cores(alloc, cores, &domains);
+    }
+    let numa_of = |slot: &u8| node.gpus.get(usize::from(*slot)).map_or(0, |gpu| gpu.numa);
+    let mut taken = vec![0u16; alloc.cores_free.len()];
+    let mut given = 0;
+    for (position, slot) in gpu_order.iter().enumerate() {
+        // Cumulative shares: they add up to `cores` whatever the rounding.
+        let share =
+            cores * (position as u32 + 1) / gpu_order.len() as u32 - cores * position as u32 / gpu_order.len() as u32;
+        let numa = usize::from(numa_of(slot));
+        let (Some(free), Some(taken)) = (alloc.cores_free.get(numa), taken.get_mut(numa)) else { continue };
+        let more = u32::from(free.saturating_sub(*taken)).min(share);
+        *taken += more as u16;
+        given += more;
+    }
+    let rest = Alloc {
+        cores_free: alloc.cores_free.iter().zip(&taken).map(|(free, taken)| free - taken).collect(),
+        ..Alloc::default()
+    };
+    let beside: Vec<u8> = gpu_order.iter().map(numa_of).collect();
+    let more = fit::take_cores(&rest, cores - given, &beside)?;
+    Some(taken.into_iter().zip(more).map(|(taken, more)| taken + more).collect())
+}

@@ -1,0 +1,216 @@
+//! The reasons for which a task waits: structured, with numbers, each with a stable code and a line of text. Finding
+//! the one that binds is `explain`'s.
+
+use std::fmt;
+
+use crate::predict::gbps;
+
+/// Why a task does not start. `code()` names it, `Display` is one line with the numbers.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// NO_NODES: no machine is registered. Cure: join one.
+    NoNodes,
+    /// NO_SUCH_GPU_TYPE: no machine has GPUs of an accepted type. Cure: another `--gpu-type`, or join such a machine.
+    NoSuchGpuType { wanted: Vec<String>, present: Vec<String> },
+    /// NEVER: no machine of the cluster could run it, were it all idle. Cure: a smaller request, or larger machines.
+    Never { needs: Needs, lack: Lack },
+    /// NODES_OUT: enough machines could, but too few of them are in service. Cure: resume or repair them.
+    NodesOut { needs: Needs, able: u32, out: u32, silent: u32 },
+    /// GPUS_BUSY: too few machines have the GPUs free. Cure: wait, or ask for fewer.
+    GpusBusy { needs: Needs, ready: u32, best: Best, unhealthy: u32, away: u32 },
+    /// CORES_BUSY: machines with the GPUs free lack cores. Cure: wait, or ask for fewer cores.
+    CoresBusy { needs: Needs, ready: u32, best: Best, away: u32 },
+    /// MEM_BUSY: machines with GPUs and cores free lack memory; `best` in MiB. Cure: wait, or ask for less.
+    MemBusy { needs: Needs, ready: u32, best: Best, away: u32 },
+    /// LEASES_FULL: the machines with room hold as many leases as a machine may. Cure: wait.
+    LeasesFull { needs: Needs, limit: u32 },
+    /// BANDWIDTH: the free GPUs are linked too slowly; `best` in MB/s. Cure: wait, or a lower `--min-bandwidth`.
+    Bandwidth { needs: Needs, ready: u32, best: Best, wanted_mbps: u32 },
+    /// HELD: 20 excused attempts in a row, or a machine still runs an attempt without a lease. Cure: see the text.
+    Held { launch: bool, orphan: bool },
+    /// BACKOFF: it failed, and the wait before its next attempt is not over. Cure: wait.
+    Backoff { attempt: u32, in_ms: u64 },
+    /// SOON: it fits; the planner starts it, or one before it in the order, next.
+    Soon,
+}
+
+/// What the gang asks for, as far as the reason needs it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Needs {
+    pub machines: u32,
+    /// GPUs on each.
+    pub gpus: u32,
+    /// Accepted types; empty = any.
+    pub types: Vec<String>,
+    /// Cores and MiB on the machine that `best` names.
+    pub cores: u32,
+    pub mem_mib: u64,
+}
+
+/// The machine that comes nearest, and how much of the scarce thing it has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Best {
+    pub node: String,
+    pub has: u64,
+}
+
+/// What even an idle cluster lacks.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Lack {
+    Gpus(Best),
+    Cores(Best),
+    /// In MiB.
+    Memory(Best),
+    /// In MB/s.
+    Bandwidth(Best),
+    /// So many machines could hold a part.
+    Machines {
+        able: u32,
+    },
+}
+
+impl Reason {
+    /// The stable name.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Reason::NoNodes => "NO_NODES",
+            Reason::NoSuchGpuType { .. } => "NO_SUCH_GPU_TYPE",
+            Reason::Never { .. } => "NEVER",
+            Reason::NodesOut { .. } => "NODES_OUT",
+            Reason::GpusBusy { .. } => "GPUS_BUSY",
+            Reason::CoresBusy { .. } => "CORES_BUSY",
+            Reason::MemBusy { .. } => "MEM_BUSY",
+            Reason::LeasesFull { .. } => "LEASES_FULL",
+            Reason::Bandwidth { .. } => "BANDWIDTH",
+            Reason::Held { .. } => "HELD",
+            Reason::Backoff { .. } => "BACKOFF",
+            Reason::Soon => "SOON",
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------- texts
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::NoNodes => f.write_str("no machine has joined the cluster"),
+            Reason::NoSuchGpuType { wanted, present } => no_such_type(f, wanted, present),
+            Reason::Never { needs, lack } => never(f, needs, lack),
+            Reason::NodesOut { needs, able, out, silent } => {
+                write!(f, "needs {needs}; {able} could run it, {out} of them out of service, {silent} silent")
+            }
+            Reason::GpusBusy { needs, ready, best, unhealthy, away } => {
+                write!(f, "needs {needs}; {}", ready_now(needs, *ready))?;
+                write!(f, "{} {} free on {}", best_of(*ready), best.has, best.node)?;
+                if *unhealthy > 0 {
+                    write!(f, "; {unhealthy} {} unhealthy", plural(*unhealthy, "GPU is", "GPUs are"))?;
+                }
+                write_away(f, *away)
+            }
+            Reason::CoresBusy { needs, ready, best, away } => {
+                write!(f, "needs {} cores on each of {needs}; {}", needs.cores, ready_now(needs, *ready))?;
+                write!(f, "{} {} cores free on {}", best_of(*ready), best.has, best.node)?;
+                write_away(f, *away)
+            }
+            Reason::MemBusy { needs, ready, best, away } => {
+                write!(f, "needs {} MiB on each of {needs}; {}", needs.mem_mib, ready_now(needs, *ready))?;
+                write!(f, "{} {} MiB free on {}", best_of(*ready), best.has, best.node)?;
+                write_away(f, *away)
+            }
+            Reason::LeasesFull { needs, limit } => {
+                write!(f, "needs {needs}; the machines with room hold {limit} leases, the limit of a machine")
+            }
+            Reason::Bandwidth { needs, ready, best, wanted_mbps } => {
+                write!(f, "needs {needs} at {} or more; {}", gbps(*wanted_mbps), ready_now(needs, *ready))?;
+                write!(f, "{} {} among the free GPUs of {}", best_of(*ready), speed(best), best.node)
+            }
+            Reason::Held { launch: true, .. } => {
+                f.write_str("on hold: 20 attempts in a row failed by no fault of the job; see its attempts")
+            }
+            Reason::Held { .. } => {
+                f.write_str("on hold: a machine still runs an earlier attempt of it without a lease, and is ending it")
+            }
+            Reason::Backoff { attempt, in_ms } => {
+                write!(f, "attempt {attempt} may start in {}", seconds(*in_ms))
+            }
+            Reason::Soon => f.write_str("fits; its turn comes next"),
+        }
+    }
+}
+
+fn no_such_type(f: &mut fmt::Formatter<'_>, wanted: &[String], present: &[String]) -> fmt::Result {
+    match (wanted, present) {
+        (_, []) => f.write_str("needs GPUs; no machine has any"),
+        (wanted, present) => {
+            write!(f, "needs {} GPUs; the cluster has {}", wanted.join(" or "), present.join(", "))
+        }
+    }
+}
+
+fn never(f: &mut fmt::Formatter<'_>, needs: &Needs, lack: &Lack) -> fmt::Result {
+    let largest = "no machine could ever run it; the largest,";
+    match lack {
+        Lack::Gpus(best) => write!(f, "needs {needs}; {largest} {}, has {}", best.node, best.has),
+        Lack::Cores(best) => {
+            write!(f, "needs {} cores on each of {needs}; {largest} {}, has {}", needs.cores, best.node, best.has)
+        }
+        Lack::Memory(best) => {
+            write!(f, "needs {} MiB on each of {needs}; {largest} {}, has {} MiB", needs.mem_mib, best.node, best.has)
+        }
+        Lack::Bandwidth(best) => {
+            write!(
+                f,
+                "needs {needs}; no machine links them fast enough, the best, {}, reaches {}",
+                best.node,
+                speed(best)
+            )
+        }
+        Lack::Machines { able } => write!(f, "needs {needs}; the cluster has {able} such, in service or not"),
+    }
+}
+
+impl fmt::Display for Needs {
+    /// "8 h100 on one machine", "2 machines with 8 h100 each", "one machine".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gpus = match self.types.as_slice() {
+            [] => format!("{} {}", self.gpus, plural(self.gpus, "GPU", "GPUs")),
+            types => format!("{} {}", self.gpus, types.join(" or ")),
+        };
+        match (self.machines, self.gpus) {
+            (1, 0) => f.write_str("one machine"),
+            (1, _) => write!(f, "{gpus} on one machine"),
+            (machines, 0) => write!(f, "{machines} machines"),
+            (machines, _) => write!(f, "{machines} machines with {gpus} each"),
+        }
+    }
+}
+
+/// For a gang that finds some of its machines: how many.
+fn ready_now(needs: &Needs, ready: u32) -> String {
+    if needs.machines == 1 {
+        String::new()
+    } else {
+        format!("{ready} {} now, ", plural(ready, "machine has room", "machines have room"))
+    }
+}
+
+fn best_of(ready: u32) -> &'static str {
+    if ready == 0 { "best has" } else { "best of the others has" }
+}
+
+fn write_away(f: &mut fmt::Formatter<'_>, away: u32) -> fmt::Result {
+    if away == 0 { Ok(()) } else { write!(f, "; {away} {} out or silent", plural(away, "machine", "machines")) }
+}
+
+fn speed(best: &Best) -> String {
+    gbps(u32::try_from(best.has).unwrap_or(u32::MAX))
+}
+
+fn seconds(ms: u64) -> String {
+    format!("{} s", ms.div_ceil(1_000))
+}
+
+fn plural(count: u32, one: &'static str, more: &'static str) -> &'static str {
+    if count == 1 { one } else { more }
+}

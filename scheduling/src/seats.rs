@@ -1,0 +1,120 @@
+//! For one shape: the machines that have room for a part of it, best fit first. Kept up to date while a plan takes
+//! resources away, so that the n-th job of equal shape costs a look-up, not a scan.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use statemachine::fit;
+use statemachine::spec::Shape;
+use statemachine::{GpuTypeId, NodeId};
+
+use crate::machines::{Cache, Machines, want_of};
+
+/// A machine with room, in the order of best fit: the fewest free GPUs, the highest bandwidth in GB/s among those, the
+/// fewest free cores, then the oldest node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Seat {
+    gpus_free: u32,
+    gbps: Reverse<u32>,
+    cores_free: u32,
+    node: NodeId,
+}
+
+pub(crate) struct Seats<'a> {
+    shape: &'a Shape,
+    /// By the type of the GPUs; `None` for a shape without GPUs.
+    by_type: BTreeMap<Option<GpuTypeId>, BTreeSet<Seat>>,
+    of_node: BTreeMap<NodeId, Vec<(Option<GpuTypeId>, Seat)>>,
+    /// How far `Machines::touched` was read.
+    read: usize,
+}
+
+impl<'a> Seats<'a> {
+    /// Looks at every machine once.
+    pub(crate) fn new(machines: &Machines<'_>, cache: &mut Cache, shape: &'a Shape) -> Self {
+        let mut seats =
+            Self { shape, by_type: BTreeMap::new(), of_node: BTreeMap::new(), read: machines.touched.len() };
+        for (node, _) in machines.state.nodes.iter() {
+            seats.look_at(machines, cache, *node);
+        }
+        seats
+    }
+
+    /// Looks again at the machines that were touched since; their number.
+    pub(crate) fn refresh(&mut self, machines: &Machines<'_>, cache: &mut Cache) -> u64 {
+        let touched: BTreeSet<NodeId> = machines.touched[self.read..].iter().copied().collect();
+        self.read = machines.touched.len();
+        for node in &touched {
+            self.look_at(machines, cache, *node);
+        }
+        touched.len() as u64
+    }
+
+    fn look_at(&mut self, machines: &Machines<'_>, cache: &mut Cache, node: NodeId) {
+        for (gpu_type, seat) in self.of_node.remove(&node).unwrap_or_default() {
+            self.by_type.entry(gpu_type).or_default().remove(&seat);
+        }
+        let seats = seats_on(machines, cache, self.shape, node);
+        for (gpu_type, seat) in &seats {
+            self.by_type.entry(*gpu_type).or_default().insert(*seat);
+        }
+        if !seats.is_empty() {
+            self.of_node.insert(node, seats);
+        }
+    }
+
+    /// Machines for the whole gang, all with GPUs of one type, by node number; `None` when too few have room.
+    ///
+    /// Types go in the shape's order of preference; a shape that accepts any gets the one that fits best. Nodes on the
+    /// list to avoid are taken only where others don't suffice.
+    pub(crate) fn pick(&self, avoid: &VecDeque<NodeId>) -> Option<(Option<GpuTypeId>, Vec<NodeId>)> {
+        let of = |gpu_type: &Option<GpuTypeId>| Some((*gpu_type, self.pick_type(gpu_type, avoid)?));
+        let (gpu_type, seats) = if self.shape.gpus_per_node() == 0 {
+            of(&None)?
+        } else if self.shape.gpu_types.is_empty() {
+            self.by_type.keys().filter_map(of).min_by_key(|(_, seats)| fit_of(seats))?
+        } else {
+            self.shape.gpu_types.iter().find_map(|gpu_type| of(&Some(*gpu_type)))?
+        };
+        let mut nodes: Vec<NodeId> = seats.into_iter().map(|seat| seat.node).collect();
+        nodes.sort();
+        Some((gpu_type, nodes))
+    }
+
+    fn pick_type(&self, gpu_type: &Option<GpuTypeId>, avoid: &VecDeque<NodeId>) -> Option<Vec<Seat>> {
+        let seats = self.by_type.get(gpu_type)?;
+        let needed = usize::from(self.shape.nodes);
+        let welcome = seats.iter().filter(|seat| !avoid.contains(&seat.node));
+        let avoided = seats.iter().filter(|seat| avoid.contains(&seat.node));
+        let picked: Vec<Seat> = welcome.chain(avoided).take(needed).copied().collect();
+        (picked.len() == needed).then_some(picked)
+    }
+}
+
+/// How well a gang's seats fit: free GPUs left on its machines, then the lowest bandwidth. Less is better.
+fn fit_of(seats: &[Seat]) -> (u32, Reverse<u32>) {
+    let free = seats.iter().map(|seat| seat.gpus_free).sum();
+    let slowest = seats.iter().map(|seat| seat.gbps.0).min().unwrap_or(0);
+    (free, Reverse(slowest))
+}
+
+fn seats_on(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape, id: NodeId) -> Vec<(Option<GpuTypeId>, Seat)> {
+    let Some(Ok(_)) = machines.room(id, shape) else { return Vec::new() };
+    let Some((node, alloc)) = machines.node(id) else { return Vec::new() };
+    let cores_free = fit::cores_of(&alloc.cores_free);
+    let Some(want) = want_of(shape) else {
+        // Jobs without GPUs go where they take cores from no free GPU.
+        let gpus_free = fit::usable_gpus(node, alloc, &[]).count_ones();
+        return vec![(None, Seat { gpus_free, gbps: Reverse(0), cores_free, node: id })];
+    };
+    let mut seats = Vec::new();
+    for gpu_type in fit::acceptable_types(node, shape) {
+        let usable = fit::usable_gpus(node, alloc, &[gpu_type]);
+        if let Ok(choice) = cache.choose(machines.state, node.class, usable, want) {
+            let seat =
+                Seat { gpus_free: usable.count_ones(), gbps: Reverse(choice.mbps / 1_000), cores_free, node: id };
+            seats.push((Some(gpu_type), seat));
+        }
+    }
+    seats
+}
