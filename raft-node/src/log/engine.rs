@@ -296,3 +296,39 @@ impl PendingRead {
         Ok(records)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn a_failed_sync_stops_the_log_for_good() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = Log::open(dir.path(), Options::default()).expect("open");
+        let (tell, told) = mpsc::channel();
+        let append = |index| {
+            let tell = tell.clone();
+            let id = EntryId { index, term: 1, node: 1 };
+            let record = Record { id, tag: 0, data: bytes::Bytes::from_static(b"entry") };
+            log.append(vec![record], Box::new(move |result| tell.send(result).expect("the test waits")))
+        };
+        append(0).expect("append");
+        told.recv().expect("an answer").expect("durable");
+
+        log.fail_next_sync();
+        append(1).expect("append");
+        let error = told.recv().expect("an answer").expect_err("the sync failed").to_string();
+        assert!(error.contains("cannot sync") && error.contains("000000000001.log"), "{error}");
+
+        let error = append(2).expect_err("the log stopped");
+        assert!(matches!(error, LogError::Stopped(_)), "{error}");
+        let id = EntryId { index: 0, term: 1, node: 1 };
+        assert!(log.purge(id, Box::new(|_| {})).is_err());
+        assert!(log.truncate_after(None, Box::new(|_| {})).is_err());
+        assert!(log.save_vote(Vote::default(), Box::new(|_| {})).is_err());
+        assert!(log.save_committed(None).is_err());
+        assert_eq!(*log.durable_index().borrow(), Some(0));
+    }
+}
