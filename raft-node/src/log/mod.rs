@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `000000000001.log` ... | segments of 16 MiB, see frame.rs |
 //! | `vote-a`, `vote-b` | the vote, twice, see vote.rs |
+//! | `durable` | how far the log was synced, see witness.rs |
 //! | `reserve` | space kept for handing over leadership on a full disk, see reserve.rs |
 //!
 //! Promises: an acknowledgement comes after `fdatasync`; what was acknowledged is found again or the log refuses to
@@ -20,6 +21,7 @@ mod segment;
 pub mod storage;
 mod view;
 mod vote;
+mod witness;
 mod writer;
 
 use std::io;

@@ -17,6 +17,7 @@ use super::frame::{self, Base, Frame, Kind};
 use super::segment::{SegmentFile, sync_dir};
 use super::view::{Place, View};
 use super::vote::{Found, VoteFiles};
+use super::witness::{Known, Witness};
 use super::{LogError, Options, Record, Vote};
 
 /// An opened log: everything in it is durable.
@@ -50,6 +51,7 @@ pub(super) fn open(dir: &Path, options: &Options) -> Result<Recovered, LogError>
     let (kept, orphans) = segment_numbers(dir)?;
     let vote = find_vote(dir, !kept.is_empty())?;
     let plan = replay(dir, &kept, vote, options)?;
+    check_witness(dir, &plan)?;
     commit(dir, plan, orphans, vote, lock)
 }
 
@@ -126,6 +128,18 @@ fn replay(dir: &Path, numbers: &[u32], vote: Option<Vote>, options: &Options) ->
         return Err(LogError::damaged(&first.file.path, 0, what));
     }
     Ok(plan)
+}
+
+/// Whether everything is there that was once durable.
+fn check_witness(dir: &Path, plan: &Plan) -> Result<(), LogError> {
+    let Some(known) = Witness::look(dir) else { return Ok(()) };
+    let end = plan.segments.back().map(|last| Known { segment: last.file.number, offset: last.len });
+    if end >= Some(known) {
+        return Ok(());
+    }
+    let valid = end.filter(|end| end.segment == known.segment).map_or(0, |end| end.offset);
+    let what = format!("it is valid up to here, but was durable up to {}", known.offset);
+    Err(LogError::damaged(&SegmentFile::path(dir, known.segment), valid, what))
 }
 
 /// Whether the newest segment is one whose creation never finished: header and base frame are synced before anything

@@ -25,6 +25,7 @@ use super::reserve::{Reserve, is_full};
 use super::segment::{SegmentFile, sync_dir};
 use super::view::Place;
 use super::vote::VoteFiles;
+use super::witness::{Known, Witness};
 use super::{Done, EntryId, LogError, Options, Record, Vote, planted};
 
 /// Frames gathered before a write.
@@ -40,6 +41,7 @@ pub(super) struct Writer {
     shared: Arc<Shared>,
     queue: Receiver<Request>,
     votes: VoteFiles,
+    witness: Witness,
     reserve: Reserve,
     next_reserve_try: Instant,
     /// Closed segments, oldest first.
@@ -97,11 +99,13 @@ impl Writer {
         let committed = view.committed;
         let reserve = Reserve::new(&dir, options.reserve_bytes);
         shared.begin(view);
+        let witness = Witness::open(&dir);
         let mut writer = Writer {
             synced: current.len,
             closed: segments,
             current,
             votes,
+            witness,
             reserve,
             next_reserve_try: Instant::now(),
             buffer: Vec::new(),
@@ -116,6 +120,7 @@ impl Writer {
             shared,
             queue,
         };
+        writer.note_durable();
         writer.renew_reserve();
         writer
     }
@@ -343,8 +348,13 @@ impl Writer {
         if self.synced < self.current.len {
             self.shared.sync_data(&self.current.file.file).map_err(LogError::io("sync", &self.current.file.path))?;
             self.synced = self.current.len;
+            self.note_durable();
         }
         Ok(())
+    }
+
+    fn note_durable(&self) {
+        self.witness.note(Known { segment: self.current.file.number, offset: self.synced });
     }
 
     fn roll(&mut self) -> Result<(), LogError> {
@@ -355,6 +365,7 @@ impl Writer {
         self.synced = next.len;
         let full = std::mem::replace(&mut self.current, next);
         self.closed.push_back(full);
+        self.note_durable();
         Ok(())
     }
 
@@ -421,9 +432,9 @@ impl Writer {
         if self.mark_is_due() {
             self.encode_mark();
         }
-        let written = self.try_write().and_then(|()| self.current.file.file.sync_data());
-        if let Err(error) = written {
-            tracing::warn!(%error, path = %self.current.file.path.display(), "the log's last mark was not written");
+        let written = self.try_write().map_err(LogError::io("write", &self.current.file.path));
+        if let Err(error) = written.and_then(|()| self.sync()) {
+            tracing::warn!(%error, "the log's last mark was not written");
         }
     }
 

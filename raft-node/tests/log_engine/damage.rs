@@ -39,6 +39,7 @@ fn one_flipped_bit_far_from_the_end_is_refused_with_file_and_offset() {
     let len = std::fs::metadata(&segment).expect("the segment").len();
     let limit = (len - 45_000) * 8;
     assert!(len > 300_000);
+    std::fs::remove_file(dir.path().join("durable")).expect("remove");
     for round in 0..84 {
         // Odd steps reach all parts of a frame; the first ones reach the header and the base frame.
         let bit = if round < 20 { round * 53 } else { (round * 7_919 * 307) % limit };
@@ -64,6 +65,7 @@ fn damage_in_the_newest_batch_is_seen_once_the_log_was_quiet() {
     });
     assert!(marked, "no mark after a pause");
     let crashed = copy(dir.path());
+    std::fs::remove_file(crashed.path().join("durable")).expect("remove");
     flip(&last_segment(crashed.path()), (end - 100) * 8);
     assert_names(&refused(crashed.path(), &quiet()), &last_segment(crashed.path()), end - 100, 400);
 }
@@ -76,8 +78,38 @@ fn an_orderly_end_closes_the_same_window() {
     append(&log, records(0..10, 1, 300));
     let end = std::fs::metadata(last_segment(dir.path())).expect("the segment").len();
     drop(log);
+    std::fs::remove_file(dir.path().join("durable")).expect("remove");
     flip(&last_segment(dir.path()), (end - 100) * 8);
     assert_names(&refused(dir.path(), &quiet()), &last_segment(dir.path()), end - 100, 400);
+}
+
+#[test]
+fn a_last_segment_cut_short_or_damaged_at_its_end_or_lost_is_refused() {
+    let dir = synced_store(3);
+    let segment = last_segment(dir.path());
+    let whole = std::fs::read(&segment).expect("read");
+    let len = whole.len() as u64;
+    for cut in [0, 1, 16, 60, 400, len / 2, len - 400, len - 1] {
+        std::fs::write(&segment, &whole[..cut as usize]).expect("write");
+        assert_names(&refused(dir.path(), &quiet()), &segment, cut, 400);
+    }
+    std::fs::write(&segment, &whole).expect("write");
+    flip(&segment, (len - 3) * 8);
+    assert_names(&refused(dir.path(), &quiet()), &segment, len - 3, 400);
+
+    let dir = store_of_many_segments();
+    let lost = last_segment(dir.path());
+    std::fs::remove_file(&lost).expect("remove");
+    assert_names(&refused(dir.path(), &quiet()), &lost, 0, 1);
+}
+
+#[test]
+fn a_bad_note_of_what_was_durable_is_no_reason_to_stop() {
+    for bad in [&b""[..], b"ARESSYNC", &[0; 28]] {
+        let dir = synced_store(3);
+        std::fs::write(dir.path().join("durable"), bad).expect("write");
+        assert_eq!(all(&open(dir.path(), &quiet()).reader()).len(), 60);
+    }
 }
 
 fn store_of_many_segments() -> tempfile::TempDir {

@@ -24,6 +24,8 @@ enum Op {
     },
     Pause,
     Reopen,
+    /// As a kill would leave it, once everything is answered.
+    Crash,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -36,7 +38,8 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (0..50u64, 0..50u64, 0..4000usize)
             .prop_map(|(from, count, max_bytes)| Op::ReadSome { from, count, max_bytes }),
         1 => Just(Op::Pause),
-        2 => Just(Op::Reopen),
+        1 => Just(Op::Reopen),
+        1 => Just(Op::Crash),
     ]
 }
 
@@ -60,7 +63,7 @@ impl Model {
 }
 
 fn run(ops: Vec<Op>, options: Options) {
-    let dir = tempfile::tempdir().expect("a directory");
+    let mut dir = tempfile::tempdir().expect("a directory");
     let mut log = open(dir.path(), &options);
     let mut model = Model { term: 1, ..Model::default() };
     for op in ops {
@@ -101,6 +104,16 @@ fn run(ops: Vec<Op>, options: Options) {
             }
             Op::ReadSome { from, count, max_bytes } => read_some(&log.reader(), &model, from, count, max_bytes),
             Op::Pause => std::thread::sleep(Duration::from_millis(3)),
+            Op::Crash => {
+                model.term += 1;
+                save_vote(&log, model.term);
+                model.vote = Some(Vote { term: model.term, node: 1, committed: true });
+                dir = copy(dir.path());
+                log = open(dir.path(), &options);
+                let committed = log.reader().committed();
+                assert!(committed.map(|id| id.index) <= model.committed.map(|id| id.index));
+                model.committed = committed;
+            }
             Op::Reopen => {
                 drop(log);
                 log = open(dir.path(), &options);

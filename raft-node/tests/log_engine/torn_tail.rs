@@ -28,9 +28,12 @@ fn store_with_a_last_batch(entry_len: usize) -> (tempfile::TempDir, u64) {
         append(&log, records(first..first + 10, 3, entry_len));
     }
     let begin = std::fs::metadata(last_segment(dir.path())).expect("the segment").len();
+    let known = std::fs::read(dir.path().join("durable")).expect("read");
     append(&log, records(SYNCED_ENTRIES..ALL_ENTRIES, 3, entry_len));
-    // The copy is taken while the log is open: its orderly end would add a mark, which is only written after a sync.
-    (copy(dir.path()), begin)
+    // As it was before the sync: the log is still open, so it has no mark of its end, and the note is the older one.
+    let crashed = copy(dir.path());
+    std::fs::write(crashed.path().join("durable"), known).expect("write");
+    (crashed, begin)
 }
 
 fn tear(segment: &Path, begin: u64, block: u64, fates: &[Fate]) {
@@ -135,10 +138,12 @@ fn a_store_whose_first_start_was_torn_starts_empty() {
     let whole = std::fs::read(last_segment(dir.path())).expect("read");
     for kept in [0, 5, whole.len() / 2, whole.len() - 1] {
         std::fs::write(last_segment(dir.path()), &whole[..kept]).expect("write");
+        std::fs::remove_file(dir.path().join("durable")).expect("remove");
         let log = open(dir.path(), &quiet());
         assert_eq!(log.reader().state().last, None);
     }
     std::fs::remove_file(last_segment(dir.path())).expect("remove");
+    std::fs::remove_file(dir.path().join("durable")).expect("remove");
     std::fs::write(dir.path().join("vote-a"), b"").expect("write");
     std::fs::remove_file(dir.path().join("vote-b")).expect("remove");
     drop(open(dir.path(), &quiet()));
