@@ -1,4 +1,13 @@
 //! A scheduler replica: openraft, the log, the APIs, and the loops that only the leader runs.
 
+pub mod api;
+pub mod door;
+pub mod identity;
+pub mod leader;
 pub mod log;
+pub mod members;
+pub mod office;
 pub mod raft;
+pub mod read;
+pub mod replica;
+pub mod server;

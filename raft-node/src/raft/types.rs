@@ -48,3 +48,18 @@ openraft::declare_raft_types!(
         NodeId = u64,
         Node = Peer,
 );
+
+/// Names a leader: the term and the replica.
+pub type LeaderId = openraft::impls::leader_id_adv::LeaderId<u64, u64>;
+pub type LogId = openraft::LogId<LeaderId>;
+pub type Vote = openraft::Vote<LeaderId>;
+pub type EntryPayload = openraft::EntryPayload<Payload, u64, Peer>;
+pub type Entry = openraft::Entry<LeaderId, EntryPayload>;
+pub type Membership = openraft::Membership<u64, Peer>;
+pub type StoredMembership = openraft::StoredMembership<LeaderId, u64, Peer>;
+pub type SnapshotMeta = openraft::SnapshotMeta<LeaderId, u64, Peer>;
+
+/// A log id from its parts.
+pub fn log_id(term: u64, leader: u64, index: u64) -> LogId {
+    LogId { leader_id: LeaderId { term, node_id: leader }, index }
+}

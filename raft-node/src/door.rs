@@ -1,0 +1,261 @@
+//! The one door to the log: stamps cluster time, wall time and salt, and packs concurrent commands into few entries.
+//!
+//! A command goes out at once while fewer than [`IN_FLIGHT`] entries are under way; else it waits for one of them to return, and
+//! all that came meanwhile go together: the window is the batcher, no timer delays anyone. Who may propose, and what it means, is the
+//! callers' and apply's.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use openraft::async_runtime::watch::WatchReceiver;
+use openraft::errors::ClientWriteError;
+use openraft::impls::ProgressResponder;
+use statemachine::storage::codec;
+use statemachine::{Cmd, Entry, Outcome};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+use crate::office::Office;
+use crate::raft::Raft;
+use crate::raft::types::{Payload, Peer, TypeConfig};
+
+/// Entries under way at once. Measured with a file log: fewer let half the clients wait, more make the entries small.
+pub const IN_FLIGHT: usize = 8;
+/// Commands in one entry ...
+pub const ENTRY_COMMANDS: usize = 1_000;
+/// ... and their bytes. One larger command travels alone.
+pub const ENTRY_BYTES: usize = 128 << 10;
+/// Bytes of the largest command.
+pub const COMMAND_BYTES: usize = 320 << 10;
+/// Commands that may wait for the door: a second's work of a fast disk. Above it callers are told to come again.
+pub const QUEUE: usize = 65_536;
+/// ... when, in ms.
+const BUSY_RETRY_MS: u64 = 100;
+/// A caller waits this long for its command's answer; after that the outcome is unknown to it.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why a command has no outcome. Only [`ProposeError::Unknown`] may have taken effect.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    #[error("this replica does not lead{}", .0.as_ref().map(|(id, peer)| format!("; the leader is replica {id} at {}", peer.api_addr)).unwrap_or_default())]
+    NotLeader(Option<(u64, Peer)>),
+    #[error("{QUEUE} commands wait already; come again in {retry_ms} ms")]
+    Busy { retry_ms: u64 },
+    #[error("the image is too far behind the log: the disk is slower than the load; come again in {retry_ms} ms")]
+    ImageBehind { retry_ms: u64 },
+    #[error("the leader's disk is full")]
+    DiskFull,
+    #[error("the command has {bytes} bytes, the limit is {COMMAND_BYTES}")]
+    TooLarge { bytes: usize },
+    #[error("the outcome is unknown: repeat the command with the same request id")]
+    Unknown,
+    #[error("this replica stops")]
+    Stopped,
+}
+
+/// What the door must know of the machine before it lets a command in.
+#[derive(Clone)]
+pub struct Obstacles {
+    pub image_behind: watch::Receiver<bool>,
+    pub disk_full: watch::Receiver<bool>,
+}
+
+type Answer = Result<(Outcome, u64), ProposeError>;
+
+struct Waiting {
+    cmd: Cmd,
+    bytes: usize,
+    answer: oneshot::Sender<Answer>,
+}
+
+/// Cloning shares the queue.
+#[derive(Clone)]
+pub struct Door {
+    queue: mpsc::Sender<Waiting>,
+    office: watch::Receiver<Option<Office>>,
+    obstacles: Obstacles,
+    raft: Raft,
+}
+
+/// The packing half: runs until the replica stops.
+pub struct Packer {
+    queue: mpsc::Receiver<Waiting>,
+    /// Taken from the queue but too large for the entry before it.
+    held: Option<Waiting>,
+    office: watch::Receiver<Option<Office>>,
+    raft: Raft,
+}
+
+impl Door {
+    pub fn new(raft: Raft, office: watch::Receiver<Option<Office>>, obstacles: Obstacles) -> (Self, Packer) {
+        let (sender, queue) = mpsc::channel(QUEUE);
+        let packer = Packer { queue, held: None, office: office.clone(), raft: raft.clone() };
+        (Self { queue: sender, office, obstacles, raft }, packer)
+    }
+
+    /// Proposes one command and waits until it is applied: its outcome, and the keyspace's revision after its entry.
+    pub async fn propose(&self, cmd: Cmd) -> Answer {
+        match tokio::time::timeout(PATIENCE, self.propose_patiently(cmd)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(ProposeError::Unknown),
+        }
+    }
+
+    async fn propose_patiently(&self, cmd: Cmd) -> Answer {
+        self.ensure_office().await?;
+        if *self.obstacles.disk_full.borrow() {
+            return Err(ProposeError::DiskFull);
+        }
+        if *self.obstacles.image_behind.borrow() {
+            return Err(ProposeError::ImageBehind { retry_ms: BUSY_RETRY_MS });
+        }
+        let bytes = encoded_len(&cmd);
+        if bytes > COMMAND_BYTES {
+            return Err(ProposeError::TooLarge { bytes });
+        }
+        let (answer, answered) = oneshot::channel();
+        match self.queue.try_send(Waiting { cmd, bytes, answer }) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => return Err(ProposeError::Busy { retry_ms: BUSY_RETRY_MS }),
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(ProposeError::Stopped),
+        }
+        // The packer drops a command only when the replica stops, maybe after proposing it.
+        answered.await.unwrap_or(Err(ProposeError::Unknown))
+    }
+
+    /// Returns once this replica is in office. A leader just elected gets there by itself within a round trip.
+    async fn ensure_office(&self) -> Result<(), ProposeError> {
+        if self.office.borrow().is_some() {
+            return Ok(());
+        }
+        let mut office = self.office.clone();
+        let mut metrics = self.raft.server_metrics();
+        loop {
+            if office.borrow_and_update().is_some() {
+                return Ok(());
+            }
+            if !metrics.borrow_and_update().state.is_leader() {
+                return Err(ProposeError::NotLeader(leader_hint(&self.raft)));
+            }
+            tokio::select! {
+                changed = office.changed() => changed.map_err(|_| ProposeError::Stopped)?,
+                changed = metrics.changed() => changed.map_err(|_| ProposeError::Stopped)?,
+            }
+        }
+    }
+}
+
+/// The leader that this replica knows of, another one than itself.
+pub fn leader_hint(raft: &Raft) -> Option<(u64, Peer)> {
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow_watched();
+    let leader = metrics.current_leader.filter(|leader| leader != raft.node_id())?;
+    let peer = metrics.membership_config.membership().get_node(&leader)?;
+    Some((leader, peer.clone()))
+}
+
+fn encoded_len(cmd: &Cmd) -> usize {
+    let mut bytes = Vec::with_capacity(512);
+    codec::canonical(cmd, &mut bytes);
+    bytes.len()
+}
+
+impl Packer {
+    pub async fn run(mut self) {
+        let window = Arc::new(Semaphore::new(IN_FLIGHT));
+        loop {
+            let Ok(permit) = window.clone().acquire_owned().await else { return };
+            let Some(batch) = self.next_batch().await else { return };
+            match self.office.borrow().clone() {
+                Some(office) => drop(tokio::spawn(propose(self.raft.clone(), office, batch, permit))),
+                None => refuse(batch, &ProposeError::NotLeader(leader_hint(&self.raft))),
+            }
+        }
+    }
+
+    /// Waits for a command; then takes what else is there, up to the bounds.
+    async fn next_batch(&mut self) -> Option<Vec<Waiting>> {
+        let first = match self.held.take() {
+            Some(held) => held,
+            None => self.queue.recv().await?,
+        };
+        let mut bytes = first.bytes;
+        let mut batch = vec![first];
+        while batch.len() < ENTRY_COMMANDS && bytes < ENTRY_BYTES {
+            let Ok(next) = self.queue.try_recv() else { break };
+            // Nobody waits for it any more: its caller was told that the outcome is unknown.
+            if next.answer.is_closed() {
+                continue;
+            }
+            bytes += next.bytes;
+            if bytes > ENTRY_BYTES {
+                self.held = Some(next);
+                break;
+            }
+            batch.push(next);
+        }
+        Some(batch)
+    }
+}
+
+fn refuse(batch: Vec<Waiting>, err: &ProposeError) {
+    for waiting in batch {
+        let _ = waiting.answer.send(Err(err.clone()));
+    }
+}
+
+/// Proposes one entry and hands each caller its outcome. The permit is the entry's place in the window.
+async fn propose(raft: Raft, office: Office, batch: Vec<Waiting>, permit: OwnedSemaphorePermit) {
+    let (cmds, answers): (Vec<Cmd>, Vec<_>) = batch.into_iter().map(|waiting| (waiting.cmd, waiting.answer)).unzip();
+    let result = write(&raft, &office, cmds).await;
+    drop(permit);
+    match result {
+        Ok((outcomes, revision)) => {
+            for (answer, outcome) in answers.into_iter().zip(outcomes) {
+                let _ = answer.send(Ok((outcome, revision)));
+            }
+        }
+        Err(err) => {
+            for answer in answers {
+                let _ = answer.send(Err(err.clone()));
+            }
+        }
+    }
+}
+
+async fn write(raft: &Raft, office: &Office, cmds: Vec<Cmd>) -> Result<(Vec<Outcome>, u64), ProposeError> {
+    let wanted = cmds.len();
+    let entry = stamp(office, cmds);
+    let payload = Payload(Bytes::from(codec::encode_entry(&entry)));
+    let (responder, written) = ProgressResponder::complete_only();
+    // Only while this office lasts: a later leader would stamp another time.
+    raft.write(payload).responder(responder).with_leader(office.leader).await.map_err(|_| ProposeError::Stopped)?;
+    let reply = match written.await {
+        Ok(Ok(written)) => written.data,
+        Ok(Err(err)) => return Err(why_not_written(raft, err)),
+        Err(_) => return Err(ProposeError::Unknown),
+    };
+    // Fewer answers than commands would hand a caller another one's outcome.
+    if reply.outcomes.len() != wanted {
+        tracing::error!(wanted, got = reply.outcomes.len(), "apply did not answer each command");
+        return Err(ProposeError::Unknown);
+    }
+    Ok((reply.outcomes, reply.revision))
+}
+
+fn why_not_written(raft: &Raft, err: ClientWriteError<TypeConfig>) -> ProposeError {
+    match err {
+        ClientWriteError::ForwardToLeader(to) => {
+            let known = to.leader_id.zip(to.leader_node).filter(|(id, _)| id != raft.node_id());
+            ProposeError::NotLeader(known)
+        }
+        // The entry may yet be committed by another leader.
+        _ => ProposeError::Unknown,
+    }
+}
+
+/// Cluster time is the clock at which the office was taken and the leader's own monotonic time since.
+fn stamp(office: &Office, cmds: Vec<Cmd>) -> Entry {
+    let wall_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
+    Entry { level: office.level, clock_ms: office.clock_ms(), wall_ms, salt: rand::random(), cmds }
+}

@@ -1,0 +1,158 @@
+//! The thread that writes the image behind: takes a cut when enough has changed, waits until the local log is durable up to it (a leader may
+//! apply what only the others have synced), writes it, and takes the next one only then. What a cut is, `statemachine::storage` knows.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use statemachine::storage::CUT_MS;
+use tokio::sync::watch;
+
+use super::machine::Shared;
+
+/// A replica that ends waits so long for its log to be durable; a full disk may never let it.
+const FINISH: Duration = Duration::from_secs(5);
+
+/// What the thread is told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Order {
+    #[default]
+    Run,
+    /// Enough has changed: do not wait for the time.
+    CutNow,
+    /// Write a last cut, then end.
+    Finish,
+    /// End at once, as a killed process would.
+    Abort,
+}
+
+/// How others reach the thread.
+#[derive(Default)]
+pub struct Bell {
+    order: Mutex<Order>,
+    rung: Condvar,
+}
+
+impl Bell {
+    /// Called by apply when enough has changed for a cut.
+    pub fn cut_now(&self) {
+        self.tell(Order::CutNow, |now| now == Order::Run);
+    }
+
+    fn tell(&self, order: Order, instead_of: impl Fn(Order) -> bool) {
+        let mut now = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        if instead_of(*now) {
+            *now = order;
+            self.rung.notify_all();
+        }
+    }
+
+    fn order(&self) -> Order {
+        *self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `deadline` or an order; takes [`Order::CutNow`] back.
+    fn wait(&self, deadline: Instant) -> Order {
+        let mut now = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if *now != Order::Run || left.is_zero() {
+                let taken = *now;
+                if taken == Order::CutNow {
+                    *now = Order::Run;
+                }
+                return taken;
+            }
+            now = self.rung.wait_timeout(now, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// The running thread.
+pub struct Writer {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Writer {
+    /// `durable`: the last index of the local log that is on disk.
+    pub fn start(shared: Arc<Shared>, durable: watch::Receiver<Option<u64>>) -> io::Result<Self> {
+        let its = shared.clone();
+        let thread = std::thread::Builder::new().name("ares-image".to_owned()).spawn(move || run(&its, durable))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Writes what has changed, then ends. The log must still run, or the last cut is left out.
+    pub fn finish(mut self) {
+        self.end(Order::Finish);
+    }
+
+    fn end(&mut self, order: Order) {
+        self.shared.bell.tell(order, |now| now != Order::Abort);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the image's thread panicked");
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.end(Order::Abort);
+    }
+}
+
+fn run(shared: &Shared, durable: watch::Receiver<Option<u64>>) {
+    let mut next = Instant::now() + Duration::from_millis(CUT_MS);
+    loop {
+        let order = shared.bell.wait(next);
+        if order == Order::Abort {
+            return;
+        }
+        if let Err(reason) = write_cut(shared, &durable) {
+            shared.fail(reason);
+            return;
+        }
+        if order == Order::Finish {
+            return;
+        }
+        next = Instant::now() + Duration::from_millis(CUT_MS);
+    }
+}
+
+/// One cut, if anything was applied since the last one.
+fn write_cut(shared: &Shared, durable: &watch::Receiver<Option<u64>>) -> Result<(), String> {
+    // Held to the end: a snapshot that is installed meanwhile replaces state and image together.
+    let _alone = shared.writing.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(image) = shared.image() else { return Ok(()) };
+    let Some(cut) = shared.take_cut() else { return Ok(()) };
+    let index = cut.applied().index;
+    if !wait_durable(shared, durable, index) {
+        return Ok(());
+    }
+    let persisted = image.write(cut).map_err(|err| err.to_string())?;
+    shared.cut_written(&persisted);
+    Ok(())
+}
+
+/// False when the replica ends first.
+fn wait_durable(shared: &Shared, durable: &watch::Receiver<Option<u64>>, index: u64) -> bool {
+    const LOOK: Duration = Duration::from_millis(10);
+    let began = Instant::now();
+    loop {
+        if durable.borrow().is_some_and(|durable| durable >= index) {
+            return true;
+        }
+        let ends = match shared.bell.order() {
+            Order::Abort => true,
+            Order::Finish => began.elapsed() > FINISH,
+            Order::Run | Order::CutNow => false,
+        };
+        if ends || durable.has_changed().is_err() {
+            return false;
+        }
+        std::thread::sleep(LOOK);
+    }
+}

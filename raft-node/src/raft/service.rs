@@ -1,0 +1,219 @@
+//! What other replicas ask of this one: the gRPC service on Raft's own port, and how a snapshot's files cross the wire.
+//! The asking side is `network`'s.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{Stream, StreamExt};
+use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
+use proto::v1::snapshot_part::What;
+use proto::v1::{FileChunk, PeerBytes, ReadIndexReply, ReadIndexRequest, SnapshotPart};
+use statemachine::storage::Incoming;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::Raft;
+use super::machine::SnapshotFiles;
+use super::network::{CLUSTER, REPLICA};
+use super::types::TypeConfig;
+use super::wire::{self, AppendAnswer, SnapshotHeader, Wire};
+use crate::read::Reads;
+
+/// Bytes of a file in one message.
+const CHUNK: usize = 1 << 20;
+/// Chunks that wait for the network, or for the disk.
+const CHUNKS_QUEUED: usize = 4;
+
+/// The service of one replica.
+pub struct PeerService {
+    pub raft: Raft,
+    pub reads: Reads,
+    /// This replica's id, in decimal as in metadata.
+    pub replica: String,
+    /// Hex.
+    pub cluster: String,
+    /// Where snapshots are kept.
+    pub snapshots: PathBuf,
+}
+
+impl PeerService {
+    /// Refuses a caller of another cluster, and one that means another replica.
+    fn check<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        for (key, mine) in [(CLUSTER, &self.cluster), (REPLICA, &self.replica)] {
+            let theirs = request.metadata().get(key).and_then(|value| value.to_str().ok()).unwrap_or("nothing");
+            if theirs != mine {
+                return Err(Status::failed_precondition(format!("{key} is {theirs}, this replica has {mine}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn decoded<T: Wire>(bytes: Bytes) -> Result<T, Status> {
+    wire::decode(bytes).map_err(|err| Status::invalid_argument(err.to_string()))
+}
+
+fn stopped(err: impl std::fmt::Display) -> Status {
+    Status::unavailable(err.to_string())
+}
+
+fn encoded<T: Wire>(value: &T) -> PeerBytes {
+    PeerBytes { data: wire::encode(value) }
+}
+
+#[tonic::async_trait]
+impl proto::v1::peer_server::Peer for PeerService {
+    type AppendStream = BoxStream<'static, Result<PeerBytes, Status>>;
+
+    async fn append(&self, request: Request<Streaming<PeerBytes>>) -> Result<Response<Self::AppendStream>, Status> {
+        self.check(&request)?;
+        let requests = readable_appends(request.into_inner());
+        let answers = self.raft.stream_append(requests).map(|answer| match answer {
+            Ok(answer) => Ok(encoded(&AppendAnswer(answer))),
+            Err(fatal) => Err(stopped(fatal)),
+        });
+        Ok(Response::new(answers.boxed()))
+    }
+
+    async fn vote(&self, request: Request<PeerBytes>) -> Result<Response<PeerBytes>, Status> {
+        self.check(&request)?;
+        let ask: VoteRequest<TypeConfig> = decoded(request.into_inner().data)?;
+        let answer = self.raft.vote(ask).await.map_err(stopped)?;
+        Ok(Response::new(encoded(&answer)))
+    }
+
+    async fn pre_vote(&self, request: Request<PeerBytes>) -> Result<Response<PeerBytes>, Status> {
+        self.check(&request)?;
+        let ask: VoteRequest<TypeConfig> = decoded(request.into_inner().data)?;
+        let answer = self.raft.pre_vote(ask).await.map_err(stopped)?;
+        Ok(Response::new(encoded(&answer)))
+    }
+
+    async fn snapshot(&self, request: Request<Streaming<SnapshotPart>>) -> Result<Response<PeerBytes>, Status> {
+        self.check(&request)?;
+        let mut parts = request.into_inner();
+        let header = match parts.message().await?.and_then(|part| part.what) {
+            Some(What::Header(bytes)) => decoded::<SnapshotHeader>(bytes)?,
+            _ => return Err(Status::invalid_argument("a snapshot begins with its header")),
+        };
+        let files = receive_files(&self.snapshots, parts).await?;
+        let snapshot = openraft::Snapshot { meta: header.meta, snapshot: files };
+        let answer = self.raft.install_full_snapshot(header.vote, snapshot).await.map_err(stopped)?;
+        Ok(Response::new(encoded(&answer.vote)))
+    }
+
+    async fn transfer_leader(&self, request: Request<PeerBytes>) -> Result<Response<PeerBytes>, Status> {
+        self.check(&request)?;
+        let ask: TransferLeaderRequest<TypeConfig> = decoded(request.into_inner().data)?;
+        self.raft
+            .handle_transfer_leader(ask)
+            .await
+            .map_err(stopped)?
+            .map_err(|refused| Status::aborted(refused.to_string()))?;
+        Ok(Response::new(PeerBytes::default()))
+    }
+
+    async fn read_index(&self, request: Request<ReadIndexRequest>) -> Result<Response<ReadIndexReply>, Status> {
+        self.check(&request)?;
+        let index = self.reads.leader_index().await.map_err(stopped)?;
+        Ok(Response::new(ReadIndexReply { index }))
+    }
+}
+
+/// The requests of a stream up to its end, or to the first that can't be read: then the stream ends and the leader begins another.
+fn readable_appends(
+    input: Streaming<PeerBytes>,
+) -> impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + 'static {
+    futures::stream::unfold(input, |mut input| async move {
+        let bytes = match input.message().await {
+            Ok(bytes) => bytes?,
+            Err(status) => {
+                tracing::debug!(%status, "a stream of appends broke off");
+                return None;
+            }
+        };
+        match wire::decode(bytes.data) {
+            Ok(request) => Some((request, input)),
+            Err(err) => {
+                tracing::error!(%err, "an append can't be read; is a replica of another version in the group?");
+                None
+            }
+        }
+    })
+}
+
+// ---------------------------------------------------------------------------------------------------------- snapshots
+
+/// The header, then each file in chunks, the manifest last: without it the receiver throws the rest away.
+pub fn snapshot_parts(
+    header: SnapshotHeader,
+    files: SnapshotFiles,
+) -> impl Stream<Item = SnapshotPart> + Send + 'static {
+    let (parts, queue) = mpsc::channel(CHUNKS_QUEUED);
+    let header = SnapshotPart { what: Some(What::Header(wire::encode(&header))) };
+    tokio::task::spawn_blocking(move || {
+        if let Err(err) = send_files(&files, &parts) {
+            tracing::warn!(dir = %files.dir().display(), %err, "a snapshot could not be read to its end");
+        }
+    });
+    futures::stream::once(async { header }).chain(ReceiverStream::new(queue))
+}
+
+fn send_files(files: &SnapshotFiles, parts: &mpsc::Sender<SnapshotPart>) -> io::Result<()> {
+    for (name, _size) in files.files() {
+        let mut file = File::open(files.dir().join(&name))?;
+        let mut offset = 0u64;
+        loop {
+            let mut data = Vec::with_capacity(CHUNK);
+            let read = (&mut file).take(CHUNK as u64).read_to_end(&mut data)?;
+            // An empty file is one empty chunk, or the receiver would not have it.
+            if read == 0 && offset > 0 {
+                break;
+            }
+            let chunk = FileChunk { name: name.clone(), offset, data: data.into() };
+            if parts.blocking_send(SnapshotPart { what: Some(What::Chunk(chunk)) }).is_err() {
+                return Ok(());
+            }
+            offset += read as u64;
+            if read < CHUNK {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes what arrives below `root`; the snapshot once it is whole, verified and durable.
+async fn receive_files(root: &Path, mut parts: Streaming<SnapshotPart>) -> Result<SnapshotFiles, Status> {
+    let (chunks, mut queue) = mpsc::channel::<FileChunk>(CHUNKS_QUEUED);
+    let root = root.to_owned();
+    let writer = tokio::task::spawn_blocking(move || {
+        let mut incoming = Incoming::new(&root)?;
+        while let Some(chunk) = queue.blocking_recv() {
+            incoming.write(&chunk.name, chunk.offset, &chunk.data)?;
+        }
+        incoming.finish()
+    });
+    let broken = loop {
+        match parts.message().await {
+            Ok(None) => break None,
+            Ok(Some(SnapshotPart { what: Some(What::Chunk(chunk)) })) => {
+                if chunks.send(chunk).await.is_err() {
+                    break None;
+                }
+            }
+            Ok(Some(_)) => break Some(Status::invalid_argument("a snapshot has one header")),
+            Err(status) => break Some(status),
+        }
+    };
+    drop(chunks);
+    let written = writer.await.map_err(|err| Status::internal(err.to_string()))?;
+    match broken {
+        Some(status) => Err(status),
+        None => written.map_err(|err| Status::internal(err.to_string())),
+    }
+}
