@@ -1,0 +1,75 @@
+//! `ares agent`: the worker agent of a GPU machine.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use crate::Global;
+use crate::connect::servers;
+use crate::exit::{FAILURE, Failure, Outcome};
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+GPUS:
+  Real NVIDIA GPUs are found by themselves. --gpus sim:NAME simulates a machine: hgx-h100, dgx1-v100, a100-bridged,
+  rtx4090x8; --gpus sim:./matrix.txt reads an nvidia-smi topo -m matrix. ARES_MOCK_GPU=true is 4 x V100.")]
+pub struct Args {
+    /// Where the agent keeps its identity, fence file and the output of jobs
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Name of this machine [default: the host name]
+    #[arg(long, env = "WORKER_ID")]
+    name: Option<String>,
+    /// Simulate GPUs: sim:NAME or sim:FILE
+    #[arg(long, value_name = "sim:NAME")]
+    gpus: Option<String>,
+    /// The cluster's join token
+    #[arg(long, env = "ARES_JOIN_TOKEN", hide_env_values = true, default_value = "")]
+    join_token: String,
+    /// Address of the log service; port 0 picks a free one
+    #[arg(long, default_value = "127.0.0.1:0", value_name = "HOST:PORT")]
+    listen: String,
+    /// Host under which clients and other machines reach this one [default: the host of --listen]
+    #[arg(long, value_name = "HOST")]
+    advertise: Option<String>,
+    /// Labels of the machine, NAME=VALUE
+    #[arg(long = "label", value_name = "NAME=VALUE")]
+    labels: Vec<String>,
+    /// Run jobs as this user (the agent must be root)
+    #[arg(long, value_name = "USER")]
+    run_as: Option<String>,
+    /// Let jobs run as root when the agent is root and no --run-as is given
+    #[arg(long)]
+    allow_root_jobs: bool,
+    /// Listen beyond loopback without TLS
+    #[arg(long)]
+    insecure: bool,
+}
+
+pub fn run(args: Args, global: Global) -> Outcome {
+    let labels = args
+        .labels
+        .iter()
+        .map(|label| match label.split_once('=') {
+            Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+            _ => Err(Failure::usage(format!("--label {label:?} has no value; write NAME=VALUE"))),
+        })
+        .collect::<Result<_, _>>()?;
+    let options = gpu_agent::Options {
+        servers: servers(&global)?,
+        dir: args.dir,
+        name: args.name,
+        gpus: args.gpus,
+        join_token: args.join_token,
+        cluster: global.cluster_id.clone(),
+        listen: args.listen,
+        advertise: args.advertise,
+        labels,
+        run_as: args.run_as,
+        allow_root_jobs: args.allow_root_jobs,
+        insecure: args.insecure,
+        ..Default::default()
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(gpu_agent::run(options)).map_err(|error| Failure::new(FAILURE, error.to_string()))?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,103 @@
+//! The verbs, one file each.
+
+mod agent;
+mod bench;
+mod cancel;
+mod cluster;
+mod dev;
+mod get;
+mod lock;
+mod node;
+mod queue;
+mod run;
+mod server;
+mod show;
+mod spec;
+mod submit;
+mod topology;
+mod version;
+mod wait;
+mod watch;
+
+use crate::Global;
+use crate::exit::Outcome;
+
+pub use show::placement;
+pub use wait::known as wait_known;
+
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Run a scheduler replica
+    Server(server::Args),
+    /// Run the agent of a GPU machine
+    Agent(agent::Args),
+    /// One replica and one agent in one command; with a command after --, run it and exit with its code
+    Dev(dev::Args),
+    /// Submit a job and print its id
+    Submit(submit::Args),
+    /// Submit a job, stream its output and exit with its code
+    Run(run::Args),
+    /// Wait until jobs have ended; exit with the job's code
+    Wait(wait::Args),
+    /// Print a job's output
+    Logs(crate::logs::Args),
+    /// Cancel jobs
+    Cancel(cancel::Args),
+    /// Everything about a job
+    Show(show::Args),
+    /// Jobs that wait and run, in the order in which the planner looks at them
+    Queue(queue::Args),
+    /// The GPU machines
+    Nodes(node::ListArgs),
+    /// Operate one machine: out of scheduling, back in, confirm dead
+    Node(node::Args),
+    /// A machine's GPUs and links: of a node, of this host, or of an nvidia-smi matrix
+    Topology(topology::Args),
+    /// Read the keyspace
+    Get(get::Args),
+    /// Follow the keyspace
+    Watch(watch::Args),
+    /// Named locks with fencing tokens
+    Lock(lock::Args),
+    /// The Raft group
+    Cluster(cluster::Args),
+    /// Measure the cluster
+    Bench(bench::Args),
+    /// This binary's version, and the replica's
+    Version(version::Args),
+}
+
+impl Command {
+    /// Daemons log what they do; client commands are quiet.
+    pub fn is_daemon(&self) -> bool {
+        match self {
+            Command::Server(_) | Command::Agent(_) => true,
+            Command::Dev(args) => args.is_daemon(),
+            _ => false,
+        }
+    }
+}
+
+pub fn run(command: Command, global: Global) -> Outcome {
+    match command {
+        Command::Server(args) => server::run(args, global),
+        Command::Agent(args) => agent::run(args, global),
+        Command::Dev(args) => dev::run(args, global),
+        Command::Submit(args) => submit::run(args, global),
+        Command::Run(args) => run::run(args, global),
+        Command::Wait(args) => wait::run(args, global),
+        Command::Logs(args) => crate::logs::run(args, global),
+        Command::Cancel(args) => cancel::run(args, global),
+        Command::Show(args) => show::run(args, global),
+        Command::Queue(args) => queue::run(args, global),
+        Command::Nodes(args) => node::list(args, global),
+        Command::Node(args) => node::run(args, global),
+        Command::Topology(args) => topology::run(args, global),
+        Command::Get(args) => get::run(args, global),
+        Command::Watch(args) => watch::run(args, global),
+        Command::Lock(args) => lock::run(args, global),
+        Command::Cluster(args) => cluster::run(args, global),
+        Command::Bench(args) => bench::run(args, global),
+        Command::Version(args) => version::run(args, global),
+    }
+}

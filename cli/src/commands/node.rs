@@ -1,0 +1,101 @@
+//! `ares nodes` and `ares node`: the machines.
+
+use std::process::ExitCode;
+
+use proto::v1;
+
+use super::show::read_mode;
+use crate::Global;
+use crate::connect::{client, runtime};
+use crate::exit::Outcome;
+use crate::output::{self, Row};
+
+#[derive(Debug, clap::Args)]
+pub struct ListArgs {
+    /// From the asked replica's memory, without a read index
+    #[arg(long)]
+    stale: bool,
+}
+
+pub fn list(args: ListArgs, global: Global) -> Outcome {
+    let client = client(&global)?;
+    let reply = runtime()?.block_on(client.list_nodes(v1::ListNodesRequest { read: read_mode(args.stale) }))?;
+    let heads = ["NODE", "STATE", "GPUS FREE", "TYPE", "CORES FREE", "MEM FREE", "KILL", "REASON"];
+    output::rows(global.output, &heads, reply.nodes.iter().map(row).collect());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(node: &v1::Node) -> Row {
+    let free = node.gpus.iter().filter(|gpu| gpu.token == 0 && gpu.health == "OK").count();
+    let mut types: Vec<&str> = node.gpus.iter().map(|gpu| gpu.r#type.as_str()).collect();
+    types.dedup();
+    let kind = match (types.is_empty(), node.simulated) {
+        (true, _) => "-".to_owned(),
+        (false, true) => format!("{} (simulated)", types.join(",")),
+        (false, false) => types.join(","),
+    };
+    let sick = node.gpus.iter().filter(|gpu| gpu.health != "OK").map(|gpu| format!("GPU {} {}: {}", gpu.slot, gpu.health, gpu.reason));
+    let reason = std::iter::once(node.reason.clone()).filter(|reason| !reason.is_empty()).chain(sick).collect::<Vec<_>>();
+    Row {
+        name: node.name.clone(),
+        cells: vec![
+            node.name.clone(),
+            node.state.clone(),
+            format!("{free}/{}", node.gpus.len()),
+            kind,
+            format!("{}/{}", node.cores_free, node.cores),
+            format!("{}/{} MiB", node.mem_free_mib, node.mem_mib),
+            node.kill.clone(),
+            reason.join("; "),
+        ],
+        json: crate::json::node(node),
+    }
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Give it nothing new; running work goes on
+    Out {
+        node: String,
+        /// Shown to everybody who asks why
+        #[arg(long, default_value = "taken out by an operator")]
+        reason: String,
+    },
+    /// Back into scheduling
+    Ready { node: String },
+    /// Your word that no process of a silent machine is alive: frees its stuck GPUs
+    ConfirmDead {
+        node: String,
+        /// Only this lease
+        #[arg(long)]
+        token: Option<u64>,
+    },
+}
+
+pub fn run(args: Args, global: Global) -> Outcome {
+    let client = client(&global)?;
+    let request_id = proto::request_id();
+    runtime()?.block_on(async {
+        match args.verb {
+            Verb::Out { node, reason } => {
+                client.set_node_admin(v1::SetNodeAdminRequest { request_id, node, out_reason: reason }).await?;
+            }
+            Verb::Ready { node } => {
+                let out_reason = String::new();
+                client.set_node_admin(v1::SetNodeAdminRequest { request_id, node, out_reason }).await?;
+            }
+            Verb::ConfirmDead { node, token } => {
+                let token = token.unwrap_or_default();
+                client.confirm_dead(v1::ConfirmDeadRequest { request_id, node, token }).await?;
+            }
+        }
+        Ok::<_, proto::Error>(())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

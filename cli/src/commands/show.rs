@@ -1,0 +1,111 @@
+//! `ares show`: everything about one job.
+
+use std::process::ExitCode;
+
+use proto::v1;
+
+use super::wait::known;
+use crate::Global;
+use crate::connect::{client, runtime};
+use crate::exit::Outcome;
+use crate::output::{self, Format};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[arg(value_name = "JOB")]
+    job: u64,
+    /// From the asked replica's memory, without a read index
+    #[arg(long)]
+    stale: bool,
+}
+
+pub fn run(args: Args, global: Global) -> Outcome {
+    let client = client(&global)?;
+    let read = read_mode(args.stale);
+    let job = runtime()?
+        .block_on(client.get_job(v1::GetJobRequest { job_id: args.job, read }))
+        .map_err(|error| known(error, args.job))?;
+    match global.output {
+        Format::Json | Format::Jsonl => output::json(&crate::json::job(&job)),
+        Format::Name => println!("{}", job.id),
+        Format::Table => print(&job),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub fn read_mode(stale: bool) -> i32 {
+    if stale { v1::ReadMode::Stale as i32 } else { v1::ReadMode::Linearizable as i32 }
+}
+
+fn print(job: &v1::Job) {
+    let spec = job.spec.clone().unwrap_or_default();
+    let shape = spec.shape.clone().unwrap_or_default();
+    let command = spec.body.map(|body| body.argv.join(" ")).unwrap_or_default();
+    let state = if job.ending.is_empty() { job.state.clone() } else { format!("{}, ending {}", job.state, job.ending) };
+    line("Job", &format!("{} ({})", job.id, spec.name));
+    line("State", &state);
+    line("Reason", &job.reason);
+    line("Command", &command);
+    line("User", &job.user);
+    line("Priority", &spec.priority.to_string());
+    line(
+        "Shape",
+        &format!(
+            "{} node(s) x {} rank(s) x {} GPU(s){}",
+            shape.nodes,
+            shape.ranks_per_node,
+            shape.gpus_per_rank,
+            if shape.gpu_types.is_empty() { String::new() } else { format!(" of type {}", shape.gpu_types.join(" or ")) }
+        ),
+    );
+    line("Submitted", &output::time(job.submitted_unix_ms));
+    line("Ended", &output::time(job.ended_unix_ms));
+    if job.token != 0 {
+        line("Attempt", &format!("{} with token {}", job.attempt, job.token));
+    }
+    for part in &job.parts {
+        line("Placement", &placement(part));
+    }
+    for why in &job.placement_why {
+        line("  because", why);
+    }
+    for attempt in &job.attempts {
+        line("Tried", &tried(attempt));
+    }
+    if let Some(result) = &job.result {
+        line("Result", &format!("{} by attempt {} with token {}", result.outcome, result.attempt, result.token));
+    }
+}
+
+fn line(name: &str, value: &str) {
+    if !value.is_empty() {
+        println!("{name:<10} {value}");
+    }
+}
+
+/// `n1: ranks 0-1, GPUs 0,1, 4 cores, 8192 MiB (STARTED)`.
+pub fn placement(part: &v1::PlacedPart) -> String {
+    let ranks = match part.ranks {
+        1 => format!("rank {}", part.first_rank),
+        n => format!("ranks {}-{}", part.first_rank, part.first_rank + n - 1),
+    };
+    let gpus = part.gpu_slots.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+    let gpus = if gpus.is_empty() { String::new() } else { format!(", GPUs {gpus}") };
+    format!("{}: {ranks}{gpus}, {} core(s), {} MiB ({})", part.node, part.cores, part.mem_mib, part.state)
+}
+
+fn tried(attempt: &v1::Attempt) -> String {
+    let exit = match &attempt.exit {
+        Some(exit) if attempt.has_exit && exit.signal > 0 => format!(", signal {}", exit.signal),
+        Some(exit) if attempt.has_exit => format!(", exit code {}", exit.code),
+        _ => String::new(),
+    };
+    let text = if attempt.text.is_empty() { String::new() } else { format!(": {}", attempt.text) };
+    format!(
+        "attempt {} (token {}) on {}: {}{exit}{text}",
+        attempt.attempt,
+        attempt.token,
+        attempt.nodes.join(", "),
+        attempt.verdict
+    )
+}

@@ -1,0 +1,228 @@
+//! The options that describe a job: one struct for `submit`, `run` and `dev --`.
+
+use std::collections::HashMap;
+
+use jiff::SignedDuration;
+use proto::v1;
+
+use crate::exit::Failure;
+
+/// What to run, and on what.
+#[derive(Clone, Debug, clap::Args)]
+pub struct JobArgs {
+    /// Name of the job [default: the command's]
+    #[arg(long, short = 'J', default_value = "", hide_default_value = true)]
+    name: String,
+    /// GPUs of a job on one machine
+    #[arg(long, conflicts_with_all = ["gpus_per_node", "nodes"], value_name = "N")]
+    gpus: Option<u32>,
+    /// Machines of a gang
+    #[arg(long, short = 'N', default_value_t = 1)]
+    nodes: u32,
+    /// GPUs on each machine
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    gpus_per_node: u32,
+    /// Processes on each machine; they share its GPUs evenly
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    ranks_per_node: u32,
+    /// Acceptable GPU types in order of preference, such as h100,a100
+    #[arg(long, value_delimiter = ',', value_name = "TYPE")]
+    gpu_type: Vec<String>,
+    /// Cores of each process [default: the machine's share beside GPUs, else 1]
+    #[arg(long, short = 'c', default_value_t = 0, hide_default_value = true, value_name = "N")]
+    cores: u32,
+    /// Memory of each process, such as 512MiB or 16GiB [default: the machine's share beside GPUs, else 1GiB]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "SIZE")]
+    mem: String,
+    /// Least predicted bandwidth among the GPUs of a machine, such as 100GB/s
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "RATE")]
+    min_bandwidth: String,
+    /// Higher goes first
+    #[arg(long, short = 'p', default_value_t = 0, allow_negative_numbers = true)]
+    priority: i32,
+    /// Longest run time of one attempt, such as 90s, 30m or 2h [default: none]
+    #[arg(long, short = 't', default_value = "", hide_default_value = true, value_name = "TIME")]
+    time_limit: String,
+    /// How long an attempt outlives its agent's contact to the cluster, at least 10s
+    #[arg(long, default_value = "300s", value_name = "TIME")]
+    lease_ttl: String,
+    /// From SIGTERM to SIGKILL; at most a quarter of the lease [default: 5s]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "TIME")]
+    kill_grace: String,
+    /// Retries after a non-zero exit [default: 3 for submit, 0 for run and dev]
+    #[arg(long, value_name = "N")]
+    retries: Option<u32>,
+    /// Wait before the first retry
+    #[arg(long, default_value = "1s", value_name = "TIME")]
+    retry_initial: String,
+    /// Factor from one wait to the next
+    #[arg(long, default_value_t = 2.0, value_name = "X")]
+    retry_multiplier: f64,
+    /// Longest wait before a retry
+    #[arg(long, default_value = "5m", value_name = "TIME")]
+    retry_max: String,
+    /// Exit codes that are retried [default: every failure]
+    #[arg(long, value_delimiter = ',', value_name = "CODE")]
+    retry_on: Vec<u32>,
+    /// Environment of the job, NAME=VALUE; NAME alone copies yours
+    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// Working directory [default: a fresh one on the machine]
+    #[arg(long, short = 'D', default_value = "", hide_default_value = true, value_name = "DIR")]
+    chdir: String,
+    /// Labels, NAME=VALUE
+    #[arg(long, short = 'l', value_name = "NAME=VALUE")]
+    label: Vec<String>,
+    /// Container image; none can be run yet
+    #[arg(long, default_value = "", hide = true)]
+    image: String,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+impl JobArgs {
+    /// The spec as it travels; `retries` where the options name none.
+    pub fn spec(&self, retries: u32) -> Result<v1::JobSpec, Failure> {
+        let gpus_per_node = self.gpus.unwrap_or(self.gpus_per_node);
+        let ranks_per_node = self.ranks_per_node;
+        if ranks_per_node == 0 || self.nodes == 0 {
+            return Err(Failure::usage("--nodes and --ranks-per-node are at least 1"));
+        }
+        if gpus_per_node % ranks_per_node != 0 {
+            return Err(Failure::usage(format!(
+                "{gpus_per_node} GPUs on a machine can't be shared evenly by {ranks_per_node} processes \
+                 (--ranks-per-node)"
+            )));
+        }
+        if !(1.0..=1_000.0).contains(&self.retry_multiplier) {
+            return Err(Failure::usage(format!("--retry-multiplier {} is not from 1 to 1000", self.retry_multiplier)));
+        }
+        Ok(v1::JobSpec {
+            name: self.name.clone(),
+            priority: self.priority,
+            shape: Some(v1::Shape {
+                nodes: self.nodes,
+                ranks_per_node,
+                gpus_per_rank: gpus_per_node / ranks_per_node,
+                gpu_types: self.gpu_type.clone(),
+                cores_per_rank: self.cores,
+                mem_mib_per_rank: if self.mem.is_empty() { 0 } else { size_mib("--mem", &self.mem)? },
+                min_bandwidth_mbps: if self.min_bandwidth.is_empty() { 0 } else { rate_mbps(&self.min_bandwidth)? },
+            }),
+            limit_ms: optional_ms("--time-limit", &self.time_limit)?,
+            lease_ttl_ms: duration_ms("--lease-ttl", &self.lease_ttl)?,
+            kill_grace_ms: optional_ms("--kill-grace", &self.kill_grace)?,
+            retry: Some(v1::Retry {
+                max: self.retries.unwrap_or(retries),
+                initial_ms: duration_ms("--retry-initial", &self.retry_initial)?,
+                mult_milli: (self.retry_multiplier * 1_000.0).round() as u32,
+                max_ms: duration_ms("--retry-max", &self.retry_max)?,
+                on_exit: self.retry_on.clone(),
+            }),
+            labels: pairs("--label", &self.label, |name| {
+                Err(Failure::usage(format!("--label {name:?} has no value; write NAME=VALUE")))
+            })?,
+            tenant: String::new(),
+            queue: String::new(),
+            body: Some(v1::Body { argv: self.command.clone(), env: self.environment()?, cwd: self.chdir.clone() }),
+            image: self.image.clone(),
+        })
+    }
+
+    fn environment(&self) -> Result<HashMap<String, String>, Failure> {
+        pairs("--env", &self.env, |name| {
+            std::env::var(name).map_err(|_| {
+                Failure::usage(format!("--env {name}: your environment has no such variable; write {name}=VALUE"))
+            })
+        })
+    }
+}
+
+fn pairs(
+    option: &str,
+    given: &[String],
+    bare: impl Fn(&str) -> Result<String, Failure>,
+) -> Result<HashMap<String, String>, Failure> {
+    let mut map = HashMap::new();
+    for item in given {
+        let (name, value) = match item.split_once('=') {
+            Some((name, value)) => (name, value.to_owned()),
+            None => (item.as_str(), bare(item)?),
+        };
+        if name.is_empty() {
+            return Err(Failure::usage(format!("{option} {item:?} has no name; write NAME=VALUE")));
+        }
+        map.insert(name.to_owned(), value);
+    }
+    Ok(map)
+}
+
+/// A duration such as `90s`, `30m`, `2h30m`, `1 day`, or a plain number of seconds.
+pub fn duration_ms(option: &str, text: &str) -> Result<u64, Failure> {
+    let duration = match text.parse::<u64>() {
+        Ok(seconds) => SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX)),
+        Err(_) => text.parse::<SignedDuration>().map_err(|_| {
+            Failure::usage(format!("{option} {text:?} is no duration")).advise("write such as 90s, 30m or 2h30m")
+        })?,
+    };
+    u64::try_from(duration.as_millis())
+        .ok()
+        .filter(|ms| *ms > 0)
+        .ok_or_else(|| Failure::usage(format!("{option} {text:?} is not above zero")))
+}
+
+fn optional_ms(option: &str, text: &str) -> Result<u64, Failure> {
+    if text.is_empty() { Ok(0) } else { duration_ms(option, text) }
+}
+
+/// `512`, `512MiB`, `16G`, `16GiB`: MiB unless it says otherwise; powers of two, as memory is.
+fn size_mib(option: &str, text: &str) -> Result<u64, Failure> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = text[digits.len()..].to_ascii_lowercase();
+    let shift = match unit.as_str() {
+        "" | "m" | "mb" | "mib" => Some(0),
+        "g" | "gb" | "gib" => Some(10),
+        "t" | "tb" | "tib" => Some(20),
+        _ => None,
+    };
+    let value = digits.trim().parse::<u64>().ok().zip(shift).and_then(|(number, shift)| number.checked_mul(1 << shift));
+    value.filter(|mib| *mib > 0).ok_or_else(|| {
+        Failure::usage(format!("{option} {text:?} is no memory size")).advise("write such as 512MiB or 16GiB")
+    })
+}
+
+fn rate_mbps(text: &str) -> Result<u32, Failure> {
+    let lower = text.to_ascii_lowercase();
+    let (digits, factor) = match lower.strip_suffix("gb/s") {
+        Some(digits) => (digits, 1_000.0),
+        None => (lower.strip_suffix("mb/s").unwrap_or(&lower), 1.0),
+    };
+    match digits.trim().parse::<f64>() {
+        Ok(number) if number > 0.0 && number * factor <= f64::from(u32::MAX) => Ok((number * factor).round() as u32),
+        _ => Err(Failure::usage(format!("--min-bandwidth {text:?} is no rate")).advise("write such as 100GB/s")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_as_people_write_them() {
+        for (text, ms) in [("90s", 90_000), ("30m", 1_800_000), ("2h30m", 9_000_000), ("15", 15_000), ("500ms", 500)] {
+            assert_eq!(duration_ms("--x", text).map_err(|failure| failure.message), Ok(ms), "{text}");
+        }
+        for text in ["", "soon", "-5s", "0"] {
+            assert!(duration_ms("--x", text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn memory_is_read_in_powers_of_two() {
+        assert_eq!(size_mib("--mem", "16GiB").map_err(|failure| failure.message), Ok(16_384));
+        assert_eq!(size_mib("--mem", "512").map_err(|failure| failure.message), Ok(512));
+        assert!(size_mib("--mem", "lots").is_err());
+        assert!(size_mib("--mem", "99999999999999999T").is_err());
+    }
+}

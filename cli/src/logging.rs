@@ -1,0 +1,28 @@
+//! Logs go to stderr: text on a terminal, JSON lines otherwise. Client commands are quiet unless asked.
+
+use std::io::IsTerminal;
+
+use tracing_subscriber::EnvFilter;
+
+pub fn start(filter: &str, daemon: bool) {
+    let fallback = std::env::var("LOG_LEVEL").unwrap_or_default().to_ascii_lowercase();
+    let wanted = match (filter, fallback.as_str(), daemon) {
+        ("", "", true) => "info,openraft=warn,h2=warn,hyper=warn,tower=warn",
+        ("", "", false) => "error",
+        ("", level, _) => level,
+        (filter, _, _) => filter,
+    };
+    let filter = EnvFilter::try_new(wanted).unwrap_or_else(|error| {
+        eprintln!("ares: the log filter {wanted:?} is not understood ({error}); logging at info.");
+        EnvFilter::new("info")
+    });
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let done = if std::io::stderr().is_terminal() {
+        builder.with_ansi(std::env::var_os("NO_COLOR").is_none()).try_init()
+    } else {
+        builder.json().flatten_event(true).try_init()
+    };
+    if let Err(error) = done {
+        eprintln!("ares: no logging: {error}");
+    }
+}

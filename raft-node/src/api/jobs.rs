@@ -1,0 +1,295 @@
+//! Jobs: submit and cancel through the door; reads and watches from this replica's state.
+
+use std::collections::BTreeSet;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use proto::{error, reason, v1};
+use statemachine::command::Command;
+use statemachine::record::{Phase, StoredReply};
+use statemachine::state::{QueueKey, TimerKind};
+use statemachine::storage::{HistoryKey, Image, StorageError};
+use statemachine::{JobId, State, TaskKey, Token};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::view::{self, Reasons};
+use super::{Api, requests};
+
+/// Jobs of one page: by default, and at most (a job with its command is ~1 KiB; the message limit is 4 MiB).
+const PAGE: usize = 1_000;
+/// Updates of one job that a slow watcher may have pending.
+const WATCH_BUFFER: usize = 4;
+/// A watcher hears nothing more often than this.
+const WATCH_PACE: Duration = Duration::from_millis(5);
+
+#[tonic::async_trait]
+impl v1::jobs_server::Jobs for Api {
+    async fn submit_job(&self, request: Request<v1::SubmitJobRequest>) -> Result<Response<v1::SubmitJobReply>, Status> {
+        self.admit(&request)?;
+        let request = request.into_inner();
+        let id = requests::request_id(&request.request_id)?;
+        let user = requests::user(&request.user)?;
+        let submit = requests::submit(request.job.unwrap_or_default())?;
+        let committed = self.commit(Some(id), user, Command::SubmitJob(Box::new(submit))).await?;
+        match committed.stored()? {
+            StoredReply::Job(job) => Ok(Response::new(v1::SubmitJobReply {
+                job_id: job.0,
+                replayed: committed.replayed,
+                revision: committed.revision,
+            })),
+            other => Err(Status::internal(format!("a submission was answered with {other:?}"))),
+        }
+    }
+
+    async fn cancel_job(&self, request: Request<v1::CancelJobRequest>) -> Result<Response<v1::CancelJobReply>, Status> {
+        self.admit(&request)?;
+        let request = request.into_inner();
+        let id = requests::request_id(&request.request_id)?;
+        let user = requests::user(&request.user)?;
+        self.commit(Some(id), user, Command::Cancel { job: JobId(request.job_id) }).await?;
+        Ok(Response::new(v1::CancelJobReply {}))
+    }
+
+    async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::Job>, Status> {
+        self.admit(&request)?;
+        let request = request.into_inner();
+        let state = self.read(request.read).await?;
+        self.job(&state, JobId(request.job_id)).map(Response::new)
+    }
+
+    async fn list_jobs(&self, request: Request<v1::ListJobsRequest>) -> Result<Response<v1::ListJobsReply>, Status> {
+        self.admit(&request)?;
+        let request = request.into_inner();
+        let state = self.read(request.read).await?;
+        let limit = if request.limit == 0 { PAGE } else { (request.limit as usize).min(PAGE) };
+        let mut reasons = self.reasons(&state);
+        let mut at = Cursor::parse(&request.page)?;
+        let mut jobs = Vec::new();
+        while jobs.len() < limit && at != Cursor::End {
+            if at.past_live() && !request.ended {
+                at = Cursor::End;
+                break;
+            }
+            at = self.fill(&state, at, limit, &mut reasons, &mut jobs)?;
+        }
+        Ok(Response::new(v1::ListJobsReply {
+            jobs,
+            next_page: at.to_string(),
+            revision: state.meta.rev.0,
+            live: state.tenants.iter().map(|(_, tenant)| tenant.live_jobs).sum(),
+        }))
+    }
+
+    type WatchJobStream = Pin<Box<dyn Stream<Item = Result<v1::Job, Status>> + Send>>;
+
+    async fn watch_job(&self, request: Request<v1::WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
+        self.admit(&request)?;
+        let id = JobId(request.into_inner().job_id);
+        let state = self.read(v1::ReadMode::Linearizable as i32).await?;
+        let first = self.job(&state, id)?;
+        let (out, stream) = mpsc::channel(WATCH_BUFFER);
+        tokio::spawn(watch(self.clone(), id, first, out));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+/// Sends the job whenever it looks different, until it has ended or nobody listens.
+async fn watch(api: Api, id: JobId, first: v1::Job, out: mpsc::Sender<Result<v1::Job, Status>>) {
+    let mut applied = api.replica.applied();
+    let mut last = first;
+    loop {
+        let ended = last.result.is_some();
+        if out.send(Ok(last.clone())).await.is_err() || ended {
+            return;
+        }
+        loop {
+            tokio::select! {
+                changed = applied.changed() => if changed.is_err() { return },
+                () = out.closed() => return,
+            }
+            tokio::time::sleep(WATCH_PACE).await;
+            applied.mark_unchanged();
+            let next = match api.job(&api.replica.state(), id) {
+                Ok(next) => next,
+                Err(status) => {
+                    let _ = out.send(Err(status)).await;
+                    return;
+                }
+            };
+            if next != last {
+                last = next;
+                break;
+            }
+        }
+    }
+}
+
+impl Api {
+    /// The job from memory, or from history.
+    fn job(&self, state: &State, id: JobId) -> Result<v1::Job, Status> {
+        if let Some(job) = view::live(state, id, &mut self.reasons(state)) {
+            return Ok(job);
+        }
+        match self.image()?.history(state, id).map_err(|error| unreadable(&error))? {
+            Some(row) => Ok(view::archived(state, &row)),
+            None => Err(error::refusal(reason::NOT_FOUND, format!("there is no job {id}"))),
+        }
+    }
+
+    /// History's home on this replica.
+    fn image(&self) -> Result<Arc<Image>, Status> {
+        let reason = "this replica is taking a snapshot of the leader's in: ask another one";
+        self.replica.image().ok_or_else(|| error::refusal(reason::STOPPING, reason))
+    }
+
+    fn reasons(&self, state: &State) -> Reasons {
+        Reasons::new(self.board.desk().map(|desk| desk.unheard(state)).unwrap_or_default())
+    }
+
+    /// One section of the list from the cursor on: appends jobs and says where to go on.
+    fn fill(
+        &self,
+        state: &State,
+        at: Cursor,
+        limit: usize,
+        reasons: &mut Reasons,
+        jobs: &mut Vec<v1::Job>,
+    ) -> Result<Cursor, Status> {
+        let room = limit - jobs.len();
+        let mut live = |ids: Vec<JobId>| jobs.extend(ids.into_iter().filter_map(|id| view::live(state, id, reasons)));
+        Ok(match at {
+            Cursor::Leased(after) => {
+                let leases: Vec<_> = state.leases.range(Token(after.0 + 1)..).take(room).collect();
+                let next = leases.last().map(|(token, _)| **token);
+                live(leases.iter().map(|(_, lease)| lease.value.task.job).collect());
+                next.filter(|_| leases.len() == room).map_or(Cursor::Queued(JobId(0)), Cursor::Leased)
+            }
+            Cursor::Queued(after) => {
+                let ids = queued(state, after, room);
+                let next = ids.last().copied().filter(|_| ids.len() == room);
+                live(ids);
+                next.map_or(Cursor::Waiting(JobId(0)), Cursor::Queued)
+            }
+            Cursor::Waiting(after) => {
+                let ids = waiting(state, after, room);
+                let next = ids.last().copied().filter(|_| ids.len() == room);
+                live(ids);
+                next.map_or(Cursor::Ended(JobId(u64::MAX)), Cursor::Waiting)
+            }
+            Cursor::Ended(below) => {
+                let ids: Vec<JobId> = state
+                    .jobs
+                    .range(..below)
+                    .rev()
+                    .filter(|(_, job)| job.value.ended.is_some())
+                    .map(|(id, _)| *id)
+                    .take(room)
+                    .collect();
+                let next = ids.last().copied().filter(|_| ids.len() == room);
+                live(ids);
+                next.map_or(Cursor::Archived(None), Cursor::Ended)
+            }
+            Cursor::Archived(before) => {
+                let rows = self.image()?.history_list(state, before, room).map_err(|error| unreadable(&error))?;
+                let next = rows.last().map(|row| HistoryKey::of(row)).filter(|_| rows.len() == room);
+                jobs.extend(rows.iter().map(|row| view::archived(state, row)));
+                next.map_or(Cursor::End, |key| Cursor::Archived(Some(key)))
+            }
+            Cursor::End => Cursor::End,
+        })
+    }
+}
+
+fn unreadable(error: &StorageError) -> Status {
+    Status::internal(format!("this replica's history can't be read: {error}"))
+}
+
+/// Jobs in the planner's order, behind `after`.
+fn queued(state: &State, after: JobId, room: usize) -> Vec<JobId> {
+    let begin = state.jobs.get(&after).map(|job| QueueKey {
+        queue: job.value.queue,
+        priority: std::cmp::Reverse(job.value.spec.priority),
+        seq: job.value.seq,
+        task: TaskKey::from(after),
+    });
+    let bound = begin.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
+    state.index.queue.range((bound, std::ops::Bound::Unbounded)).take(room).map(|(key, ())| key.task.job).collect()
+}
+
+/// Held jobs and those between two attempts, by id.
+fn waiting(state: &State, after: JobId, room: usize) -> Vec<JobId> {
+    let held = state.index.waiting.iter().map(|task| task.job);
+    let retrying = state.index.timers.iter().filter_map(|timer| match timer.what {
+        TimerKind::Retry(task) => Some(task.job),
+        _ => None,
+    });
+    let ids: BTreeSet<JobId> = held.chain(retrying).filter(|id| *id > after && is_waiting(state, *id)).collect();
+    ids.into_iter().take(room).collect()
+}
+
+fn is_waiting(state: &State, id: JobId) -> bool {
+    match state.tasks.get(&TaskKey::from(id)).map(|task| &task.value.phase) {
+        Some(Phase::Leased { .. } | Phase::Ended { .. }) => false,
+        Some(Phase::Pending | Phase::Retrying { .. }) | None => state.jobs.contains(&id),
+    }
+}
+
+/// Where a list goes on: the sections follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cursor {
+    Leased(Token),
+    Queued(JobId),
+    Waiting(JobId),
+    Ended(JobId),
+    Archived(Option<HistoryKey>),
+    End,
+}
+
+impl Cursor {
+    fn past_live(self) -> bool {
+        matches!(self, Cursor::Ended(_) | Cursor::Archived(_))
+    }
+
+    fn parse(page: &str) -> Result<Self, Status> {
+        let refuse = || {
+            let what = format!("{page:?} is no page; pass what next_page said");
+            error::invalid_fields(&[("page".to_owned(), what)])
+        };
+        if page.is_empty() {
+            return Ok(Cursor::Leased(Token(0)));
+        }
+        let (section, rest) = page.split_once('-').ok_or_else(refuse)?;
+        let number = |text: &str| text.parse::<u64>().map_err(|_| refuse());
+        Ok(match section {
+            "leased" => Cursor::Leased(Token(number(rest)?)),
+            "queued" => Cursor::Queued(JobId(number(rest)?)),
+            "waiting" => Cursor::Waiting(JobId(number(rest)?)),
+            "ended" => Cursor::Ended(JobId(number(rest)?)),
+            "archived" if rest == "first" => Cursor::Archived(None),
+            "archived" => {
+                let (bucket, job) = rest.split_once('-').ok_or_else(refuse)?;
+                let bucket = bucket.parse().map_err(|_| refuse())?;
+                Cursor::Archived(Some(HistoryKey { bucket, job: JobId(number(job)?) }))
+            }
+            _ => return Err(refuse()),
+        })
+    }
+}
+
+impl std::fmt::Display for Cursor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Cursor::Leased(token) => write!(f, "leased-{token}"),
+            Cursor::Queued(job) => write!(f, "queued-{job}"),
+            Cursor::Waiting(job) => write!(f, "waiting-{job}"),
+            Cursor::Ended(job) => write!(f, "ended-{job}"),
+            Cursor::Archived(None) => f.write_str("archived-first"),
+            Cursor::Archived(Some(key)) => write!(f, "archived-{}-{}", key.bucket, key.job),
+            Cursor::End => Ok(()),
+        }
+    }
+}

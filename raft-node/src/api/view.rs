@@ -1,0 +1,209 @@
+//! A job as the wire shows it, from records in memory or from a row of history.
+
+use std::collections::BTreeSet;
+
+use proto::v1;
+use scheduling::bandwidth::BandwidthTable;
+use scheduling::predict::{gbps, network_mbps, predict};
+use scheduling::explain::reason_with;
+use scheduling::plan::Cache;
+use statemachine::record::*;
+use statemachine::view::ShownState;
+use statemachine::{GpuTypeId, JobId, NodeId, RequestId, State, TaskKey, UserId};
+
+use super::words;
+use crate::leader::desired::gpu_uuids;
+
+pub fn user_name(state: &State, user: UserId) -> String {
+    state.user_name(user).to_owned()
+}
+
+pub fn gpu_type(state: &State, id: GpuTypeId) -> String {
+    state.gpu_type_name(id).to_owned()
+}
+
+/// Why jobs wait, by the planner's own words; what it learns of machines serves the next job of the same call.
+pub struct Reasons {
+    unheard: BTreeSet<NodeId>,
+    cache: Cache,
+}
+
+impl Reasons {
+    /// `unheard` are the nodes that a leader finds silent; a follower can't know.
+    pub fn new(unheard: BTreeSet<NodeId>) -> Self {
+        Self { unheard, cache: Cache::default() }
+    }
+
+    fn of(&mut self, state: &State, id: JobId) -> String {
+        let reason = reason_with(state, &mut self.cache, TaskKey::from(id), &self.unheard);
+        reason.map(|reason| reason.to_string()).unwrap_or_default()
+    }
+}
+
+/// A job in memory.
+pub fn live(state: &State, id: JobId, reasons: &mut Reasons) -> Option<v1::Job> {
+    let job = state.jobs.get(&id)?;
+    let view = state.job_view(id)?;
+    let task = state.tasks.get(&TaskKey::from(id)).map(|task| &task.value);
+    let body = state.bodies.get(&id);
+    let mut shown = shown(state, id, job, body, task);
+    shown.state = view.task.state.name().to_owned();
+    shown.ending = view.task.ending.map(|kind| words::verdict(kind).to_owned()).unwrap_or_default();
+    shown.attempt = view.task.attempt;
+    if matches!(view.task.state, ShownState::Pending | ShownState::Retrying) {
+        shown.reason = reasons.of(state, id);
+    }
+    if let Some((token, lease)) = task.and_then(|task| live_lease(state, task)) {
+        shown.token = token;
+        shown.parts = lease.parts.iter().filter_map(|part| placed(state, part)).collect();
+        shown.placement_why = why(state, lease);
+    }
+    Some(shown)
+}
+
+/// A job that left memory.
+pub fn archived(state: &State, row: &HistoryRow) -> v1::Job {
+    let mut shown = shown(state, row.id, &row.job, Some(&row.body), row.task.as_ref().map(|task| &task.value));
+    let outcome = row.job.value.ended.as_ref().map(|end| words::outcome(end.outcome)).unwrap_or("PENDING");
+    shown.state = outcome.to_owned();
+    shown.attempt = row.task.as_ref().map(|task| task.value.attempt).unwrap_or_default();
+    shown
+}
+
+/// What does not depend on a live lease.
+fn shown(state: &State, id: JobId, job: &Versioned<Job>, body: Option<&Body>, task: Option<&Task>) -> v1::Job {
+    let record = &job.value;
+    let mod_revision =
+        state.tasks.get(&TaskKey::from(id)).map(|task| task.mod_rev).unwrap_or_default().max(job.mod_rev);
+    v1::Job {
+        id: id.0,
+        spec: Some(spec(state, record, body)),
+        user: user_name(state, record.user),
+        result: result(record, task),
+        attempts: task.map(|task| task.attempts.iter().map(|row| attempt(state, row)).collect()).unwrap_or_default(),
+        submitted_unix_ms: record.submitted_wall_ms,
+        ended_unix_ms: record.ended.as_ref().map(|end| end.wall_ms).unwrap_or_default(),
+        retries_used: task.map(|task| u32::from(task.used.retries)).unwrap_or_default(),
+        create_revision: job.create_rev.0,
+        mod_revision: mod_revision.0,
+        request_id: record.request.map(request_text).unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+fn request_text(id: RequestId) -> String {
+    uuid::Uuid::from_bytes(id.0).hyphenated().to_string()
+}
+
+/// A job that ended before its first attempt has an outcome, and perhaps no task.
+fn result(job: &Job, task: Option<&Task>) -> Option<v1::Result> {
+    if let Some(result) = task.and_then(|task| task.result.as_ref()) {
+        return Some(v1::Result {
+            outcome: words::outcome(result.outcome).to_owned(),
+            token: result.token.unwrap_or_default().0,
+            attempt: result.attempt,
+            exit: result.exit.map(exit),
+            has_exit: result.exit.is_some(),
+            revision: result.rev.0,
+            unix_ms: result.wall_ms,
+        });
+    }
+    let end = job.ended.as_ref()?;
+    let outcome = words::outcome(end.outcome).to_owned();
+    Some(v1::Result { outcome, unix_ms: end.wall_ms, ..Default::default() })
+}
+
+fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
+    let spec = &job.spec;
+    let shape = &spec.shape;
+    v1::JobSpec {
+        name: spec.name.clone(),
+        priority: spec.priority,
+        shape: Some(v1::Shape {
+            nodes: u32::from(shape.nodes),
+            ranks_per_node: u32::from(shape.ranks_per_node),
+            gpus_per_rank: u32::from(shape.gpus_per_rank),
+            gpu_types: shape.gpu_types.iter().map(|id| gpu_type(state, *id)).collect(),
+            cores_per_rank: u32::from(shape.cores_per_rank),
+            mem_mib_per_rank: shape.mem_mib_per_rank,
+            min_bandwidth_mbps: shape.min_bandwidth_mbps,
+        }),
+        limit_ms: spec.limit_ms,
+        lease_ttl_ms: spec.lease_ttl_ms,
+        kill_grace_ms: spec.kill_grace_ms,
+        retry: Some(v1::Retry {
+            max: u32::from(spec.retry.max),
+            initial_ms: spec.retry.initial_ms,
+            mult_milli: spec.retry.mult_milli,
+            max_ms: spec.retry.max_ms,
+            on_exit: spec.retry.on_exit.iter().map(|code| u32::from(*code)).collect(),
+        }),
+        labels: spec.labels.clone().into_iter().collect(),
+        tenant: state.tenants.get(&job.tenant).map(|tenant| tenant.name.clone()).unwrap_or_default(),
+        queue: state.queues.get(&job.queue).map(|queue| queue.name.clone()).unwrap_or_default(),
+        body: body.map(|body| v1::Body {
+            argv: body.argv.clone(),
+            env: body.env.clone().into_iter().collect(),
+            cwd: body.cwd.clone(),
+        }),
+        image: String::new(),
+    }
+}
+
+fn attempt(state: &State, row: &AttemptRow) -> v1::Attempt {
+    v1::Attempt {
+        attempt: row.attempt,
+        token: row.token.0,
+        verdict: words::verdict(row.verdict).to_owned(),
+        exit: row.exit.map(exit),
+        has_exit: row.exit.is_some(),
+        nodes: row.nodes.iter().map(|node| state.node_name(*node).to_owned()).collect(),
+        granted_clock_ms: row.granted_ms,
+        started_clock_ms: row.started_ms.unwrap_or_default(),
+        ended_clock_ms: row.ended_ms,
+        text: row.text.clone(),
+    }
+}
+
+fn exit(exit: Exit) -> v1::Exit {
+    v1::Exit { code: exit.code, signal: u32::from(exit.signal) }
+}
+
+fn live_lease<'a>(state: &'a State, task: &Task) -> Option<(u64, &'a Lease)> {
+    let Phase::Leased { token } = task.phase else { return None };
+    Some((token.0, &state.leases.get(&token)?.value))
+}
+
+fn placed(state: &State, part: &Part) -> Option<v1::PlacedPart> {
+    let node = &state.nodes.get(&part.node)?.value;
+    Some(v1::PlacedPart {
+        node_id: part.node.0,
+        node: node.name.clone(),
+        address: node.address.clone(),
+        gpu_uuids: gpu_uuids(node, part),
+        gpu_slots: part.gpu_order.iter().map(|slot| u32::from(*slot)).collect(),
+        first_rank: part.first_rank,
+        ranks: u32::from(part.ranks),
+        cores: part.cores_by_numa.iter().map(|cores| u32::from(*cores)).sum(),
+        mem_mib: part.mem_mib,
+        state: words::part_state(part.state).to_owned(),
+    })
+}
+
+/// One line a part with GPUs: what the choice is worth, by the same model that made it.
+fn why(state: &State, lease: &Lease) -> Vec<String> {
+    let line = |part: &Part| {
+        let node = &state.nodes.get(&part.node)?.value;
+        if part.gpus == 0 {
+            return None;
+        }
+        let table = BandwidthTable::new(state.classes.get(&node.class)?);
+        let text = predict(&table, part.gpus).text;
+        let network = match (lease.parts.len(), network_mbps(&table, part.gpus)) {
+            (1, _) | (_, 0) => String::new(),
+            (_, mbps) => format!("; {} to the other machines", gbps(mbps)),
+        };
+        Some(format!("{}: {text}{network}", node.name))
+    };
+    lease.parts.iter().filter_map(line).collect()
+}

@@ -1,0 +1,109 @@
+//! The words of the wire for the state machine's enums and ids, each in one place.
+
+use statemachine::GpuUuid;
+use statemachine::record::{ExitCause, GpuHealth, KillStrength, PartState, PciClass, TaskOutcome, VerdictKind};
+
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// 32 hex digits, dashes ignored.
+pub fn unhex16(text: &str) -> Option<[u8; 16]> {
+    let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').collect();
+    let mut out = [0; 16];
+    if digits.len() != 32 {
+        return None;
+    }
+    for (byte, pair) in out.iter_mut().zip(digits.chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+    }
+    Some(out)
+}
+
+/// `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`, as NVML writes it.
+pub fn gpu_uuid(uuid: &GpuUuid) -> String {
+    format!("GPU-{}", uuid::Uuid::from_bytes(uuid.0).hyphenated())
+}
+
+pub fn parse_gpu_uuid(text: &str) -> Option<GpuUuid> {
+    unhex16(text.strip_prefix("GPU-")?).map(GpuUuid)
+}
+
+/// A two-way table between an enum and its words.
+macro_rules! words {
+    ($($(#[$doc:meta])* $to:ident, $from:ident: $ty:ident { $($variant:ident = $word:literal),* $(,)? })*) => {
+        $($(#[$doc])*
+        pub fn $to(value: $ty) -> &'static str {
+            match value { $($ty::$variant => $word),* }
+        }
+
+        pub fn $from(word: &str) -> Option<$ty> {
+            match word { $($word => Some($ty::$variant),)* _ => None }
+        })*
+    };
+}
+
+words! {
+    verdict, parse_verdict: VerdictKind {
+        Succeeded = "SUCCEEDED", Failed = "FAILED", TimedOut = "TIMED_OUT", Cancelled = "CANCELLED", Lost = "LOST",
+        LaunchJob = "LAUNCH_FAILED", LaunchNode = "LAUNCH_FAILED_BY_NODE", GpuFault = "GPU_FAULT",
+        Preempted = "PREEMPTED",
+    }
+    outcome, parse_outcome: TaskOutcome {
+        Failed = "FAILED", TimedOut = "TIMED_OUT", Cancelled = "CANCELLED", Skipped = "SKIPPED",
+        Succeeded = "SUCCEEDED",
+    }
+    health, parse_health: GpuHealth {
+        Ok = "OK", DrainWhenIdle = "DRAIN_WHEN_IDLE", Quarantined = "QUARANTINED", Dirty = "DIRTY",
+        Unresponsive = "UNRESPONSIVE", Gone = "GONE",
+    }
+    kill, parse_kill: KillStrength { PidNamespace = "pidns", Cgroup = "cgroup", Weak = "weak" }
+    cause, parse_cause: ExitCause {
+        Own = "OWN", Stopped = "STOPPED", TimeLimit = "TIME_LIMIT", LeaseEnd = "LEASE_END", GpuFault = "GPU_FAULT",
+    }
+}
+
+pub fn part_state(state: PartState) -> &'static str {
+    match state {
+        PartState::Held => "HELD",
+        PartState::Prepared { .. } => "PREPARED",
+        PartState::Started => "STARTED",
+        PartState::Exited => "EXITED",
+        PartState::Released => "RELEASED",
+        PartState::Stuck => "STUCK",
+    }
+}
+
+pub fn pci_class(class: PciClass) -> proto::v1::PciClass {
+    match class {
+        PciClass::Same => proto::v1::PciClass::Same,
+        PciClass::Pix => proto::v1::PciClass::Pix,
+        PciClass::Pxb => proto::v1::PciClass::Pxb,
+        PciClass::Phb => proto::v1::PciClass::Phb,
+        PciClass::Node => proto::v1::PciClass::Node,
+        PciClass::Sys => proto::v1::PciClass::Sys,
+    }
+}
+
+pub fn parse_pci_class(number: i32) -> Option<PciClass> {
+    Some(match proto::v1::PciClass::try_from(number).ok()? {
+        proto::v1::PciClass::Same => PciClass::Same,
+        proto::v1::PciClass::Pix => PciClass::Pix,
+        proto::v1::PciClass::Pxb => PciClass::Pxb,
+        proto::v1::PciClass::Phb => PciClass::Phb,
+        proto::v1::PciClass::Node => PciClass::Node,
+        proto::v1::PciClass::Sys => PciClass::Sys,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_uuid_reads_back() {
+        let uuid = GpuUuid([0x12, 0x34, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0xff]);
+        assert_eq!(parse_gpu_uuid(&gpu_uuid(&uuid)), Some(uuid));
+        assert_eq!(parse_gpu_uuid("GPU-123"), None);
+    }
+}

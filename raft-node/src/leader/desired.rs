@@ -1,0 +1,86 @@
+//! What a node should be running: its desired set, rendered from applied state. Level-triggered, whole, and pure.
+
+use proto::v1;
+use statemachine::record::{Lease, LeasePhase, Node, Part, PartState, VerdictKind};
+use statemachine::{NodeId, State, Token};
+
+use crate::api::words;
+
+/// The whole desired set of one node at the state's applied index; `None` for a node that the state does not know.
+pub fn desired(state: &State, id: NodeId) -> Option<v1::Desired> {
+    let node = &state.nodes.get(&id)?.value;
+    let tokens = state.allocs.get(&id).map(|alloc| alloc.leases.as_slice()).unwrap_or_default();
+    let leases = tokens.iter().filter_map(|token| desired_lease(state, id, node, *token)).collect();
+    Some(v1::Desired {
+        cluster_id: words::hex(&state.meta.cluster),
+        incarnation: state.meta.incarnation,
+        epoch: node.epoch,
+        index: state.meta.applied.index,
+        leases,
+    })
+}
+
+fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token) -> Option<v1::DesiredLease> {
+    let lease = &state.leases.get(&token)?.value;
+    let (at, part) = lease.parts.iter().enumerate().find(|(_, part)| part.node == id)?;
+    if part.state == PartState::Released {
+        return None;
+    }
+    let job = &state.jobs.get(&lease.task.job)?.value;
+    let spec = &job.spec;
+    let (master_addr, master_port) = master(state, lease, node);
+    Some(v1::DesiredLease {
+        token: token.0,
+        job_id: lease.task.job.0,
+        task_index: lease.task.index,
+        attempt: lease.attempt,
+        first_rank: part.first_rank,
+        ranks: u32::from(part.ranks),
+        world_size: spec.shape.ranks(),
+        node_rank: at as u32,
+        nodes: lease.parts.len() as u32,
+        gpu_uuids: gpu_uuids(node, part),
+        gpus_per_rank: u32::from(spec.shape.gpus_per_rank),
+        cores_by_numa: part.cores_by_numa.iter().map(|cores| u32::from(*cores)).collect(),
+        mem_mib: part.mem_mib,
+        limit_ms: spec.limit_ms,
+        ttl_ms: lease.ttl_ms,
+        kill_grace_ms: spec.kill_grace_ms,
+        go: lease.phase >= LeasePhase::Go,
+        stop: stop(lease),
+        master_addr,
+        master_port,
+        job_name: spec.name.clone(),
+        single_node: lease.parts.len() == 1,
+        ..Default::default()
+    })
+}
+
+/// A decided lease is to be ended, except that a success leaves nothing to stop.
+fn stop(lease: &Lease) -> String {
+    match &lease.verdict {
+        Some(verdict) if verdict.kind != VerdictKind::Succeeded => words::verdict(verdict.kind).to_owned(),
+        _ => String::new(),
+    }
+}
+
+/// On one node its own host; over several the host and port that rank 0's agent reserved, once it has said so.
+fn master(state: &State, lease: &Lease, node: &Node) -> (String, u32) {
+    match &lease.master {
+        Some(master) => {
+            let host = state.nodes.get(&master.node).map(|node| node.value.host.clone()).unwrap_or_default();
+            (host, u32::from(master.port))
+        }
+        None if lease.parts.len() == 1 => (node.host.clone(), 0),
+        None => (String::new(), 0),
+    }
+}
+
+/// In rank order.
+pub fn gpu_uuids(node: &Node, part: &Part) -> Vec<String> {
+    part.gpu_order
+        .iter()
+        .filter_map(|slot| node.gpus.get(usize::from(*slot)))
+        .map(|gpu| words::gpu_uuid(&gpu.uuid))
+        .collect()
+}

@@ -1,0 +1,153 @@
+//! The agents' streams: acknowledgements in order, and the newest desired set. A slow agent has at most one pending set;
+//! an older one is never worth sending.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use proto::v1;
+use statemachine::event::Change;
+use statemachine::{NodeId, Revision, State, Token};
+use tokio::sync::{mpsc, watch};
+
+use super::Desk;
+use super::desired::desired;
+
+/// Changes within this time are one desired set.
+const COALESCE: Duration = Duration::from_millis(2);
+/// Acknowledgements that wait for a slow agent; more are dropped, the next heartbeat brings another.
+const ACKS: usize = 16;
+
+/// The leader's end of one agent's stream.
+#[derive(Clone)]
+pub struct Link {
+    acks: mpsc::Sender<v1::leader_message::What>,
+    desired: Arc<watch::Sender<Option<v1::Desired>>>,
+}
+
+/// The stream's end of it.
+pub struct LinkEnd {
+    pub acks: mpsc::Receiver<v1::leader_message::What>,
+    pub desired: watch::Receiver<Option<v1::Desired>>,
+}
+
+impl Link {
+    pub fn new() -> (Self, LinkEnd) {
+        let (acks, ack_end) = mpsc::channel(ACKS);
+        let (desired, desired_end) = watch::channel(None);
+        (Self { acks, desired: Arc::new(desired) }, LinkEnd { acks: ack_end, desired: desired_end })
+    }
+
+    pub fn send(&self, message: v1::leader_message::What) {
+        if self.acks.try_send(message).is_err() {
+            tracing::debug!("an agent does not read its acknowledgements; one is dropped");
+        }
+    }
+
+    /// Replaces the pending set unless it says the same; the index alone is no change.
+    fn offer(&self, set: v1::Desired) {
+        self.desired.send_if_modified(|last| {
+            let same = last.as_ref().is_some_and(|last| last.epoch == set.epoch && last.leases == set.leases);
+            if !same {
+                *last = Some(set);
+            }
+            !same
+        });
+    }
+}
+
+/// Links by node: the newest stream of a node replaces an older one.
+#[derive(Default)]
+pub struct Links(Mutex<BTreeMap<NodeId, Link>>);
+
+impl Links {
+    pub fn connect(&self, node: NodeId, link: Link) {
+        self.map().insert(node, link);
+    }
+
+    /// Forgets the link if it is still this one.
+    pub fn disconnect(&self, node: NodeId, link: &Link) {
+        let mut map = self.map();
+        if map.get(&node).is_some_and(|current| Arc::ptr_eq(&current.desired, &link.desired)) {
+            map.remove(&node);
+        }
+    }
+
+    fn map(&self) -> std::sync::MutexGuard<'_, BTreeMap<NodeId, Link>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn offer(&self, state: &State, nodes: Option<&BTreeSet<NodeId>>) {
+        let map = self.map();
+        for (node, link) in map.iter().filter(|(node, _)| nodes.is_none_or(|nodes| nodes.contains(node))) {
+            if let Some(set) = desired(state, *node) {
+                link.offer(set);
+            }
+        }
+    }
+}
+
+/// Offers a node its present set: at the beginning of a stream.
+pub fn offer_now(desk: &Desk, node: NodeId) {
+    desk.links.offer(&desk.replica.state(), Some(&BTreeSet::from([node])));
+}
+
+/// Keeps the desired sets of connected agents for one term of office.
+pub(super) async fn run(desk: Arc<Desk>) {
+    let mut applied = desk.replica.applied();
+    let mut touched = Touched::new(&desk.replica.state());
+    loop {
+        if applied.changed().await.is_err() {
+            return;
+        }
+        tokio::time::sleep(COALESCE).await;
+        applied.mark_unchanged();
+        let state = desk.replica.state();
+        match touched.follow(&state) {
+            Some(nodes) if nodes.is_empty() => {}
+            nodes => desk.links.offer(&state, nodes.as_ref()),
+        }
+    }
+}
+
+/// Follows the events, and knows where each live lease is: the event of a closed lease names only its token.
+struct Touched {
+    seen: Revision,
+    nodes: BTreeMap<Token, Vec<NodeId>>,
+}
+
+impl Touched {
+    fn new(state: &State) -> Self {
+        let nodes = state
+            .leases
+            .iter()
+            .map(|(token, lease)| (*token, lease.value.parts.iter().map(|part| part.node).collect()));
+        Self { seen: state.meta.rev, nodes: nodes.collect() }
+    }
+
+    /// Nodes whose desired set may have changed since the last call; `None` = any may have.
+    fn follow(&mut self, state: &State) -> Option<BTreeSet<NodeId>> {
+        let Ok(events) = state.events_since(self.seen) else {
+            *self = Self::new(state);
+            return None;
+        };
+        let mut touched = BTreeSet::new();
+        for event in events {
+            match &event.what {
+                Change::LeaseShown { token, lease } => {
+                    let nodes: Vec<NodeId> = lease.parts.iter().map(|part| part.node).collect();
+                    touched.extend(nodes.iter().copied());
+                    self.nodes.insert(*token, nodes);
+                }
+                Change::LeaseClosed { token } => touched.extend(self.nodes.remove(token).unwrap_or_default()),
+                // Another epoch or host is another desired set.
+                Change::NodeShown { node, .. } => {
+                    touched.insert(*node);
+                }
+                _ => {}
+            }
+        }
+        self.seen = state.meta.rev;
+        Some(touched)
+    }
+}

@@ -1,0 +1,129 @@
+//! What only the leader does: it remembers who was heard, plans, ends silent leases, ticks, and keeps the agents' desired
+//! sets. Everything here lives for one term of office and is forgotten with it; what must last is in the state.
+
+mod beats;
+pub mod desired;
+mod duties;
+pub mod keeper;
+mod links;
+mod planner;
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::time::Instant;
+
+use statemachine::{NodeId, State};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+
+pub use beats::Beat;
+pub use links::{Link, LinkEnd, offer_now};
+
+use crate::office::Office;
+use crate::replica::Replica;
+use keeper::Keeper;
+use links::Links;
+
+/// The desk of one term of office: what the API's leader calls and the loops share.
+pub struct Desk {
+    pub office: Office,
+    pub replica: Replica,
+    pub keeper: Mutex<Keeper>,
+    pub links: Links,
+    beats: beats::Tray,
+    /// Rings when a node was heard that the planner could not use before.
+    heard: Notify,
+    closed: watch::Sender<bool>,
+    opened: Instant,
+}
+
+impl Desk {
+    fn new(office: Office, replica: Replica) -> Self {
+        let keeper = Keeper::new(&replica.state(), 0);
+        Self {
+            office,
+            replica,
+            keeper: Mutex::new(keeper),
+            links: Links::default(),
+            beats: beats::Tray::default(),
+            heard: Notify::new(),
+            closed: watch::Sender::new(false),
+            opened: Instant::now(),
+        }
+    }
+
+    /// Ms of this term's own monotonic clock.
+    pub fn now_ms(&self) -> u64 {
+        self.opened.elapsed().as_millis() as u64
+    }
+
+    pub fn keeper(&self) -> MutexGuard<'_, Keeper> {
+        self.keeper.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Nodes that the planner must not use now.
+    pub fn unheard(&self, state: &State) -> BTreeSet<NodeId> {
+        self.keeper().unheard(state, self.now_ms())
+    }
+
+    /// Resolves when the term of office is over.
+    pub async fn over(&self) {
+        let mut closed = self.closed.subscribe();
+        // An error means that the desk itself is gone: over as well.
+        let _ = closed.wait_for(|closed| *closed).await;
+    }
+
+    /// A heartbeat came in; it is answered behind the next quorum check.
+    pub fn receive(&self, beat: Beat) {
+        if self.keeper().hear(beat.node, beat.epoch, self.now_ms()) {
+            self.heard.notify_one();
+        }
+        self.beats.put(beat);
+    }
+}
+
+/// Where the desk of the current term stands, if this replica leads.
+#[derive(Clone, Default)]
+pub struct Board(Arc<RwLock<Option<Arc<Desk>>>>);
+
+impl Board {
+    pub fn desk(&self) -> Option<Arc<Desk>> {
+        self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    fn put(&self, desk: Option<Arc<Desk>>) {
+        *self.0.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = desk;
+    }
+}
+
+/// Opens a desk for each term of office and closes it at its end; returns when the replica stops.
+pub async fn run(replica: Replica, board: Board) {
+    let mut leadership = replica.leadership();
+    loop {
+        let office = leadership.borrow_and_update().clone();
+        if let Some(office) = office {
+            serve(office, &replica, &board, &mut leadership).await;
+            continue;
+        }
+        if leadership.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// One term of office, until leadership changes in any way.
+async fn serve(office: Office, replica: &Replica, board: &Board, leadership: &mut watch::Receiver<Option<Office>>) {
+    tracing::info!(term = office.term, "took office");
+    let desk = Arc::new(Desk::new(office, replica.clone()));
+    board.put(Some(desk.clone()));
+    let mut loops = JoinSet::new();
+    loops.spawn(beats::run(desk.clone()));
+    loops.spawn(duties::run(desk.clone()));
+    loops.spawn(links::run(desk.clone()));
+    loops.spawn(planner::run(desk.clone()));
+    let _ = leadership.changed().await;
+    board.put(None);
+    desk.closed.send_replace(true);
+    loops.shutdown().await;
+    tracing::info!(term = desk.office.term, "left office");
+}

@@ -1,0 +1,83 @@
+//! The planning loop: wakes when something changed that could start a job, plans on an O(1) snapshot, and proposes the
+//! plan. Policy never runs inside apply: a slow plan can't stall the log, and apply re-checks every placement.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use scheduling::plan::{Cache, Limits, plan};
+use statemachine::{Cmd, Command};
+
+use super::Desk;
+use super::duties::ACTOR;
+
+/// Changes within this time are one cycle.
+const COALESCE: Duration = Duration::from_millis(1);
+/// Share of a core that planning may take when changes never stop: it rests three times as long as the last cycle took.
+const REST: u32 = 3;
+/// A cycle that placed nothing, though nothing changed, is worth another look after this time: a node may have gone silent.
+const IDLE: Duration = Duration::from_secs(2);
+
+pub(super) async fn run(desk: Arc<Desk>) {
+    let mut applied = desk.replica.applied();
+    let mut cache = Cache::default();
+    let mut limits = Limits::default();
+    loop {
+        let state = desk.replica.state();
+        if state.index.queue.is_empty() {
+            if applied.changed().await.is_err() {
+                return;
+            }
+            tokio::time::sleep(COALESCE).await;
+            applied.mark_unchanged();
+            continue;
+        }
+        applied.mark_unchanged();
+        let unheard = desk.unheard(&state);
+        let began = Instant::now();
+        let within = limits.clone();
+        let planned = tokio::task::spawn_blocking(move || {
+            let plan = plan(&state, &mut cache, &within, &unheard);
+            (plan, cache)
+        })
+        .await;
+        let took = began.elapsed();
+        let Ok((plan, kept)) = planned else {
+            tracing::error!("the planner panicked; it begins anew with an empty cache");
+            cache = Cache::default();
+            tokio::time::sleep(IDLE).await;
+            continue;
+        };
+        cache = kept;
+        let unfinished = plan.unfinished;
+        let placed = propose(&desk, plan.commands()).await;
+        // A cycle that ran out of steps goes on behind its last look; one that placed something begins anew in front.
+        limits.after = if unfinished && placed == 0 { plan.last } else { None };
+        if placed == 0 && !unfinished {
+            tokio::select! {
+                changed = applied.changed() => if changed.is_err() { return },
+                () = desk.heard.notified() => {}
+                () = tokio::time::sleep(IDLE) => {}
+            }
+        }
+        tokio::time::sleep(COALESCE.max(took * REST)).await;
+    }
+}
+
+/// Proposes the commands one after the other; the number of placements that apply accepted.
+async fn propose(desk: &Desk, plans: Vec<statemachine::command::Plan>) -> usize {
+    let mut placed = 0;
+    for plan in plans {
+        let cmd = Cmd { request: None, actor: ACTOR.to_owned(), body: Command::Plan(plan) };
+        match desk.replica.propose(cmd).await {
+            Ok((statemachine::Outcome::Done(statemachine::Reply::Plan(answers)), _)) => {
+                for refusal in answers.iter().filter_map(|answer| answer.as_ref().err()) {
+                    tracing::debug!(code = refusal.code.name(), detail = refusal.detail, "a placement was refused");
+                }
+                placed += answers.iter().filter(|answer| answer.is_ok()).count();
+            }
+            Ok((other, _)) => tracing::warn!(?other, "an unexpected answer to a plan"),
+            Err(error) => tracing::debug!(%error, "a plan was not committed"),
+        }
+    }
+    placed
+}
