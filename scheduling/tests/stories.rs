@@ -7,9 +7,9 @@ use scheduling::plan::{Cache, Limits, plan};
 use scheduling::predict::{placement_why, predict};
 use scheduling::{BandwidthTable, Reason};
 use site::{Machine, Site, cpu_only, hgx, mock_v100, pairs, shape};
+use statemachine::spec::Shape;
 use statemachine::storage::codec::encode_entry;
 use statemachine::{Command, Entry, TaskKey};
-use statemachine::spec::Shape;
 
 fn mask(slots: &[u8]) -> Mask {
     slots.iter().fold(0, |mask, slot| mask | 1 << slot)
