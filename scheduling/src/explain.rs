@@ -1,40 +1,62 @@
 //! Why a task waits: finds the first thing that binds. The planner's reasons and every replica's answer to
 //! `ares queue` and `ares show` come from here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use statemachine::fit::{self, NoFit};
-use statemachine::record::{Alloc, Gpu, GpuHealth, Node, NodeAdmin, Phase};
+use statemachine::record::{Alloc, GpuHealth, Node, NodeAdmin, Phase};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
 use crate::choose::Shortage;
-use crate::machines::{Cache, Machines, want_of};
+use crate::machines::{Cache, Machines, is_present, want_of};
 use crate::plan::waiting_task;
 use crate::reason::{Best, Lack, Needs, Reason};
 
 /// Why a task waits, from any replica's state; `None` when it does not wait (it runs, has ended, or is unknown).
 ///
-/// Looks at every machine once or twice. `unheard` as the leader knows it; elsewhere empty, which takes silent machines
-/// for busy or free ones.
+/// Looks at every machine once or twice; for a whole queue ask one `Explainer`.
 pub fn reason_for(state: &State, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
     reason_with(state, &mut Cache::default(), task, unheard)
 }
 
-/// `reason_for` for a caller that asks often and keeps a cache.
-pub fn reason_with(state: &State, cache: &mut Cache, key: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
-    let job = &state.jobs.get(&key.job)?.value;
-    let task = state.tasks.get(&key).map(|task| &task.value);
-    if let Some(Phase::Retrying { not_before_ms }) = task.map(|task| &task.phase) {
-        let attempt = task.map_or(0, |task| task.attempt).saturating_add(1);
-        return Some(Reason::Backoff { attempt, in_ms: not_before_ms.saturating_sub(state.meta.clock_ms) });
+/// `reason_for` for a caller that keeps a cache.
+pub fn reason_with(state: &State, cache: &mut Cache, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
+    Explainer::new(state, cache, unheard).reason_for(task).map(|reason| Reason::clone(&reason))
+}
+
+/// Answers for many tasks of one state: equal shapes are looked at once.
+pub struct Explainer<'a> {
+    machines: Machines<'a>,
+    cache: &'a mut Cache,
+    by_shape: BTreeMap<&'a Shape, Arc<Reason>>,
+}
+
+impl<'a> Explainer<'a> {
+    /// `unheard` as the leader knows it; elsewhere empty, which takes silent machines for busy or free ones.
+    pub fn new(state: &'a State, cache: &'a mut Cache, unheard: &'a BTreeSet<NodeId>) -> Self {
+        cache.keep_what_holds(state);
+        Self { machines: Machines::new(state, unheard), cache, by_shape: BTreeMap::new() }
     }
-    if task.is_none_or(|task| task.phase == Phase::Pending) && job.holds.any() {
-        return Some(Reason::Held { launch: job.holds.launch, orphan: job.holds.orphan });
+
+    /// Why a task waits; `None` when it does not.
+    pub fn reason_for(&mut self, key: TaskKey) -> Option<Arc<Reason>> {
+        let state = self.machines.state;
+        let job = &state.jobs.get(&key.job)?.value;
+        let task = state.tasks.get(&key).map(|task| &task.value);
+        if let Some(Phase::Retrying { not_before_ms }) = task.map(|task| &task.phase) {
+            let attempt = task.map_or(0, |task| task.attempt).saturating_add(1);
+            let in_ms = not_before_ms.saturating_sub(state.meta.clock_ms);
+            return Some(Arc::new(Reason::Backoff { attempt, in_ms }));
+        }
+        if task.is_none_or(|task| task.phase == Phase::Pending) && job.holds.any() {
+            return Some(Arc::new(Reason::Held { launch: job.holds.launch, orphan: job.holds.orphan }));
+        }
+        let (shape, _) = waiting_task(state, key)?;
+        let explained = || Arc::new(explain(&self.machines, self.cache, shape));
+        Some(self.by_shape.entry(shape).or_insert_with(explained).clone())
     }
-    let (shape, _) = waiting_task(state, key)?;
-    cache.keep_what_holds(state);
-    Some(explain(&Machines::new(state, unheard), cache, shape))
 }
 
 /// The first thing that binds a shape on these machines.
@@ -45,7 +67,7 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
         return Reason::NoNodes;
     }
     if shape.gpus_per_node() == 0 {
-        return Question { machines, shape, gpu_type: None }.answer(cache).1;
+        return Question::new(machines, shape, None).answer(cache).1;
     }
     let present = present_types(machines.state);
     let mut types: Vec<GpuTypeId> = present.iter().copied().collect();
@@ -53,8 +75,7 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
         types = shape.gpu_types.iter().copied().filter(|gpu_type| present.contains(gpu_type)).collect();
     }
     // max_by_key takes the last of equals: the most preferred type goes last.
-    let answers =
-        types.into_iter().rev().map(|gpu_type| Question { machines, shape, gpu_type: Some(gpu_type) }.answer(cache));
+    let answers = types.into_iter().rev().map(|gpu_type| Question::new(machines, shape, Some(gpu_type)).answer(cache));
     answers.max_by_key(|(progress, _)| *progress).map_or_else(
         || Reason::NoSuchGpuType {
             wanted: type_names(machines.state, &shape.gpu_types),
@@ -67,10 +88,6 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
 fn present_types(state: &State) -> BTreeSet<GpuTypeId> {
     let gpus = state.nodes.iter().flat_map(|(_, node)| &node.value.gpus);
     gpus.filter(|gpu| is_present(gpu)).map(|gpu| gpu.gpu_type).collect()
-}
-
-fn is_present(gpu: &Gpu) -> bool {
-    gpu.health != GpuHealth::Gone
 }
 
 fn type_names<'a>(state: &State, types: impl IntoIterator<Item = &'a GpuTypeId>) -> Vec<String> {
@@ -94,16 +111,22 @@ enum Step {
 /// machines that pass it, and how much the best of the others has.
 type Progress = (bool, bool, Step, u32, u64);
 
-#[derive(Clone, Copy)]
 struct Question<'a> {
     machines: &'a Machines<'a>,
-    shape: &'a Shape,
+    /// Accepts `gpu_type` alone.
+    shape: Shape,
+    asked: &'a Shape,
     /// `None` for a shape without GPUs.
     gpu_type: Option<GpuTypeId>,
 }
 
-impl Question<'_> {
-    fn answer(self, cache: &mut Cache) -> (Progress, Reason) {
+impl<'a> Question<'a> {
+    fn new(machines: &'a Machines<'a>, asked: &'a Shape, gpu_type: Option<GpuTypeId>) -> Self {
+        let shape = Shape { gpu_types: gpu_type.into_iter().collect(), ..asked.clone() };
+        Self { machines, shape, asked, gpu_type }
+    }
+
+    fn answer(&self, cache: &mut Cache) -> (Progress, Reason) {
         let needed = u32::from(self.shape.nodes);
         let idle = self.survey_idle(cache);
         if let Some((step, tally)) = idle.short_step(needed) {
@@ -124,7 +147,7 @@ impl Question<'_> {
         }
     }
 
-    fn never(self, step: Step, tally: &Tally) -> Reason {
+    fn never(&self, step: Step, tally: &Tally) -> Reason {
         let lack = match step {
             _ if tally.passed > 0 => Lack::Machines { able: tally.passed },
             Step::Gpus => Lack::Gpus(tally.best()),
@@ -135,7 +158,7 @@ impl Question<'_> {
         Reason::Never { needs: self.needs(tally.nearest()), lack }
     }
 
-    fn busy(self, step: Step, tally: &Tally, unhealthy: u32, away: u32) -> Reason {
+    fn busy(&self, step: Step, tally: &Tally, unhealthy: u32, away: u32) -> Reason {
         let (needs, ready, best) = (self.needs(tally.nearest()), tally.passed, tally.best());
         match step {
             Step::Gpus => Reason::GpusBusy { needs, ready, best, unhealthy, away },
@@ -149,25 +172,25 @@ impl Question<'_> {
     }
 
     /// `nearest` is the machine whose default share is named.
-    fn needs(self, nearest: Option<NodeId>) -> Needs {
+    fn needs(&self, nearest: Option<NodeId>) -> Needs {
         let nearest = nearest.and_then(|id| self.machines.state.nodes.get(&id));
-        let (cores, mem_mib) = nearest.map_or((0, 0), |node| fit::request_on(&node.value, self.shape));
+        let (cores, mem_mib) = nearest.map_or((0, 0), |node| fit::request_on(&node.value, &self.shape));
         Needs {
             machines: self.shape.nodes.into(),
             gpus: self.shape.gpus_per_node(),
-            types: type_names(self.machines.state, &self.shape.gpu_types),
+            types: type_names(self.machines.state, &self.asked.gpu_types),
             cores,
             mem_mib,
         }
     }
 
     /// Every machine as it would be in service, healthy and empty.
-    fn survey_idle(self, cache: &mut Cache) -> Survey {
+    fn survey_idle(&self, cache: &mut Cache) -> Survey {
         let mut survey = Survey::default();
-        for (id, node) in self.machines.state.nodes.iter() {
-            let (node, in_service) = (&node.value, node.value.admin == NodeAdmin::Ready);
-            let (idle, alloc) = idle(node);
-            if survey.count(*id, node, self.first_lack(cache, &idle, &alloc)) {
+        for (id, node, alloc) in self.machines.idle() {
+            if survey.count(*id, node, self.first_lack(cache, node, alloc)) {
+                let in_service =
+                    self.machines.state.nodes.get(id).is_some_and(|node| node.value.admin == NodeAdmin::Ready);
                 survey.out += u32::from(!in_service);
                 survey.silent += u32::from(in_service && self.machines.unheard.contains(id));
             }
@@ -176,7 +199,7 @@ impl Question<'_> {
     }
 
     /// The machines in service as the plan has left them.
-    fn survey_now(self, cache: &mut Cache) -> Survey {
+    fn survey_now(&self, cache: &mut Cache) -> Survey {
         let mut survey = Survey::default();
         for (id, _) in self.machines.state.nodes.iter() {
             let Some((node, alloc)) = self.machines.node(*id) else { continue };
@@ -192,18 +215,17 @@ impl Question<'_> {
     }
 
     /// The first step that the machine fails, and how much it has of what is short there.
-    fn first_lack(self, cache: &mut Cache, node: &Node, alloc: &Alloc) -> (Step, u64) {
+    fn first_lack(&self, cache: &mut Cache, node: &Node, alloc: &Alloc) -> (Step, u64) {
         let usable = self.gpu_type.map_or(0, |gpu_type| fit::usable_gpus(node, alloc, &[gpu_type]));
         if usable.count_ones() < self.shape.gpus_per_node() {
             return (Step::Gpus, usable.count_ones().into());
         }
-        let of_this_type = Shape { gpu_types: self.gpu_type.into_iter().collect(), ..self.shape.clone() };
-        match fit::room_for(node, alloc, &of_this_type) {
+        match fit::room_for(node, alloc, &self.shape) {
             Err(NoFit::Cores { free, .. }) => return (Step::Cores, free.into()),
             Err(NoFit::Memory { free, .. }) => return (Step::Memory, free),
             _ => {}
         }
-        let Some(want) = want_of(self.shape) else { return (Step::Fits, 0) };
+        let Some(want) = want_of(&self.shape) else { return (Step::Fits, 0) };
         match cache.choose(self.machines.state, node.class, usable, want) {
             Ok(_) => (Step::Fits, 0),
             Err(Shortage::Bandwidth { best_mbps }) => (Step::Links, best_mbps.into()),
@@ -213,7 +235,7 @@ impl Question<'_> {
     }
 
     /// GPUs of the type that are idle only because they are not healthy.
-    fn unhealthy(self, node: &Node, alloc: &Alloc) -> u32 {
+    fn unhealthy(&self, node: &Node, alloc: &Alloc) -> u32 {
         let Some(gpu_type) = self.gpu_type else { return 0 };
         let slots = node.gpus.iter().take(fit::MAX_GPUS).enumerate();
         let sick = slots.filter(|(slot, gpu)| {
@@ -221,18 +243,6 @@ impl Question<'_> {
         });
         sick.count() as u32
     }
-}
-
-/// The machine as it would be in service, healthy and empty.
-fn idle(node: &Node) -> (Node, Alloc) {
-    let mut node = Node { admin: NodeAdmin::Ready, ..node.clone() };
-    let mut free_gpus = 0;
-    for (slot, gpu) in node.gpus.iter_mut().enumerate().take(fit::MAX_GPUS).filter(|(_, gpu)| is_present(gpu)) {
-        gpu.health = GpuHealth::Ok;
-        free_gpus |= 1 << slot;
-    }
-    let (cores_free, mem_free_mib) = (node.cores_by_numa.clone(), node.mem_mib);
-    (node, Alloc { free_gpus, cores_free, mem_free_mib, ..Alloc::default() })
 }
 
 /// The steps at which a machine can fall short.

@@ -14,6 +14,8 @@ pub mod reason;
 mod seats;
 
 pub use bandwidth::BandwidthTable;
-pub use explain::reason_for;
+pub use explain::{Explainer, reason_for};
 pub use plan::{Cache, Limits, Plan, plan};
 pub use reason::Reason;
+/// The link facts of a machine, for callers that have no state.
+pub use statemachine::record::{Class, Nic, PciClass};

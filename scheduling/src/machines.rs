@@ -2,12 +2,13 @@
 //!
 //! Whether a part fits is `statemachine::fit`'s answer, given here for the machine as the plan has left it.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use statemachine::command::PlacePart;
 use statemachine::fit::{self, NoFit};
-use statemachine::record::{Alloc, Class, Node};
+use statemachine::record::{Alloc, Class, Gpu, GpuHealth, Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{ClassId, GpuTypeId, NodeId, State};
 
@@ -74,6 +75,7 @@ pub(crate) struct Machines<'a> {
     left: BTreeMap<NodeId, Left>,
     /// Machines that lost something, in order: whoever keeps a view of them reads on from where it stopped.
     pub(crate) touched: Vec<NodeId>,
+    idle: OnceCell<Vec<(NodeId, Node, Alloc)>>,
 }
 
 struct Left {
@@ -84,7 +86,7 @@ struct Left {
 
 impl<'a> Machines<'a> {
     pub(crate) fn new(state: &'a State, unheard: &'a BTreeSet<NodeId>) -> Self {
-        Self { state, unheard, left: BTreeMap::new(), touched: Vec::new() }
+        Self { state, unheard, left: BTreeMap::new(), touched: Vec::new(), idle: OnceCell::new() }
     }
 
     pub(crate) fn node(&self, id: NodeId) -> Option<(&'a Node, &Alloc)> {
@@ -98,6 +100,14 @@ impl<'a> Machines<'a> {
         let held = self.state.allocs.get(&id).map_or(0, |alloc| alloc.leases.len());
         let planned = self.left.get(&id).map_or(0, |left| left.parts);
         !self.unheard.contains(&id) && held + planned < self.state.meta.settings.leases_per_node as usize
+    }
+
+    /// Every machine as it would be in service, healthy and empty.
+    pub(crate) fn idle(&self) -> &[(NodeId, Node, Alloc)] {
+        self.idle.get_or_init(|| {
+            let nodes = self.state.nodes.iter();
+            nodes.map(|(id, node)| idle(*id, &node.value)).collect()
+        })
     }
 
     /// The part of `shape` on this machine, with GPUs of `gpu_type` where it needs some.
@@ -143,6 +153,22 @@ impl<'a> Machines<'a> {
         let (node, alloc) = self.node(id)?;
         self.takes_leases(id).then(|| fit::room_for(node, alloc, shape))
     }
+}
+
+/// The GPU is in the machine, whatever its health.
+pub(crate) fn is_present(gpu: &Gpu) -> bool {
+    gpu.health != GpuHealth::Gone
+}
+
+fn idle(id: NodeId, node: &Node) -> (NodeId, Node, Alloc) {
+    let mut node = Node { admin: NodeAdmin::Ready, ..node.clone() };
+    let mut free_gpus = 0;
+    for (slot, gpu) in node.gpus.iter_mut().enumerate().take(fit::MAX_GPUS).filter(|(_, gpu)| is_present(gpu)) {
+        gpu.health = GpuHealth::Ok;
+        free_gpus |= 1 << slot;
+    }
+    let (cores_free, mem_free_mib) = (node.cores_by_numa.clone(), node.mem_mib);
+    (id, node, Alloc { free_gpus, cores_free, mem_free_mib, ..Alloc::default() })
 }
 
 /// Cores from the NUMA domains of the GPUs, in proportion to the GPUs in each; what is missing there comes from the

@@ -2,13 +2,11 @@
 
 use std::fmt::Write;
 
-use statemachine::State;
-use statemachine::record::{Lease, PciClass};
+use statemachine::record::PciClass;
 
 use crate::bandwidth::{BandwidthTable, NO_COMMUNICATION};
 use crate::choose::best_mbps;
 use crate::links::{Mask, slots};
-use crate::machines::Cache;
 
 /// A link between two neighbours of a ring, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -102,33 +100,6 @@ fn worst_link(table: &BandwidthTable, set: Mask) -> Option<LinkKind> {
         }
     });
     kinds.max()
-}
-
-/// Machines of a placement that are described one by one.
-const DESCRIBED_PARTS: usize = 4;
-
-/// Why a lease's GPUs are a good choice, in one line: each machine's prediction, and what the machines' network adds.
-/// Empty for a lease without GPUs.
-pub fn placement_why(state: &State, lease: &Lease) -> String {
-    let mut cache = Cache::default();
-    let mut texts = Vec::new();
-    let mut network = u32::MAX;
-    for part in lease.parts.iter().filter(|part| part.gpus != 0) {
-        let Some(node) = state.nodes.get(&part.node) else { continue };
-        let table = cache.table(state, node.value.class);
-        network = network.min(network_mbps(&table, part.gpus));
-        if texts.len() < DESCRIBED_PARTS {
-            texts.push(format!("{} {}", node.value.name, predict(&table, part.gpus).text));
-        }
-    }
-    let more = lease.parts.len().saturating_sub(texts.len());
-    if more > 0 && !texts.is_empty() {
-        texts.push(format!("and {more} machines more"));
-    }
-    if lease.parts.len() > 1 && network > 0 && network < u32::MAX {
-        texts.push(format!("between machines {}", gbps(network)));
-    }
-    texts.join("; ")
 }
 
 /// What a job's GPUs on one of several machines can send to the others: the sum over the distinct NICs nearest to the

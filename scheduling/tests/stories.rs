@@ -4,7 +4,7 @@ mod site;
 
 use scheduling::links::Mask;
 use scheduling::plan::{Cache, Limits, plan};
-use scheduling::predict::{placement_why, predict};
+use scheduling::predict::predict;
 use scheduling::{BandwidthTable, Reason};
 use site::{Machine, Site, cpu_only, hgx, mock_v100, pairs, shape};
 use statemachine::spec::Shape;
@@ -299,19 +299,14 @@ fn reasons_name_what_is_short() {
 }
 
 #[test]
-fn a_running_job_has_no_reason_to_wait_and_its_placement_is_explained() {
+fn a_running_job_has_no_reason_to_wait() {
     let mut site = Site::default();
     site.join("n01", mock_v100());
     site.join("n02", mock_v100());
     let job = site.submit(shape(2, 1, 2), 0, &[]);
     let token = site.start()[0];
     assert_eq!(scheduling::reason_for(&site.state, job.into(), &site.unheard), None);
-    let lease = &site.state.leases.get(&token).unwrap().value;
-    assert_eq!(
-        placement_why(&site.state, lease),
-        "n01 GPUs 0,1: NV2 pair, 40 GB/s predicted; no pair of this machine is better; \
-         n02 GPUs 0,1: NV2 pair, 40 GB/s predicted; no pair of this machine is better"
-    );
+    assert_eq!(site.state.leases.get(&token).unwrap().value.parts.len(), 2);
 }
 
 #[test]
