@@ -244,7 +244,7 @@ impl RaftNetworkV2<TypeConfig> for Link {
 
     fn stream_append<'s, S>(
         &'s mut self,
-        input: S,
+        mut input: S,
         _option: RPCOption,
     ) -> BoxFuture<
         's,
@@ -254,10 +254,13 @@ impl RaftNetworkV2<TypeConfig> for Link {
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
     {
         Box::pin(async move {
+            // openraft pauses between tries of an unreachable peer where the next request is made: without asking for it first, a peer that
+            // is down would be tried without a pause.
+            let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
             let mut client = self.client(self.lane)?;
             let outstanding = Outstanding::default();
             let sent = outstanding.clone();
-            let requests = input.map(move |request| {
+            let requests = futures::stream::once(async { first }).chain(input).map(move |request| {
                 locked(&sent).push_back(Instant::now());
                 PeerBytes { data: wire::encode(&request) }
             });
