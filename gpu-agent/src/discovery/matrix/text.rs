@@ -198,7 +198,7 @@ mod tests {
         assert_eq!(only("[4mGPU0[0m"), "GPU0");
         assert_eq!(only("\\033[1;31mGPU0\\e[0m"), "GPU0");
         assert_eq!(only("\u{1b}(BGPU0\u{1b}]0;title\u{7} x"), "GPU0 x");
-        assert_eq!(only("\u{feff}GPU0\u{a0}\u{200b}X \t\r"), "GPU0 X");
+        assert_eq!(only("\u{feff}GPU0\u{a0}\u{200b}X \t \r"), "GPU0 X \t");
         assert_eq!(only("\u{1b}["), "");
     }
 
