@@ -285,3 +285,66 @@ impl StoredKey for NameKey {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::command::{Cmd, Command};
+
+    fn entry() -> Entry {
+        let owner = "o".repeat(40);
+        let cmd = Cmd { request: None, actor: "ann".into(), body: Command::OpenSession { owner, ttl_ms: 1 << 40 } };
+        Entry { level: 1, clock_ms: 5, wall_ms: -5, salt: u64::MAX, cmds: vec![cmd; 3] }
+    }
+
+    #[test]
+    fn an_entry_reads_back_and_every_prefix_and_every_appendix_is_refused() {
+        let bytes = encode_entry(&entry());
+        assert_eq!(decode_entry(&bytes), Ok(entry()));
+        for len in 0..bytes.len() {
+            assert!(decode_entry(&bytes[..len]).is_err(), "{len} bytes");
+        }
+        assert_eq!(decode_entry(&[&bytes[..], &[0]].concat()), Err(CodecError::Trailing(1)));
+        assert_eq!(decode_entry(&[&[2], &bytes[1..]].concat()), Err(CodecError::Codec(2)));
+        assert_eq!(decode_entry(&[&[1, 2, 0], &bytes[3..]].concat()), Err(CodecError::Schema(2)));
+        let long = CodecError::Long { len: ENTRY_LIMIT + 1, limit: ENTRY_LIMIT };
+        assert_eq!(decode_entry(&vec![1; ENTRY_LIMIT + 1]), Err(long));
+    }
+
+    #[test]
+    fn a_length_that_claims_the_whole_memory_allocates_nothing() {
+        // level, clock, wall, salt, then 2^63 commands; and one command whose actor has 2^62 bytes.
+        for hostile in [&[0xfd, 0, 0, 0, 0, 0, 0, 0, 0x80][..], &[1, 0, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0x40]] {
+            let bytes = [&[CODEC, SCHEMA as u8, 0, 1, 5, 9, 7], hostile].concat();
+            assert!(matches!(decode_entry(&bytes), Err(CodecError::Payload(_))));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_of_any_kind_never_panic(bytes: Vec<u8>) {
+            let framed = [&[CODEC, SCHEMA as u8, 0], &bytes[..]].concat();
+            if let Ok(entry) = decode_entry(&framed) {
+                prop_assert!(entry.cmds.len() <= bytes.len());
+            }
+            let _ = decode_record::<crate::record::Lease>(&bytes);
+            let _ = decode_value::<crate::record::Node>(Tag::Node, &[], &bytes);
+        }
+
+        #[test]
+        fn keys_read_back_and_sort_as_their_bytes(left: (u64, u32), right: (u64, u32), text: String, other: String) {
+            let key = |(job, index)| TaskKey { job: JobId(job), index };
+            let (left, right) = (key(left), key(right));
+            prop_assert_eq!(left.cmp(&right), left.bytes().cmp(&right.bytes()));
+            prop_assert_eq!(TaskKey::take(&left.bytes()), Some(left));
+            prop_assert_eq!(text.cmp(&other), StoredKey::bytes(&text).cmp(&StoredKey::bytes(&other)));
+            prop_assert_eq!(String::take(&StoredKey::bytes(&text)), Some(text));
+            let names = [NameKey::User(UserId(left.index)), NameKey::GpuType(GpuTypeId(right.index as u16))];
+            prop_assert!(names[0].bytes() < names[1].bytes());
+            prop_assert_eq!(names.map(|name| NameKey::take(&name.bytes())), names.map(Some));
+            prop_assert_eq!(NameKey::take(&[2, 0, 0]), None);
+        }
+    }
+}

@@ -86,10 +86,6 @@ impl Pages {
         self.bounds.insert(bound, chunks);
     }
 
-    pub fn len(&self) -> usize {
-        self.bounds.len()
-    }
-
     /// The runs that cover all changed keys (given in order), each page in at most one.
     pub fn runs(&self, changed: &[Vec<u8>]) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();

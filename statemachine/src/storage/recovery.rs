@@ -15,6 +15,8 @@ use crate::record::LogPosition;
 use crate::state::State;
 
 const IMAGE: &str = "image";
+/// The image that was unusable, kept for inspection.
+const DAMAGED: &str = "image.damaged";
 const SNAPSHOTS: &str = "snapshots";
 
 /// What the log on this machine holds, as far as recovery must know.
@@ -109,7 +111,7 @@ fn from_image(dir: &Path, log: LogBounds) -> Result<Option<(State, Image)>, Stor
     }
     match load_image(&path) {
         Ok(None) => {
-            remove_image(&path)?;
+            set_unfinished_aside(&path)?;
             Ok(None)
         }
         Ok(Some((state, image))) => {
@@ -200,11 +202,20 @@ fn put_history(image: &Image, snapshot: &Snapshot) -> Result<(), StorageError> {
 
 /// Keeps a damaged image for inspection, the newest one only: it may be large.
 fn move_aside(path: &Path, why: &dyn fmt::Display) -> Result<(), StorageError> {
-    let aside = path.with_file_name("image.damaged");
+    let aside = path.with_file_name(DAMAGED);
     remove_image(&aside)?;
     fs::rename(path, &aside).at(path, "move aside")?;
     tracing::warn!(error = %why, kept_as = %aside.display(), "the image is unusable and was moved aside");
     Ok(())
+}
+
+/// An image without a head: made, but never finished, or so damaged that sled sees nothing in it. Never at the cost of
+/// one that was kept before.
+fn set_unfinished_aside(path: &Path) -> Result<(), StorageError> {
+    if path.with_file_name(DAMAGED).exists() {
+        return remove_image(path);
+    }
+    move_aside(path, &"it holds no whole cut")
 }
 
 fn remove_image(path: &Path) -> Result<(), StorageError> {

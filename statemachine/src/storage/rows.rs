@@ -15,7 +15,6 @@ pub(crate) type EachRow<'a> = &'a mut dyn FnMut(&[u8], &[u8]);
 
 /// A table without its types.
 pub(crate) trait Rows {
-    fn rows(&self) -> usize;
     /// Encoded keys that changed since the last cut, in order.
     fn uncut_keys(&self) -> Vec<Vec<u8>>;
     fn uncut(&self) -> usize;
@@ -33,10 +32,6 @@ pub(crate) trait Rows {
 }
 
 impl<K: StoredKey, V: Clone + Serialize + DeserializeOwned> Rows for Table<K, V> {
-    fn rows(&self) -> usize {
-        self.len()
-    }
-
     fn uncut_keys(&self) -> Vec<Vec<u8>> {
         self.uncut.iter().map(StoredKey::bytes).collect()
     }

@@ -329,3 +329,98 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     format!("sled panicked: {}", text.unwrap_or("without a message"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).expect("an empty directory");
+        (dir, store)
+    }
+
+    fn put(store: &Store, tag: Tag, key: &[u8], payload: &[u8]) -> u16 {
+        let mut batch = Batch::default();
+        let chunks = batch.put(tag, key, payload);
+        store.apply(batch).unwrap();
+        chunks
+    }
+
+    /// sled's own checksums guard its log; these guard against everything between it and us.
+    #[test]
+    fn a_flipped_bit_in_any_value_is_found_when_it_is_read() {
+        let (_dir, store) = store();
+        let large: Vec<u8> = (0..300_000u32).map(|number| number as u8).collect();
+        assert_eq!(put(&store, Tag::Job, b"small", b"payload"), 0);
+        assert_eq!(put(&store, Tag::Job, b"large", &large), 5);
+        assert_eq!(store.get(Tag::Job, b"large").unwrap(), Some((large, 5)));
+        let values: Vec<_> = store.tree.iter().map(Result::unwrap).collect();
+        assert_eq!(values.len(), 7);
+        for (key, good) in values {
+            for bit in (0..good.len() * 8).step_by(1 + good.len() / 8) {
+                let mut bad = good.to_vec();
+                bad[bit / 8] ^= 1 << (bit % 8);
+                store.tree.insert(&key, bad).unwrap();
+                let read = store.get(Tag::Job, b"small").and(store.get(Tag::Job, b"large"));
+                assert!(read.is_err(), "bit {bit} of {key:?}");
+            }
+            store.tree.insert(&key, good).unwrap();
+        }
+        assert!(store.get(Tag::Job, b"small").and(store.get(Tag::Job, b"large")).is_ok());
+    }
+
+    #[test]
+    fn a_value_under_another_key_or_with_chunks_of_another_version_is_found() {
+        let (_dir, store) = store();
+        put(&store, Tag::Job, b"a", b"payload");
+        let value = store.tree.get(stored_key(Tag::Job, b"a")).unwrap().unwrap();
+        for key in [stored_key(Tag::Job, b"b"), stored_key(Tag::Task, b"b")] {
+            store.tree.insert(key, &value).unwrap();
+        }
+        assert!(store.get(Tag::Job, b"a").is_ok());
+        assert!(store.get(Tag::Job, b"b").is_err() && store.get(Tag::Task, b"b").is_err());
+
+        put(&store, Tag::Body, b"x", &[1; 200_000]);
+        let old = store.tree.get(chunk_key(Tag::Body, b"x", 1)).unwrap().unwrap();
+        put(&store, Tag::Body, b"x", &[2; 200_000]);
+        store.tree.insert(chunk_key(Tag::Body, b"x", 1), &old).unwrap();
+        assert!(store.get(Tag::Body, b"x").is_err());
+        store.tree.remove(chunk_key(Tag::Body, b"x", 1)).unwrap();
+        assert!(store.get(Tag::Body, b"x").is_err());
+    }
+
+    #[test]
+    fn a_value_of_a_newer_schema_is_not_called_damage() {
+        let (_dir, store) = store();
+        let mut newer = sealed(Tag::Job, b"a", WHOLE, b"payload");
+        newer[1] += 1;
+        store.tree.insert(stored_key(Tag::Job, b"a"), newer).unwrap();
+        let flipped = store.get(Tag::Job, b"a").expect_err("a bit flip");
+        assert!(matches!(flipped.cause, Cause::Codec(codec::CodecError::Checksum { .. })), "{flipped}");
+    }
+
+    #[test]
+    fn removing_a_prefix_takes_the_chunks_along_and_nothing_else() {
+        let (_dir, store) = store();
+        for bucket in 1..4u32 {
+            for number in 0..2_000u16 {
+                let key = [&bucket.to_be_bytes()[..], &number.to_be_bytes()].concat();
+                put(&store, Tag::History, &key, &vec![7; if number == 5 { 150_000 } else { 3 }]);
+            }
+        }
+        store.remove_prefix(Tag::History, &2u32.to_be_bytes()).unwrap();
+        assert_eq!(store.tree.len(), 2 * 2_003);
+        assert_eq!(store.first_key_from(Tag::History, &2u32.to_be_bytes()).unwrap().unwrap()[..4], 3u32.to_be_bytes());
+        store.remove_prefix(Tag::History, &[]).unwrap();
+        assert_eq!(store.tree.len(), 0);
+    }
+
+    #[test]
+    fn a_large_message_that_sled_would_put_aside_unsynced_is_an_error() {
+        let (_dir, store) = store();
+        store.tree.insert(b"raw", vec![1; SEGMENT / 2]).unwrap();
+        let error = store.persist().expect_err("a blob");
+        assert!(error.to_string().contains("blobs"), "{error}");
+    }
+}
