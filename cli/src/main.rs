@@ -47,8 +47,8 @@ pub struct Global {
 fn main() -> ExitCode {
     // The shim is started once per rank and must be cheap: it goes before everything else.
     let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
-    if args.get(1).is_some_and(|arg| arg == gpu_agent::shim::SUBCOMMAND) {
-        return gpu_agent::shim::main(&args[2..]);
+    if args.get(1).is_some_and(|arg| arg == "shim") {
+        return ExitCode::from(gpu_agent::shim::main(&args[2..]).clamp(0, 255) as u8);
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

@@ -10,6 +10,7 @@ use tonic::metadata::{AsciiMetadataValue, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
+use prost::bytes::Bytes;
 use tonic::{Code, Request, Response, Status};
 
 use crate::error::{Error, Failure};
@@ -312,6 +313,6 @@ calls! {
 }
 
 /// A fresh request id: 16 bytes of a UUIDv7.
-pub fn request_id() -> Vec<u8> {
-    uuid::Uuid::now_v7().as_bytes().to_vec()
+pub fn request_id() -> Bytes {
+    Bytes::copy_from_slice(uuid::Uuid::now_v7().as_bytes())
 }

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use crate::Global;
 use crate::connect::servers;
-use crate::exit::{FAILURE, Failure, Outcome};
+use crate::exit::{CONFLICT, FAILURE, Failure, Outcome};
+use gpu_agent::Left;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -54,22 +55,43 @@ pub fn run(args: Args, global: Global) -> Outcome {
             _ => Err(Failure::usage(format!("--label {label:?} has no value; write NAME=VALUE"))),
         })
         .collect::<Result<_, _>>()?;
+    let listen = args.listen.parse().map_err(|_| {
+        Failure::usage(format!("--listen {:?} is no socket address", args.listen)).advise("write such as 127.0.0.1:0")
+    })?;
     let options = gpu_agent::Options {
-        servers: servers(&global)?,
-        dir: args.dir,
         name: args.name,
+        listen,
+        advertise: args.advertise,
         gpus: args.gpus,
+        labels,
         join_token: args.join_token,
         cluster: global.cluster_id.clone(),
-        listen: args.listen,
-        advertise: args.advertise,
-        labels,
         run_as: args.run_as,
         allow_root_jobs: args.allow_root_jobs,
         insecure: args.insecure,
-        ..Default::default()
+        ..gpu_agent::Options::new(servers(&global)?, args.dir)
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(gpu_agent::run(options)).map_err(|error| Failure::new(FAILURE, error.to_string()))?;
-    Ok(ExitCode::SUCCESS)
+    let left = runtime.block_on(async {
+        let stop = stop_signal()?;
+        gpu_agent::run(options, stop).await.map_err(|error| Failure::new(FAILURE, error.to_string()))
+    })?;
+    match left {
+        Left::Stopped => Ok(ExitCode::SUCCESS),
+        Left::Superseded(reason) => Err(Failure::new(CONFLICT, format!("this agent was superseded: {reason}"))
+            .advise("its jobs go on; another agent with this directory's identity has taken over")),
+    }
+}
+
+/// Resolves at the first SIGTERM or Ctrl-C.
+pub fn stop_signal() -> Result<impl Future<Output = ()>, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }

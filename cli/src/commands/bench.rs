@@ -121,7 +121,7 @@ async fn submit_load(
     bytes: usize,
 ) -> Result<Load, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
-    let request = v1::SubmitJobRequest { request_id: Vec::new(), job: Some(job(bytes)), user: "bench".to_owned() };
+    let request = v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job(bytes)), user: "bench".to_owned() };
     let connections = clients.div_ceil(CLIENTS_PER_CONNECTION);
     let connections: Vec<Client> = (0..connections).map(|_| fresh_client(global, servers)).collect::<Result<_, _>>()?;
     for client in &connections {

@@ -18,7 +18,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args, global: Global) -> Outcome {
-    let spec = args.job.spec(0)?;
+    let spec = args.job.cluster_spec(0)?;
     let client = client(&global)?;
     runtime()?.block_on(submit_and_stream(&client, spec))
 }

@@ -15,7 +15,7 @@ pub struct JobArgs {
     name: String,
     /// GPUs of a job on one machine
     #[arg(long, conflicts_with_all = ["gpus_per_node", "nodes"], value_name = "N")]
-    gpus: Option<u32>,
+    gpus: Vec<Gpus>,
     /// Machines of a gang
     #[arg(long, short = 'N', default_value_t = 1)]
     nodes: u32,
@@ -77,15 +77,65 @@ pub struct JobArgs {
     #[arg(long, default_value = "", hide = true)]
     image: String,
     /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "COMMAND")]
+    #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
+/// What `--gpus` says: how many a job wants or, to `dev` alone, which machine to simulate.
+#[derive(Clone, Debug)]
+enum Gpus {
+    Count(u32),
+    Machine(String),
+}
+
+impl std::str::FromStr for Gpus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.starts_with("sim:") {
+            return Ok(Gpus::Machine(text.to_owned()));
+        }
+        text.parse().map(Gpus::Count).map_err(|_| "a number of GPUs is expected".to_owned())
+    }
+}
+
 impl JobArgs {
+    /// The simulated machine that `--gpus sim:NAME` asks for.
+    pub fn machine(&self) -> Option<String> {
+        self.gpus.iter().find_map(|gpus| match gpus {
+            Gpus::Machine(machine) => Some(machine.clone()),
+            Gpus::Count(_) => None,
+        })
+    }
+
+    fn gpus(&self) -> Option<u32> {
+        self.gpus.iter().rev().find_map(|gpus| match gpus {
+            Gpus::Count(count) => Some(*count),
+            Gpus::Machine(_) => None,
+        })
+    }
+
+    /// A command was given.
+    pub fn has_command(&self) -> bool {
+        !self.command.is_empty()
+    }
+
+    /// The spec for a cluster, whose machines are what they are.
+    pub fn cluster_spec(&self, retries: u32) -> Result<v1::JobSpec, Failure> {
+        if let Some(machine) = self.machine() {
+            return Err(Failure::usage(format!("--gpus {machine:?} is no number of GPUs"))
+                .advise("a machine is simulated by `ares agent --gpus` and `ares dev --gpus`"));
+        }
+        self.spec(retries)
+    }
+
     /// The spec as it travels; `retries` where the options name none.
     pub fn spec(&self, retries: u32) -> Result<v1::JobSpec, Failure> {
-        let gpus_per_node = self.gpus.unwrap_or(self.gpus_per_node);
+        let gpus_per_node = self.gpus().unwrap_or(self.gpus_per_node);
         let ranks_per_node = self.ranks_per_node;
+        if self.command.is_empty() {
+            return Err(Failure::usage("no command is given").advise("write it behind --, such as: -- python3 train.py"));
+        }
         if ranks_per_node == 0 || self.nodes == 0 {
             return Err(Failure::usage("--nodes and --ranks-per-node are at least 1"));
         }

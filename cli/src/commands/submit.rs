@@ -30,9 +30,9 @@ const RETRIES: u32 = 3;
 
 pub fn run(args: Args, global: Global) -> Outcome {
     let request_id = request_id(args.request_id.as_deref())?;
-    let spec = args.job.spec(RETRIES)?;
+    let spec = args.job.cluster_spec(RETRIES)?;
     let client = client(&global)?;
-    let request = v1::SubmitJobRequest { request_id: request_id.clone(), job: Some(spec), user: user() };
+    let request = v1::SubmitJobRequest { request_id: request_id.clone().into(), job: Some(spec), user: user() };
     let reply = runtime()?.block_on(client.submit_job(request)).map_err(|error| {
         let failure = Failure::from(error);
         if failure.code == crate::exit::TIMED_OUT {
@@ -59,8 +59,8 @@ pub fn run(args: Args, global: Global) -> Outcome {
 }
 
 /// A UUID is taken as it is; other text becomes the UUID (version 8) that its digest names.
-pub fn request_id(given: Option<&str>) -> Result<Vec<u8>, Failure> {
-    let Some(text) = given else { return Ok(proto::request_id()) };
+fn request_id(given: Option<&str>) -> Result<Vec<u8>, Failure> {
+    let Some(text) = given else { return Ok(proto::request_id().to_vec()) };
     if text.is_empty() || text.len() > 200 {
         return Err(Failure::usage(format!("--request-id has {} bytes; 1 to 200", text.len())));
     }
@@ -80,6 +80,6 @@ fn named(text: &str) -> [u8; 16] {
     id
 }
 
-pub fn uuid_text(id: &[u8]) -> String {
+fn uuid_text(id: &[u8]) -> String {
     uuid::Uuid::from_slice(id).map(|id| id.to_string()).unwrap_or_default()
 }
