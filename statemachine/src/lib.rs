@@ -10,6 +10,7 @@ pub mod event;
 pub mod fit;
 pub mod id;
 mod index;
+pub mod keyspace;
 mod lease;
 pub mod record;
 mod retry;
