@@ -1,0 +1,213 @@
+//! The environment of a rank: a pure function of lease, body and machine. The job's own variables come first, ours win.
+//!
+//! Names: torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR, MASTER_PORT), NODE_RANK for
+//! scripts, JAX's coordinator, CUDA's devices by UUID, and ARES_*. No SLURM_*: frameworks change their mode on seeing one.
+
+use std::collections::BTreeMap;
+
+use proto::v1;
+
+use crate::shim::record::User;
+
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Taken over from the agent where the rank has the agent's rights.
+const OF_THE_USER: [&str; 5] = ["HOME", "USER", "LOGNAME", "SHELL", "TMPDIR"];
+/// Taken over from the agent always.
+const OF_THE_MACHINE: [&str; 5] = ["PATH", "LANG", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE"];
+
+/// What all ranks of this machine share.
+pub struct Machine<'a> {
+    pub name: &'a str,
+    /// Where other ranks reach rank 0 when it runs here.
+    pub host: &'a str,
+    pub user: Option<&'a User>,
+    /// The agent's own environment.
+    pub inherited: &'a dyn Fn(&str) -> Option<String>,
+}
+
+/// `port` 0: not known before the barrier opens ([`master`] then comes on top).
+pub fn of_rank(
+    machine: &Machine,
+    lease: &v1::DesiredLease,
+    body: &v1::JobBody,
+    local: u32,
+    port: u32,
+) -> Vec<(String, String)> {
+    let mut env = inherited(machine);
+    env.extend(body.env.iter().map(|(name, value)| (name.clone(), value.clone())));
+    // A log is a file, and Python would keep its output back in blocks: nobody could follow it.
+    env.entry("PYTHONUNBUFFERED".to_owned()).or_insert_with(|| "1".to_owned());
+    let rank = lease.first_rank + local;
+    let mut ours: Vec<(&str, String)> = vec![
+        ("ARES_JOB_ID", lease.job_id.to_string()),
+        ("ARES_JOB_NAME", lease.job_name.clone()),
+        ("ARES_TASK_INDEX", lease.task_index.to_string()),
+        ("ARES_ATTEMPT", lease.attempt.to_string()),
+        ("ARES_FENCING_TOKEN", lease.token.to_string()),
+        ("ARES_NODE", machine.name.to_owned()),
+        ("ARES_LEASE_TTL_MS", lease.ttl_ms.to_string()),
+        ("ARES_LIMIT_MS", lease.limit_ms.to_string()),
+        ("ARES_KILL_GRACE_MS", lease.kill_grace_ms.to_string()),
+        ("ARES_NODES", lease.nodes.max(1).to_string()),
+        ("RANK", rank.to_string()),
+        ("WORLD_SIZE", lease.world_size.max(1).to_string()),
+        ("LOCAL_RANK", local.to_string()),
+        ("LOCAL_WORLD_SIZE", lease.ranks.to_string()),
+        ("NODE_RANK", lease.node_rank.to_string()),
+        ("GROUP_RANK", lease.node_rank.to_string()),
+        ("CUDA_VISIBLE_DEVICES", gpus(lease, local).join(",")),
+        ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()),
+    ];
+    if port != 0 {
+        let addr = if lease.master_addr.is_empty() { machine.host } else { &lease.master_addr };
+        ours.extend(master(addr, port));
+    }
+    env.extend(ours.into_iter().map(|(name, value)| (name.to_owned(), value)));
+    env.into_iter().collect()
+}
+
+/// Where rank 0 is reached.
+pub fn master(addr: &str, port: u32) -> Vec<(&'static str, String)> {
+    vec![
+        ("MASTER_ADDR", addr.to_owned()),
+        ("MASTER_PORT", port.to_string()),
+        ("JAX_COORDINATOR_ADDRESS", format!("{addr}:{port}")),
+    ]
+}
+
+/// UUIDs of one local rank, in the lease's order.
+pub fn gpus(lease: &v1::DesiredLease, local: u32) -> Vec<String> {
+    let each = lease.gpus_per_rank as usize;
+    lease.gpu_uuids.iter().skip(local as usize * each).take(each).cloned().collect()
+}
+
+fn inherited(machine: &Machine) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::from([("PATH".to_owned(), PATH.to_owned())]);
+    let take = |env: &mut BTreeMap<String, String>, names: &[&str]| {
+        env.extend(names.iter().filter_map(|name| Some(((*name).to_owned(), (machine.inherited)(name)?))));
+    };
+    take(&mut env, &OF_THE_MACHINE);
+    match machine.user {
+        None => take(&mut env, &OF_THE_USER),
+        Some(user) => {
+            env.insert("HOME".into(), user.home.to_string_lossy().into_owned());
+            env.insert("SHELL".into(), user.shell.to_string_lossy().into_owned());
+            env.insert("USER".into(), user.name.clone());
+            env.insert("LOGNAME".into(), user.name.clone());
+        }
+    }
+    env
+}
+
+/// What no process can be given: the job's fault.
+pub fn fault(body: &v1::JobBody) -> Option<String> {
+    if body.argv.first().is_none_or(String::is_empty) {
+        return Some("argv: the command is empty".into());
+    }
+    if let Some(at) = body.argv.iter().position(|arg| arg.contains('\0')) {
+        return Some(format!("argv[{at}]: holds a NUL character"));
+    }
+    if !body.cwd.is_empty() && !body.cwd.starts_with('/') {
+        return Some(format!("cwd: {:?} is not an absolute path", body.cwd));
+    }
+    let bad =
+        |(name, value): &(&String, &String)| name.is_empty() || name.contains(['=', '\0']) || value.contains('\0');
+    let names = body.env.iter().find(bad);
+    names.map(|(name, _)| format!("env: {name:?} is no name for a variable, or its value holds a NUL character"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease() -> v1::DesiredLease {
+        v1::DesiredLease {
+            token: 77,
+            job_id: 5,
+            attempt: 2,
+            first_rank: 2,
+            ranks: 2,
+            world_size: 4,
+            node_rank: 1,
+            nodes: 2,
+            gpu_uuids: vec!["GPU-a".into(), "GPU-b".into()],
+            gpus_per_rank: 1,
+            ..Default::default()
+        }
+    }
+
+    fn body(env: &[(&str, &str)]) -> v1::JobBody {
+        let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        v1::JobBody { argv: vec!["true".into()], env, ..Default::default() }
+    }
+
+    fn env(local: u32, job: &[(&str, &str)], user: Option<&User>, port: u32) -> BTreeMap<String, String> {
+        let inherited = |name: &str| (name == "HOME" || name == "LANG").then(|| format!("agent's {name}"));
+        let machine = Machine { name: "n1", host: "10.0.0.1", user, inherited: &inherited };
+        of_rank(&machine, &lease(), &body(job), local, port).into_iter().collect()
+    }
+
+    #[test]
+    fn a_gang_rank_has_the_names_of_torchrun_and_its_own_gpus() {
+        let env = env(1, &[], None, 29_500);
+        for (name, value) in [
+            ("RANK", "3"),
+            ("WORLD_SIZE", "4"),
+            ("LOCAL_RANK", "1"),
+            ("LOCAL_WORLD_SIZE", "2"),
+            ("GROUP_RANK", "1"),
+            ("NODE_RANK", "1"),
+            ("CUDA_VISIBLE_DEVICES", "GPU-b"),
+            ("MASTER_ADDR", "10.0.0.1"),
+            ("MASTER_PORT", "29500"),
+            ("JAX_COORDINATOR_ADDRESS", "10.0.0.1:29500"),
+            ("ARES_FENCING_TOKEN", "77"),
+            ("ARES_ATTEMPT", "2"),
+        ] {
+            assert_eq!(env[name], value, "{name}");
+        }
+        assert!(!env.keys().any(|name| name.starts_with("SLURM")));
+    }
+
+    #[test]
+    fn the_jobs_variables_are_there_and_ours_win() {
+        let env = env(0, &[("LR", "0.1"), ("RANK", "99"), ("PATH", "/job/bin")], None, 0);
+        assert_eq!((env["LR"].as_str(), env["RANK"].as_str(), env["PATH"].as_str()), ("0.1", "2", "/job/bin"));
+        assert_eq!(env["LANG"], "agent's LANG");
+        assert!(!env.contains_key("MASTER_PORT"));
+    }
+
+    #[test]
+    fn a_job_without_gpus_sees_none() {
+        let machine = Machine { name: "n", host: "h", user: None, inherited: &|_| None };
+        let lease = v1::DesiredLease { ranks: 1, ..Default::default() };
+        let env: BTreeMap<_, _> = of_rank(&machine, &lease, &body(&[]), 0, 1).into_iter().collect();
+        assert_eq!(env["CUDA_VISIBLE_DEVICES"], "");
+        assert_eq!(env["PATH"], PATH);
+        assert_eq!(env["WORLD_SIZE"], "1");
+    }
+
+    #[test]
+    fn another_user_gets_its_own_home() {
+        let user = User {
+            name: "ada".into(),
+            uid: 7,
+            gid: 7,
+            groups: vec![],
+            home: "/home/ada".into(),
+            shell: "/bin/sh".into(),
+        };
+        let env = env(0, &[], Some(&user), 0);
+        assert_eq!((env["HOME"].as_str(), env["USER"].as_str()), ("/home/ada", "ada"));
+    }
+
+    #[test]
+    fn what_no_process_can_be_given_is_named() {
+        assert_eq!(fault(&body(&[("A", "b")])), None);
+        assert!(fault(&body(&[("A=B", "c")])).unwrap().contains("A=B"));
+        assert!(fault(&body(&[("A", "b\0")])).unwrap().contains("NUL"));
+        assert!(fault(&v1::JobBody::default()).unwrap().contains("argv"));
+        let relative = v1::JobBody { cwd: "x".into(), ..body(&[]) };
+        assert!(fault(&relative).unwrap().contains("absolute"));
+    }
+}
