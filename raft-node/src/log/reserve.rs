@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, fallocate, statvfs};
 
 pub(super) struct Reserve {
     path: PathBuf,
@@ -24,7 +24,7 @@ impl Reserve {
         self.held
     }
 
-    /// Takes the space. Fails if there is not as much.
+    /// Takes the space at the start. Fails if there is not as much.
     pub(super) fn take(&mut self) -> io::Result<()> {
         let taken = self.fill();
         self.held = taken.is_ok();
@@ -32,6 +32,17 @@ impl Reserve {
             std::fs::remove_file(&self.path).ok();
         }
         taken
+    }
+
+    /// Takes the space again. Asks for twice as much to be free, else a disk at its edge would be full and not full in
+    /// turns, and leadership would wander with it.
+    pub(super) fn take_again(&mut self) -> io::Result<()> {
+        let dir = self.path.parent().expect("the reserve lies in a directory");
+        let disk = statvfs(dir)?;
+        if disk.f_bavail * disk.f_frsize < 2 * self.bytes {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.take()
     }
 
     fn fill(&self) -> io::Result<()> {

@@ -121,7 +121,7 @@ impl Writer {
             queue,
         };
         writer.note_durable();
-        writer.renew_reserve();
+        writer.take_reserve(Reserve::take);
         writer
     }
 
@@ -315,9 +315,7 @@ impl Writer {
         if std::mem::take(&mut self.purged_since_sync) {
             self.remove_purged_segments()?;
         }
-        if !self.reserve.held() {
-            self.renew_reserve();
-        }
+        self.renew_reserve();
         Ok(())
     }
 
@@ -412,19 +410,20 @@ impl Writer {
         Ok(())
     }
 
-    /// Takes the reserve again if there is space for it: then the disk is not full any more.
+    /// Now and then: takes the reserve again if there is space for it. Then the disk is not full any more.
     fn renew_reserve(&mut self) {
-        if self.reserve.held() || Instant::now() < self.next_reserve_try {
-            return;
+        if !self.reserve.held() && Instant::now() >= self.next_reserve_try {
+            self.take_reserve(Reserve::take_again);
         }
+    }
+
+    fn take_reserve(&mut self, take: fn(&mut Reserve) -> io::Result<()>) {
         self.next_reserve_try = Instant::now() + RETRY;
-        match self.reserve.take() {
-            Ok(()) => self.shared.disk_full(false),
-            Err(error) => {
-                tracing::debug!(%error, "there is no space for the log's reserve");
-                self.shared.disk_full(true);
-            }
+        let taken = take(&mut self.reserve);
+        if let Err(error) = &taken {
+            tracing::debug!(%error, "there is no space for the log's reserve");
         }
+        self.shared.disk_full(taken.is_err());
     }
 
     /// Notes at the end that everything is durable. Nobody waits for it, so a failure is only told.
