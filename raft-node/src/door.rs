@@ -5,6 +5,7 @@
 //! callers' and apply's.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -74,6 +75,9 @@ pub struct Door {
     queue: mpsc::Sender<Waiting>,
     office: watch::Receiver<Option<Office>>,
     obstacles: Obstacles,
+    /// Entries that may still go out at once.
+    window: Arc<Semaphore>,
+    closed: Arc<AtomicBool>,
     raft: Raft,
 }
 
@@ -83,14 +87,30 @@ pub struct Packer {
     /// Taken from the queue but too large for the entry before it.
     held: Option<Waiting>,
     office: watch::Receiver<Option<Office>>,
+    window: Arc<Semaphore>,
     raft: Raft,
 }
 
 impl Door {
     pub fn new(raft: Raft, office: watch::Receiver<Option<Office>>, obstacles: Obstacles) -> (Self, Packer) {
         let (sender, queue) = mpsc::channel(QUEUE);
-        let packer = Packer { queue, held: None, office: office.clone(), raft: raft.clone() };
-        (Self { queue: sender, office, obstacles, raft }, packer)
+        let window = Arc::new(Semaphore::new(IN_FLIGHT));
+        let packer = Packer { queue, held: None, office: office.clone(), window: window.clone(), raft: raft.clone() };
+        (Self { queue: sender, office, obstacles, window, closed: Arc::default(), raft }, packer)
+    }
+
+    /// Lets no command in any more, and waits until those inside have their answers.
+    pub async fn close(&self, within: Duration) {
+        const LOOK: Duration = Duration::from_millis(5);
+        self.closed.store(true, Ordering::Release);
+        let drained = async {
+            while self.queue.capacity() < QUEUE || self.window.available_permits() < IN_FLIGHT {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        if tokio::time::timeout(within, drained).await.is_err() {
+            tracing::warn!("commands under way did not end in time: their callers will repeat them");
+        }
     }
 
     /// Proposes one command and waits until it is applied: its outcome, and the keyspace's revision after its entry.
@@ -102,6 +122,9 @@ impl Door {
     }
 
     async fn propose_patiently(&self, cmd: Cmd) -> Answer {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(ProposeError::Stopped);
+        }
         self.ensure_office().await?;
         if *self.obstacles.disk_full.borrow() {
             return Err(ProposeError::DiskFull);
@@ -162,23 +185,27 @@ fn encoded_len(cmd: &Cmd) -> usize {
 
 impl Packer {
     pub async fn run(mut self) {
-        let window = Arc::new(Semaphore::new(IN_FLIGHT));
         loop {
-            let Ok(permit) = window.clone().acquire_owned().await else { return };
-            let Some(batch) = self.next_batch().await else { return };
-            match self.office.borrow().clone() {
+            let first = match self.held.take() {
+                Some(held) => held,
+                None => match self.queue.recv().await {
+                    Some(first) => first,
+                    None => return,
+                },
+            };
+            let Ok(permit) = self.window.clone().acquire_owned().await else { return };
+            let batch = self.fill(first);
+            // Cloned out of the channel before anything waits.
+            let office = self.office.borrow().clone();
+            match office {
                 Some(office) => drop(tokio::spawn(propose(self.raft.clone(), office, batch, permit))),
                 None => refuse(batch, &ProposeError::NotLeader(leader_hint(&self.raft))),
             }
         }
     }
 
-    /// Waits for a command; then takes what else is there, up to the bounds.
-    async fn next_batch(&mut self) -> Option<Vec<Waiting>> {
-        let first = match self.held.take() {
-            Some(held) => held,
-            None => self.queue.recv().await?,
-        };
+    /// Takes what else waits, up to the bounds.
+    fn fill(&mut self, first: Waiting) -> Vec<Waiting> {
         let mut bytes = first.bytes;
         let mut batch = vec![first];
         while batch.len() < ENTRY_COMMANDS && bytes < ENTRY_BYTES {
@@ -194,7 +221,7 @@ impl Packer {
             }
             batch.push(next);
         }
-        Some(batch)
+        batch
     }
 }
 

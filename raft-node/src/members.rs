@@ -5,12 +5,11 @@ use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
-use openraft::raft::ClientWriteResponse;
 use openraft::{ChangeMembers, Instant, RaftMetrics, ServerState};
 
 use crate::door;
 use crate::raft::types::{Peer, TypeConfig};
-use crate::raft::upkeep::{self, CHANGE};
+use crate::raft::upkeep::{self, ChangeError};
 use crate::replica::{Digest, Replica};
 
 /// How long a handed-over leadership may take.
@@ -179,15 +178,15 @@ impl Replica {
     }
 
     async fn change(&self, change: ChangeMembers<u64, Peer>, retain: bool) -> Result<Vec<Member>, MemberError> {
-        let changed = self.inner.raft.change_membership(change, retain);
-        match tokio::time::timeout(CHANGE, changed).await {
-            Ok(Ok(ClientWriteResponse { .. })) => Ok(self.members()),
-            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(to)))) => {
-                Err(MemberError::NotLeader(to.leader_id.zip(to.leader_node)))
-            }
-            Ok(Err(RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)))) | Err(_) => Err(MemberError::Unknown),
-            Ok(Err(RaftError::APIError(err))) => Err(MemberError::Refused(err.to_string())),
-            Ok(Err(RaftError::Fatal(_))) => Err(MemberError::Stopped),
+        match self.inner.changes.make(change, retain).await {
+            Ok(()) => Ok(self.members()),
+            Err(ChangeError::Late) => Err(MemberError::Unknown),
+            Err(ChangeError::Raft(RaftError::APIError(err))) => Err(match err {
+                ClientWriteError::ForwardToLeader(to) => MemberError::NotLeader(to.leader_id.zip(to.leader_node)),
+                ClientWriteError::LogEntryDiscarded(_) => MemberError::Unknown,
+                err => MemberError::Refused(err.to_string()),
+            }),
+            Err(ChangeError::Raft(RaftError::Fatal(_))) => Err(MemberError::Stopped),
         }
     }
 }

@@ -26,6 +26,7 @@ use crate::raft::image::Writer;
 use crate::raft::machine::{Machine, Shared};
 use crate::raft::network::{MAX_MESSAGE, Network, Pool};
 use crate::raft::service::PeerService;
+use crate::raft::upkeep::Changes;
 use crate::raft::{settings, upkeep};
 use crate::read::{ReadError, Reads};
 
@@ -34,8 +35,12 @@ pub use crate::raft::types::Peer;
 
 /// Threads of Raft's own runtime: its core and its server are never kept waiting by the APIs.
 const RAFT_THREADS: usize = 2;
+/// How long a stopping leader lets what is under way end.
+const DRAIN: Duration = Duration::from_secs(1);
 /// How long a stopping leader waits for its successor.
 const HAND_OVER: Duration = Duration::from_secs(2);
+/// How long a joining replica looks for the group.
+const FIND_GROUP: Duration = Duration::from_secs(5);
 /// Between tries of a joining replica to reach the group.
 const JOIN_RETRY: Duration = Duration::from_millis(500);
 
@@ -128,6 +133,7 @@ pub(crate) struct Inner {
     log: Arc<Log>,
     door: Door,
     reads: Reads,
+    pub(crate) changes: Changes,
     office: watch::Receiver<Option<Office>>,
     disk_full: watch::Receiver<bool>,
     /// What ends with the replica; `None` once it has ended.
@@ -159,7 +165,12 @@ impl Replica {
         let assembled = assembled.await.map_err(|err| internal("start the replica")(err.to_string()))??;
         let replica = assembled.into_replica(guard.keep());
         if let Mode::Join { addr, token } = &options.mode {
-            replica.join(addr, token).await?;
+            match replica.inner.identity.stage {
+                Stage::Member => replica.announce_by_and_by(addr.clone(), token.clone()),
+                Stage::Founding | Stage::Joining => {
+                    join(&replica.introduction(), replica.cluster(), addr, token).await?
+                }
+            }
         }
         Ok(replica)
     }
@@ -255,6 +266,7 @@ impl Replica {
     /// Hands leadership over, lets what is under way end, writes the image, and stops. Other handles see a stopped replica.
     pub async fn shutdown(&self) {
         let Some(parts) = self.take_parts() else { return };
+        self.inner.door.close(DRAIN).await;
         if let Err(err) = tokio::time::timeout(HAND_OVER, self.transfer(None)).await.unwrap_or(Ok(())) {
             tracing::debug!(%err, "no leadership was handed over");
         }
@@ -291,23 +303,46 @@ impl Replica {
         self.inner.parts.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Announces this replica to the group until the group answers: it is a learner then, and becomes a voter by itself.
-    async fn join(&self, addr: &str, token: &str) -> Result<(), StartError> {
-        let request = v1::AddReplicaRequest {
+    fn introduction(&self) -> v1::AddReplicaRequest {
+        v1::AddReplicaRequest {
             replica_id: self.id(),
             peer_addr: self.peer().peer_addr.clone(),
             api_addr: self.peer().api_addr.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        let client = group(addr, &self.cluster().to_string(), token)?;
-        let reply =
-            client.add_replica(request).await.map_err(|source| StartError::Join { addr: addr.to_owned(), source })?;
-        if reply.cluster_id != self.cluster().to_string() {
-            let what = format!("it is cluster {}, this directory's is {}", reply.cluster_id, self.cluster());
-            return Err(StartError::JoinAnswer { addr: addr.to_owned(), what });
         }
-        Ok(())
     }
+
+    /// A member takes part without asking; only its addresses may be new to the group, and the group may need this very replica to have
+    /// a leader that could note them.
+    fn announce_by_and_by(&self, addr: String, token: String) {
+        let (introduction, cluster) = (self.introduction(), self.cluster());
+        let announce = async move {
+            while let Err(err) = join(&introduction, cluster, &addr, &token).await {
+                tracing::debug!(%err, "the group does not answer yet");
+                tokio::time::sleep(JOIN_RETRY).await;
+            }
+        };
+        if let Some(parts) = &*self.inner.parts.lock().unwrap_or_else(PoisonError::into_inner) {
+            drop(parts.runtime.spawn(announce));
+        }
+    }
+}
+
+/// Asks the group to take this replica in: it is a learner then, and becomes a voter by itself. Again for a member: its addresses are noted.
+async fn join(
+    introduction: &v1::AddReplicaRequest,
+    cluster: ClusterId,
+    addr: &str,
+    token: &str,
+) -> Result<(), StartError> {
+    let client = group(addr, &cluster.to_string(), token)?;
+    let reply = client.add_replica(introduction.clone()).await;
+    let reply = reply.map_err(|source| StartError::Join { addr: addr.to_owned(), source })?;
+    if reply.cluster_id != cluster.to_string() {
+        let what = format!("it is cluster {}, this directory's is {cluster}", reply.cluster_id);
+        return Err(StartError::JoinAnswer { addr: addr.to_owned(), what });
+    }
+    Ok(())
 }
 
 impl Drop for Inner {
@@ -390,19 +425,24 @@ async fn whose(options: &Options) -> Result<(Home, Identity), StartError> {
             home.write(&identity)?;
             identity
         }
-        (Mode::Join { addr, token }, found) => {
-            let wanted = cluster_behind(addr, token).await?;
-            match found {
-                Some(identity) if identity.cluster == wanted => identity,
-                Some(identity) => {
+        (Mode::Join { addr, token }, Some(identity)) => {
+            match cluster_behind(addr, token).await {
+                Ok(wanted) if wanted != identity.cluster => {
                     return Err(IdentityError::Foreign { path: path(), found: identity.cluster, wanted }.into());
                 }
-                None => {
-                    let identity = Identity::new(wanted, Stage::Joining);
-                    home.write(&identity)?;
-                    identity
+                Ok(_) => {}
+                // All replicas may be starting at once: a member goes on from its directory.
+                Err(err) if identity.stage == Stage::Member => {
+                    tracing::warn!(%err, "this member starts without the group's answer")
                 }
+                Err(err) => return Err(err),
             }
+            identity
+        }
+        (Mode::Join { addr, token }, None) => {
+            let identity = Identity::new(cluster_behind(addr, token).await?, Stage::Joining);
+            home.write(&identity)?;
+            identity
         }
     };
     Ok((home, identity))
@@ -416,16 +456,9 @@ fn group(addr: &str, cluster: &str, token: &str) -> Result<proto::Client, StartE
 
 /// The id of the group that a joining replica was pointed at.
 async fn cluster_behind(addr: &str, token: &str) -> Result<ClusterId, StartError> {
-    let client = group(addr, "", token)?;
-    let mut tries = 0;
-    let status = loop {
-        tries += 1;
-        match client.status(v1::StatusRequest {}).await {
-            Ok(status) => break status,
-            Err(proto::Error::Unreachable(_)) if tries < 3 => tokio::time::sleep(JOIN_RETRY).await,
-            Err(source) => return Err(StartError::Join { addr: addr.to_owned(), source }),
-        }
-    };
+    let client = group(addr, "", token)?.with_patience(proto::Patience { call: FIND_GROUP, attempt: FIND_GROUP });
+    let status = client.status(v1::StatusRequest {}).await;
+    let status = status.map_err(|source| StartError::Join { addr: addr.to_owned(), source })?;
     status.cluster_id.parse().map_err(|what| StartError::JoinAnswer { addr: addr.to_owned(), what })
 }
 
@@ -439,6 +472,7 @@ struct Assembled {
     log: Arc<Log>,
     door: Door,
     reads: Reads,
+    changes: Changes,
     office: watch::Receiver<Option<Office>>,
     image_writer: Writer,
     stop_server: oneshot::Sender<()>,
@@ -446,12 +480,38 @@ struct Assembled {
 
 impl Assembled {
     fn into_replica(self, runtime: Runtime) -> Replica {
-        let Assembled { home, identity, peer, raft, shared, log, door, reads, office, image_writer, stop_server } =
-            self;
+        let Assembled {
+            home,
+            identity,
+            peer,
+            raft,
+            shared,
+            log,
+            door,
+            reads,
+            changes,
+            office,
+            image_writer,
+            stop_server,
+        } = self;
         let disk_full = log.disk_full();
         let parts = Parts { image_writer, stop_server, runtime, _home: home };
         let parts = Mutex::new(Some(parts));
-        Replica { inner: Arc::new(Inner { identity, peer, raft, shared, log, door, reads, office, disk_full, parts }) }
+        Replica {
+            inner: Arc::new(Inner {
+                identity,
+                peer,
+                raft,
+                shared,
+                log,
+                door,
+                reads,
+                changes,
+                office,
+                disk_full,
+                parts,
+            }),
+        }
     }
 }
 
@@ -475,6 +535,8 @@ async fn assemble(
     tokio::spawn(packer.run());
     tokio::spawn(reads.clone().serve(raft.clone(), pool));
     start_upkeep(&raft, &shared, &log, &home, identity);
+    let changes = Changes::new(raft.clone());
+    tokio::spawn(changes.clone().look_after_members());
     let image_writer = Writer::start(shared.clone(), log.durable_index())
         .map_err(|err| internal("start the image's thread")(err.to_string()))?;
     let service = PeerService {
@@ -488,7 +550,7 @@ async fn assemble(
     if identity.stage == Stage::Founding {
         found(&raft, identity, &peer).await?;
     }
-    Ok(Assembled { home, identity, peer, raft, shared, log, door, reads, office, image_writer, stop_server })
+    Ok(Assembled { home, identity, peer, raft, shared, log, door, reads, changes, office, image_writer, stop_server })
 }
 
 /// Log and vote first, then image and snapshots: the order of the recovery.
@@ -542,7 +604,6 @@ fn start_office(raft: &Raft, shared: &Arc<Shared>) -> watch::Receiver<Option<Off
 
 fn start_upkeep(raft: &Raft, shared: &Arc<Shared>, log: &Arc<Log>, home: &Arc<Home>, identity: Identity) {
     tokio::spawn(upkeep::keep_log_short(raft.clone(), shared.clone()));
-    tokio::spawn(upkeep::promote_learners(raft.clone()));
     tokio::spawn(upkeep::leave_office_when_full(raft.clone(), log.disk_full()));
     tokio::spawn(upkeep::note_membership(raft.clone(), home.clone(), identity));
     tokio::spawn(upkeep::report_death(raft.clone(), shared.clone()));

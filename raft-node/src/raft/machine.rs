@@ -464,3 +464,84 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
         Ok(Snapshot { meta: meta(&files.manifest)?, snapshot: files })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use statemachine::storage::LogBounds;
+    use statemachine::{Cmd, Command, LEVEL};
+
+    use super::super::image::Writer;
+    use super::*;
+
+    fn shared(dir: &Path) -> Arc<Shared> {
+        let recovered = storage::open(dir, LogBounds::default()).expect("an empty directory opens");
+        Arc::new(Shared::new(dir, [7; 16], recovered).expect("a new state"))
+    }
+
+    fn entry(index: u64, level: u16) -> Entry {
+        let body = Command::OpenSession { owner: "o".to_owned(), ttl_ms: 60_000 };
+        let cmds = vec![Cmd { request: None, actor: "a".to_owned(), body }];
+        let entry = statemachine::Entry { level, clock_ms: index, wall_ms: 0, salt: index, cmds };
+        let payload = EntryPayload::Normal(Payload(codec::encode_entry(&entry).into()));
+        Entry { log_id: log_id(1, 1, index), payload }
+    }
+
+    fn first() -> Entry {
+        let members = std::collections::BTreeMap::from([(1, Peer::default())]);
+        let voters = vec![std::collections::BTreeSet::from([1])];
+        let membership = super::super::types::Membership::new(voters, members).expect("one voter with its peer");
+        Entry { log_id: log_id(0, 1, 0), payload: EntryPayload::Membership(membership) }
+    }
+
+    #[test]
+    fn an_entry_of_a_newer_level_changes_nothing_and_is_an_error() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let shared = shared(dir.path());
+        shared.apply(&first()).expect("applied");
+        assert_eq!(shared.apply(&entry(1, LEVEL)).expect("applied").outcomes.len(), 1);
+        let refused = shared.apply(&entry(2, LEVEL + 1)).expect_err("this binary is too old");
+        assert!(refused.to_string().contains("newer binary"), "{refused}");
+        assert_eq!(shared.state().meta.applied.index, 1);
+    }
+
+    #[test]
+    fn the_image_waits_for_the_log() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let shared = shared(dir.path());
+        for entry in [first(), entry(1, LEVEL), entry(2, LEVEL)] {
+            shared.apply(&entry).expect("applied");
+        }
+        shared.publish(0);
+        // A leader applies what the others have synced; its own log is durable up to entry 1 only.
+        let (durable, log) = watch::channel(Some(1));
+        let writer = Writer::start(shared.clone(), log).expect("a thread");
+        std::thread::sleep(Duration::from_millis(storage::CUT_MS + 500));
+        assert_eq!(shared.marks().borrow().image, None, "the cut at entry 2 waits");
+        durable.send_replace(Some(2));
+        writer.finish();
+        assert_eq!(shared.marks().borrow().image, Some(2));
+    }
+
+    #[test]
+    fn the_log_is_purgeable_below_both_snapshot_and_image() {
+        let marks = |oldest, image| Marks { oldest_snapshot: oldest, image, ..Marks::default() };
+        assert_eq!(marks(None, Some(9)).purgeable(), None);
+        assert_eq!(marks(Some(9), None).purgeable(), None);
+        assert_eq!(marks(Some(5), Some(9)).purgeable(), Some(5));
+        assert_eq!(marks(Some(9), Some(5)).purgeable(), Some(5));
+    }
+
+    #[test]
+    fn nothing_is_applied_before_the_first_entry_and_index_0_after_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let shared = shared(dir.path());
+        assert_eq!(position(&shared.state()), None);
+        assert!(!shared.applied().borrow().has(0));
+        shared.apply(&first()).expect("applied");
+        shared.publish(0);
+        assert_eq!(position(&shared.state()), Some(log_id(0, 1, 0)));
+        assert!(shared.applied().borrow().has(0));
+    }
+}

@@ -6,15 +6,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver;
+use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::{ChangeMembers, Instant, RaftMetrics, ServerState};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use super::Raft;
 use super::machine::Shared;
 use super::settings::SNAPSHOT_BYTES;
-use super::types::TypeConfig;
+use super::types::{Peer, TypeConfig};
 use crate::identity::{Home, Identity, Stage};
 
+/// Between tries while another change is being committed.
+const IN_PROGRESS: Duration = Duration::from_millis(20);
 /// Between two looks at the learners, and at a disk that stays full.
 const LOOK: Duration = Duration::from_millis(250);
 /// A learner with fewer entries to come than this has caught up: a moment's load.
@@ -51,29 +54,74 @@ pub async fn keep_log_short(raft: Raft, shared: Arc<Shared>) {
     }
 }
 
-/// While this replica leads: makes voters of learners that have caught up.
-pub async fn promote_learners(raft: Raft) {
-    let mut look = tokio::time::interval(LOOK);
-    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        look.tick().await;
-        let ready = caught_up_learner(&raft.metrics().borrow_watched());
-        let Some(id) = ready else { continue };
-        let change = raft.change_membership(ChangeMembers::AddVoterIds(BTreeSet::from([id])), true);
-        match tokio::time::timeout(CHANGE, change).await {
-            Ok(Ok(_)) => tracing::info!(replica = id, "a learner has caught up and is a voter now"),
-            Ok(Err(err)) => tracing::debug!(replica = id, %err, "a learner could not be promoted yet"),
-            Err(_) => tracing::warn!(replica = id, "promoting a learner takes long"),
+/// Changes of the membership, one at a time. Cloning shares the turn.
+#[derive(Clone)]
+pub struct Changes {
+    raft: Raft,
+    turn: Arc<Mutex<()>>,
+}
+
+/// Why a change was not made. After [`ChangeError::Late`] it may be made yet.
+#[derive(Debug)]
+pub enum ChangeError {
+    Late,
+    Raft(RaftError<TypeConfig, ClientWriteError<TypeConfig>>),
+}
+
+impl Changes {
+    pub fn new(raft: Raft) -> Self {
+        Self { raft, turn: Arc::default() }
+    }
+
+    /// Waits for its turn, then for the change to be committed. `retain`: voters taken out stay as learners.
+    pub async fn make(&self, change: ChangeMembers<u64, Peer>, retain: bool) -> Result<(), ChangeError> {
+        let made = async {
+            let _turn = self.turn.lock().await;
+            loop {
+                match self.raft.change_membership(change.clone(), retain).await {
+                    // One that an earlier leader began is still being committed.
+                    Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(
+                        ChangeMembershipError::InProgress(_) | ChangeMembershipError::UncommittedLeaderLog(_),
+                    ))) => tokio::time::sleep(IN_PROGRESS).await,
+                    made => return made.map(|_| ()).map_err(ChangeError::Raft),
+                }
+            }
+        };
+        tokio::time::timeout(CHANGE, made).await.unwrap_or(Err(ChangeError::Late))
+    }
+
+    /// While this replica leads: ends changes that an earlier leader left half-way, and makes voters of learners that have caught up.
+    pub async fn look_after_members(self) {
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            look.tick().await;
+            // A change under way looks half-way too: it is its own maker's to end.
+            if self.turn.try_lock().is_err() {
+                continue;
+            }
+            let Some(voters) = next_voters(&self.raft.metrics().borrow_watched()) else { continue };
+            match self.make(ChangeMembers::AddVoterIds(voters.clone()), false).await {
+                Ok(()) => tracing::info!(?voters, "the membership is settled with these as voters too"),
+                Err(err) => tracing::debug!(?voters, ?err, "the membership could not be settled yet"),
+            }
         }
     }
 }
 
-fn caught_up_learner(metrics: &RaftMetrics<TypeConfig>) -> Option<u64> {
-    let (replication, last) = (metrics.replication.as_ref()?, metrics.last_log_index?);
-    // One change at a time: the next begins when the last is committed.
+/// Whom to make voters now: none of them ends a change left half-way.
+fn next_voters(metrics: &RaftMetrics<TypeConfig>) -> Option<BTreeSet<u64>> {
     if metrics.state != ServerState::Leader || metrics.membership_config != metrics.committed_membership_config {
         return None;
     }
+    if metrics.membership_config.membership().get_joint_config().len() > 1 {
+        return Some(BTreeSet::new());
+    }
+    caught_up_learner(metrics).map(|id| BTreeSet::from([id]))
+}
+
+fn caught_up_learner(metrics: &RaftMetrics<TypeConfig>) -> Option<u64> {
+    let (replication, last) = (metrics.replication.as_ref()?, metrics.last_log_index?);
     metrics.membership_config.membership().learner_ids().find(|id| {
         let matched = replication.get(id).copied().flatten();
         matched.is_some_and(|matched| matched.index + CAUGHT_UP >= last) && is_alive(metrics, *id)
