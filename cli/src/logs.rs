@@ -69,7 +69,8 @@ pub async fn stream_job(client: &Client, job_id: u64, which: Which) -> Result<()
             client.watch_job(v1::WatchJobRequest { job_id }).await.map_err(|error| known(error, job_id))?;
         while let Some(Ok(job)) = updates.next().await {
             check_rank(&job, which.rank)?;
-            if which.say_where && !job.reason.is_empty() && job.reason != last_reason {
+            let waits = !job.reason.is_empty() && !job.reason.starts_with("fits");
+            if which.say_where && waits && job.reason != last_reason {
                 eprintln!("Job {job_id} waits: {}.", job.reason.trim_end_matches('.'));
                 last_reason = job.reason.clone();
             }

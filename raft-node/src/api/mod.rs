@@ -4,6 +4,7 @@
 mod agents;
 mod cluster;
 mod jobs;
+mod keyspace;
 mod locks;
 pub mod requests;
 mod server;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use proto::v1::agents_server::AgentsServer;
 use proto::v1::cluster_server::ClusterServer;
 use proto::v1::jobs_server::JobsServer;
+use proto::v1::keyspace_server::KeyspaceServer;
 use proto::v1::locks_server::LocksServer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -48,6 +49,7 @@ pub fn serve(listener: TcpListener, api: Api) -> std::io::Result<Served> {
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .add_service(JobsServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
+        .add_service(KeyspaceServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(LocksServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(ClusterServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(AgentsServer::new(api).max_decoding_message_size(MAX_REQUEST));

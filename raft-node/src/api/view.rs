@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 
 use proto::v1;
 use scheduling::bandwidth::BandwidthTable;
-use scheduling::predict::{gbps, network_mbps, predict};
 use scheduling::explain::reason_with;
 use scheduling::plan::Cache;
+use scheduling::predict::{gbps, network_mbps, predict};
 use statemachine::record::*;
 use statemachine::view::ShownState;
 use statemachine::{GpuTypeId, JobId, NodeId, RequestId, State, TaskKey, UserId};
