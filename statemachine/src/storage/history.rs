@@ -2,8 +2,8 @@
 //! and when a bucket is dropped, is apply's matter.
 //!
 //! A value holds the rows of up to 64 consecutive job ids that one cut archived: key = bucket u32, job id / 64 u64, log
-//! index of the cut u64, big-endian. So a cut only adds values, a job is found through its bucket (`State::ended` knows
-//! it) with one short scan, and a dropped bucket is one key range.
+//! index of the cut u64, big-endian. So a cut only adds values, a job is found through its bucket (`State::ended_job`
+//! knows it) with one short scan, and a dropped bucket is one key range.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -75,14 +75,6 @@ pub(super) fn bucket_of(key: &[u8]) -> Option<u32> {
     u32::take(key.get(..4)?)
 }
 
-impl State {
-    /// The archive bucket of a job that left memory.
-    pub fn archive_bucket(&self, job: JobId) -> Option<u32> {
-        let ended = self.ended.get(&(job.0 / 256))?;
-        ended.jobs.get(&((job.0 % 256) as u8)).map(|(_, bucket)| *bucket)
-    }
-}
-
 impl Image {
     /// A job that left memory: from the rows that no cut holds yet, else from disk. `None` when it never left memory,
     /// or its bucket was dropped. `state` is this replica's current one.
@@ -90,9 +82,8 @@ impl Image {
         if let Some(row) = state.archived.get(&job) {
             return Ok(Some(row.clone()));
         }
-        let Some(bucket) = state.archive_bucket(job).filter(|bucket| state.buckets.contains(bucket)) else {
-            return Ok(None);
-        };
+        let bucket = state.ended_job(job).map(|(_, bucket)| bucket).filter(|bucket| state.buckets.contains(bucket));
+        let Some(bucket) = bucket else { return Ok(None) };
         let mut found = None;
         self.store.scan(Tag::History, &group_key(bucket, job.0 / GROUP), &mut |_, payload, _| {
             found = self.rows_of(&payload)?.into_iter().find(|row| row.id == job);

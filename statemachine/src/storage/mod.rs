@@ -6,6 +6,8 @@ mod blocks;
 pub mod codec;
 mod digest;
 mod error;
+#[cfg(test)]
+mod golden;
 mod history;
 mod image;
 mod pages;

@@ -98,7 +98,7 @@ fn place_bucket(
         };
     image.bucket_rows(bucket, &mut |job, stored| {
         // The image may hold jobs that left memory after this state was cloned.
-        if state.archive_bucket(job) != Some(bucket) || state.archived.contains_key(&job) {
+        if state.ended_job(job).map(|(_, hour)| hour) != Some(bucket) || state.archived.contains_key(&job) {
             return Ok(());
         }
         let key = HistoryKey { bucket, job };
