@@ -103,7 +103,9 @@ async fn the_jobs_faults_and_the_nodes_are_told_apart() {
         leader.grant("n1", lease(token), &[]);
         let failed = leader.failure(token).await;
         assert!(!failed.node_fault && failed.why.contains(text), "{token}: {failed:?}");
-        leader.until("Released", |state| said(state, token).find(|what| matches!(what, What::Released(_))).cloned()).await;
+        leader
+            .until("Released", |state| said(state, token).find(|what| matches!(what, What::Released(_))).cloned())
+            .await;
     }
     // A directory of attempts in which nothing can be made is the node's fault.
     std::fs::rename(site.dir.path().join("attempts"), site.dir.path().join("gone")).unwrap();

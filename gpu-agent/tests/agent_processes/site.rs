@@ -22,12 +22,13 @@ pub struct Site {
 
 impl Site {
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), dir: tempfile::tempdir().unwrap(), agent: None, extra: vec!["root".into()] }
+        Self::with(name, &["root"])
     }
 
     /// More words for the agent: `root` (allow root jobs), `weak`, `as=USER`.
     pub fn with(name: &str, extra: &[&str]) -> Self {
-        Self { extra: extra.iter().map(|word| (*word).to_owned()).collect(), ..Self::new(name) }
+        let extra = extra.iter().map(|word| (*word).to_owned()).collect();
+        Self { name: name.to_owned(), dir: tempfile::tempdir().unwrap(), agent: None, extra }
     }
 
     pub fn start(&mut self, leader: &str) {
