@@ -22,9 +22,9 @@ pub(super) fn model(name: &str, shown: &str, facts: &Facts, comments: &str) -> R
     let classes = known_classes(facts)?;
     let named = typical::gpu_in(comments);
     let gpu = named.unwrap_or_else(|| typical_gpu(facts, &classes));
-    let (intel_cpu, inter_socket_mbps) =
-        typical::cpu_in(comments, gpu.pcie_mbps).unwrap_or((true, typical::intel_inter_socket(gpu.pcie_mbps)));
     let domains = domain_of_gpus(facts);
+    let (intel_cpu, inter_socket_mbps) =
+        typical::cpu_in(comments, &gpu).unwrap_or_else(|| typical::cpu_of(facts.locality_domains.len(), &gpu));
     let topology = Topology {
         nvlinks: links(&classes),
         nvlink_mbps: if gpu.nvlink_mbps > 0 { gpu.nvlink_mbps } else { typical_nvlink(facts) },
@@ -121,6 +121,7 @@ fn host(facts: &Facts, domains: &[u32], numa_nodes: &[u32]) -> Host {
             None => numa.push(NumaNode { node, cores, cpus: String::new() }),
         }
     }
+    numa.sort_by_key(|node| node.node);
     Host { numa, memory_mib: facts.gpus as u64 * HOST_MIB_PER_GPU }
 }
 

@@ -160,7 +160,7 @@ pub(crate) fn renumber<K: PartialEq>(keys: &[K]) -> Vec<u32> {
             seen.len() as u32 - 1
         }
     };
-    keys.iter().map(|key| number(key)).collect()
+    keys.iter().map(&mut number).collect()
 }
 
 /// The CPUs of one NUMA node.

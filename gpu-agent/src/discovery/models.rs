@@ -330,15 +330,13 @@ fn apply_pcie(table: &PcieTable, topology: &mut Topology) -> Result<(), String> 
     }
     let rows: Vec<Vec<PcieClass>> =
         rows.iter().map(|row| class_row(row, count, "[pcie] classes")).collect::<Result<_, _>>()?;
-    for a in 0..count {
-        for b in 0..count {
-            if rows[a][b] != rows[b][a] || (a == b) != (rows[a][b] == PcieClass::Own) {
-                return Err(format!(
-                    "[pcie] classes: row {a}, column {b}: expected a symmetric matrix with X on its diagonal, found {}",
-                    rows[a][b]
-                ));
-            }
-        }
+    let pairs = (0..count).flat_map(|a| (0..count).map(move |b| (a, b)));
+    let wrong = |&(a, b): &(usize, usize)| rows[a][b] != rows[b][a] || (a == b) != (rows[a][b] == PcieClass::Own);
+    if let Some((a, b)) = pairs.into_iter().find(wrong) {
+        return Err(format!(
+            "[pcie] classes: row {a}, column {b}: expected a symmetric matrix with X on its diagonal, found {}",
+            rows[a][b]
+        ));
     }
     topology.pcie = rows;
     Ok(())

@@ -127,7 +127,7 @@ impl GpuBackend for NvmlBackend {
     }
 
     fn topology(&self) -> Result<Topology, BackendError> {
-        let read = self.call("topology", |nvml, root, slots| topology(nvml, root, slots))?;
+        let read = self.call("topology", topology)?;
         let no_gpus = |_| {
             let cpu = host::cpu(&self.root);
             let nics = pci::nics(&self.root, &[]);

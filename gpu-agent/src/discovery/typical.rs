@@ -16,7 +16,7 @@ pub struct GpuModel {
 }
 
 /// A model and the words that name it in free text. More special words stand first.
-const MODELS: [(&str, GpuModel); 20] = [
+const MODELS: [(&str, GpuModel); 21] = [
     ("GB200", model("NVIDIA GB200", 189_471, "10.0", 40_100, 48_000, true)),
     ("B200", model("NVIDIA B200", 183_359, "10.0", 40_100, 48_000, true)),
     ("H200", model("NVIDIA H200", 143_771, "9.0", 20_600, 48_000, true)),
@@ -25,6 +25,7 @@ const MODELS: [(&str, GpuModel); 20] = [
     ("A100 80GB", model("NVIDIA A100-SXM4-80GB", 81_920, "8.0", 20_000, 24_000, true)),
     ("A100", model("NVIDIA A100-SXM4-40GB", 40_960, "8.0", 20_000, 24_000, true)),
     ("V100-SXM2-16GB", model("Tesla V100-SXM2-16GB", 16_160, "7.0", 20_000, 12_000, true)),
+    ("V100 SXM3", model("Tesla V100-SXM3-32GB", 32_510, "7.0", 20_000, 12_000, true)),
     ("V100", model("Tesla V100-SXM2-32GB", 32_510, "7.0", 20_000, 12_000, true)),
     ("K80", model("Tesla K80", 11_441, "3.7", 0, 12_000, true)),
     ("RTX PRO 6000", model("NVIDIA RTX PRO 6000 Blackwell Server Edition", 97_887, "12.0", 0, 48_000, true)),
@@ -50,11 +51,16 @@ const fn model(
     GpuModel { name, memory_mib, compute_capability: cc, nvlink_mbps, pcie_mbps, p2p }
 }
 
-/// The GPU model that a text names, if it names one.
+/// The GPU model that a text names first, if it names one.
 pub fn gpu_in(text: &str) -> Option<GpuModel> {
     let text = text.to_uppercase();
-    let named = |words: &str| text.match_indices(words).any(|(at, _)| stands_alone(&text, at, at + words.len()));
-    MODELS.iter().find(|(words, _)| named(words)).map(|(_, model)| *model)
+    let named = |words: &str| {
+        let found = text.match_indices(words).map(|(at, _)| at);
+        found.into_iter().find(|at| stands_alone(&text, *at, at + words.len()))
+    };
+    let found = MODELS.iter().filter_map(|(words, model)| Some((named(words)?, model)));
+    // Of models named at one place the first of the table, which is the most special.
+    found.min_by_key(|(at, _)| *at).map(|(_, model)| *model)
 }
 
 fn stands_alone(text: &str, start: usize, end: usize) -> bool {
@@ -62,21 +68,48 @@ fn stands_alone(text: &str, start: usize, end: usize) -> bool {
     !text[..start].ends_with(joins) && !text[end..].starts_with(joins)
 }
 
-/// Intel or not, and MB/s between sockets, when a text names the CPU.
-pub fn cpu_in(text: &str, pcie_mbps: u32) -> Option<(bool, u32)> {
+/// Whether a CPU is Intel's, and MB/s between two sockets of it, where a text names it.
+pub fn cpu_in(text: &str, gpu: &GpuModel) -> Option<(bool, u32)> {
     let has = |words: &[&str]| words.iter().any(|word| text.contains(word));
     if has(&["EPYC", "Threadripper", "Ryzen", "AMD"]) {
-        return Some((false, 16_000));
+        return Some(AMD);
     }
     if has(&["Grace"]) {
         return Some((false, 40_000));
     }
-    has(&["Xeon", "Intel"]).then_some((true, intel_inter_socket(pcie_mbps)))
+    // Broadwell and older: E5 and E7, and the machine that came with nothing else.
+    if has(&["E5-2", "E7-", "NVIDIA DGX-1,"]) {
+        return Some((true, 6_000));
+    }
+    has(&["Xeon", "Intel"]).then(|| (true, scalable_mbps(text).unwrap_or_else(|| contemporary_mbps(gpu))))
 }
 
-/// Intel's inter-socket bandwidth by the PCIe generation of the time: Sapphire Rapids came with gen 5, Skylake and Ice Lake before.
-pub fn intel_inter_socket(pcie_mbps: u32) -> u32 {
-    if pcie_mbps >= 48_000 { 22_000 } else { 10_000 }
+/// CPUs that nobody named: a board of two NUMA domains is most often Intel's; one domain (desktops, workstations) or more than two
+/// (sockets that are split) AMD's.
+pub fn cpu_of(domains: usize, gpu: &GpuModel) -> (bool, u32) {
+    if domains == 2 { (true, contemporary_mbps(gpu)) } else { AMD }
+}
+
+const AMD: (bool, u32) = (false, 16_000);
+
+/// Xeon Scalable by the second digit of its number: `Platinum 8470` is of the fourth generation.
+fn scalable_mbps(text: &str) -> Option<u32> {
+    let number = ["Platinum ", "Gold ", "Silver "].iter().find_map(|tier| text.split(tier).nth(1))?;
+    match number.as_bytes().get(1)? {
+        b'1'..=b'3' => Some(10_000),
+        b'4' => Some(22_000),
+        b'5'..=b'9' => Some(40_000),
+        _ => None,
+    }
+}
+
+/// Intel's CPUs of the time of a GPU: Emerald Rapids beside NVLink 5, Sapphire Rapids beside PCIe gen 5, Skylake and Ice Lake before.
+fn contemporary_mbps(gpu: &GpuModel) -> u32 {
+    match (gpu.nvlink_mbps, gpu.pcie_mbps) {
+        (40_000.., _) => 40_000,
+        (_, 48_000..) => 22_000,
+        _ => 10_000,
+    }
 }
 
 /// One NVLink by the GPU's compute capability: NVLink 1 (6.0), 2 (7.0), 3 (8.0), 4 (9.0), 5 (10.x); bridges of 7.5 and 8.6 are slower.
@@ -170,7 +203,21 @@ mod tests {
         assert_eq!(gpu_in("GB200 compute tray").unwrap().name, "NVIDIA GB200");
         assert_eq!(gpu_in("8x Tesla V100-SXM2-16GB").unwrap().memory_mib, 16_160);
         assert_eq!(gpu_in("8x NVLink4 GPUs"), None);
+        assert_eq!(gpu_in("8x H100/H200 SXM node").unwrap().name, "NVIDIA H100 80GB HBM3");
         assert_eq!(gpu_in("4x L40S").unwrap().name, "NVIDIA L40S");
+    }
+
+    #[test]
+    fn a_cpu_is_known_by_name_or_by_its_time() {
+        let gpu = |name: &str| gpu_in(name).unwrap();
+        assert_eq!(cpu_in("2x EPYC", &gpu("A100")), Some((false, 16_000)));
+        assert_eq!(cpu_in("2x Xeon Platinum 8470", &gpu("A100")), Some((true, 22_000)));
+        assert_eq!(cpu_in("Xeon Gold 5118", &gpu("V100")), Some((true, 10_000)));
+        assert_eq!(cpu_in("Xeon E5-2698 v4", &gpu("V100")), Some((true, 6_000)));
+        assert_eq!(cpu_in("2x56-core Xeon", &gpu("B200")), Some((true, 40_000)));
+        assert_eq!(cpu_in("two sockets", &gpu("B200")), None);
+        assert_eq!(cpu_of(2, &gpu("H100")), (true, 22_000));
+        assert_eq!(cpu_of(1, &gpu("RTX 5090")), (false, 16_000));
     }
 
     #[test]
