@@ -128,6 +128,8 @@ fn a_matrix_file_is_a_machine() {
     assert_eq!(topology.nics[0].classes, [PcieClass::Pix, PcieClass::Sys]);
     assert_eq!(machine.host.numa.iter().map(|node| (node.node, node.cores)).collect::<Vec<_>>(), [(0, 32), (2, 32)]);
 
+    assert_eq!(gpus.iter().map(|gpu| machine.numa_index(gpu)).collect::<Vec<_>>(), [0, 1]);
+
     // A model file states what the matrix can't.
     let stated = directory.path().join("box.toml");
     let text = "topo_file = \"box.txt\"\n[gpu]\nname = \"NVIDIA H100 PCIe\"\nmemory_mib = 81559\ncompute_capability = \"9.0\"\n[pcie]\nmbps = 48000\np2p = false\n";

@@ -192,6 +192,13 @@ pub struct Machine {
     pub host: Host,
 }
 
+impl Machine {
+    /// Where a GPU's NUMA node stands in `host.numa`; 0 where the node is not known.
+    pub fn numa_index(&self, gpu: &Gpu) -> usize {
+        gpu.numa_node.and_then(|node| self.host.numa.iter().position(|known| known.node == node)).unwrap_or(0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

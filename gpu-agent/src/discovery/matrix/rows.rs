@@ -100,7 +100,7 @@ fn label(line: &Line, devices: &[String]) -> Option<usize> {
     let start = line.skip_white(0);
     let follows = |name: &str| {
         let end = start + name.chars().count();
-        line.glyphs.get(end).is_none_or(|glyph| glyph.what.is_whitespace()) || cell(&line.text_from(end)).is_some()
+        line.glyphs.get(end).is_none_or(|glyph| glyph.what.is_whitespace()) || cell(&line.ahead(end)).is_some()
     };
     let named = devices.iter().enumerate().filter(|(_, name)| line.has(start, name) && follows(name));
     named.max_by_key(|(_, name)| name.len()).map(|(device, _)| device)
@@ -118,7 +118,7 @@ fn row<'a>(line: &'a Line, device: usize, header: &Header) -> Result<Row<'a>, Ma
         at += length;
     }
     let next = line.skip_white(at);
-    if cell(&line.text_from(next)).is_some() {
+    if cell(&line.ahead(next)).is_some() {
         let message = format!("row {name} has more cells than the {} columns of the header", header.devices.len());
         return Err(line.refuse(next, message));
     }
@@ -134,7 +134,7 @@ fn next_cell(
     read: usize,
     all: usize,
 ) -> Result<(Class, usize), MatrixError> {
-    let text = line.text_from(at);
+    let text = line.ahead(at);
     let Some((class, length)) = cell(&text) else {
         let message = format!(
             "row {row} has {read} of {all} cells; expected the cell for {column} (X, NV<links>, PIX, PXB, PHB, NODE, SYS or SOC), found {}",

@@ -129,6 +129,12 @@ impl Line {
         self.glyphs.iter().skip(start).map(|glyph| glyph.what).collect()
     }
 
+    /// The next few characters from `at`: enough for any cell.
+    pub(super) fn ahead(&self, at: usize) -> String {
+        const LONGEST_CELL: usize = 16;
+        self.glyphs.iter().skip(at).take(LONGEST_CELL).map(|glyph| glyph.what).collect()
+    }
+
     /// Does the visible text at `at` begin with `text`?
     pub(super) fn has(&self, at: usize, text: &str) -> bool {
         let mut glyphs = self.glyphs.iter().skip(at);
