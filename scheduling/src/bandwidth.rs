@@ -20,7 +20,7 @@ const CACHED_GPUS: usize = 8;
 /// Sets up to this size are searched cycle by cycle (2,520 for 8); a larger one takes the PCIe tree's order as its ring.
 const EXACT_GPUS: u32 = 8;
 
-/// Hops over a host bridge cost as much again as a fifth of the link on Intel CPUs.
+/// A hop over a host bridge of an Intel CPU costs a fifth more (NCCL's P2P overhead).
 const INTEL_OVERHEAD: f64 = 1.2;
 
 /// What is left of a link when the bytes are staged in host memory.

@@ -100,12 +100,12 @@ fn whole_islands(table: &BandwidthTable, free: Mask) -> Vec<Mask> {
 fn best_of<'a>(table: &BandwidthTable, free: Mask, want: Want, sets: &'a [(Mask, u32)]) -> Option<&'a (Mask, u32)> {
     let nearness = |set: &(Mask, u32)| near(table, want, *set);
     let nearest = sets.iter().map(nearness).min()?;
-    let mut tied: Vec<&(Mask, u32)> = sets.iter().filter(|set| nearness(set) == nearest).collect();
-    if tied.len() > 1 && !table.links().inside_one_switch(free) {
-        // min_by_key keeps the first of equals, which is the first in PCI order.
-        return tied.into_iter().min_by_key(|(set, _)| Reverse(worth_left(table, free & !set, want.gpus)));
+    let mut tied = sets.iter().filter(|set| nearness(set) == nearest);
+    if table.links().inside_one_switch(free) {
+        return tied.next();
     }
-    tied.drain(..).next()
+    // min_by_key keeps the first of equals, which is the first in PCI order.
+    tied.min_by_key(|(set, _)| Reverse(worth_left(table, free & !set, want.gpus)))
 }
 
 /// Bandwidth, then NIC distance for a job of several machines, NUMA domains, distances inside the set. Less is better.

@@ -306,3 +306,31 @@ fn a_switched_machine_is_flat_and_only_sockets_decide() {
     let choice = choose(&table, free, Want { gpus: 6, several_nodes: false, min_mbps: 0 }).unwrap();
     assert_eq!((slots(choice.set).collect::<Vec<_>>(), choice.mbps), ((8..14).collect(), 120_000));
 }
+
+#[test]
+fn fewer_sockets_go_before_shorter_distances() {
+    // 0, 1, 2 on one socket, each on its own root complex; 3, 4 behind one PCIe switch of the other. All as fast.
+    let cells = || (0..5u8).flat_map(|a| (0..5u8).map(move |b| (a, b)));
+    let class = Class {
+        gpus: 5,
+        nvlinks: vec![0; 25],
+        pci: cells()
+            .map(|(a, b)| match () {
+                () if a == b => PciClass::Same,
+                () if a.min(b) == 3 => PciClass::Pix,
+                () => PciClass::Sys,
+            })
+            .collect(),
+        pcie_mbps: 10_000,
+        inter_socket_mbps: 10_000,
+        p2p: true,
+        numa: vec![0, 0, 0, 1, 1],
+        ..Class::default()
+    };
+    let table = BandwidthTable::new(&class);
+    let (one_socket, switch) = (0b00111, 0b11001);
+    assert_eq!(table.mbps(one_socket), table.mbps(switch));
+    assert!(table.links().distance(one_socket) > table.links().distance(switch));
+    let choice = choose(&table, first(5), Want { gpus: 3, several_nodes: false, min_mbps: 0 }).unwrap();
+    assert_eq!(choice.set, one_socket);
+}
