@@ -232,3 +232,89 @@ impl Alloc {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::*;
+    use crate::record::*;
+
+    fn node(gpus: usize, cores_by_numa: Vec<u16>, mem_mib: u64) -> Node {
+        let gpu = |slot: usize| Gpu {
+            uuid: GpuUuid([u8::try_from(slot).unwrap(); 16]),
+            gpu_type: GpuTypeId(u16::try_from(slot / 4).unwrap()),
+            mem_mib: 80_000,
+            numa: 0,
+            health: if slot == 1 { GpuHealth::Quarantined } else { GpuHealth::Ok },
+            reason: String::new(),
+            xid: 0,
+        };
+        Node {
+            name: "n".into(),
+            address: String::new(),
+            host: String::new(),
+            machine_id: [0; 16],
+            boot_id: [0; 16],
+            epoch: 1,
+            version: String::new(),
+            class: ClassId(1),
+            cores_by_numa,
+            mem_mib,
+            gpus: (0..gpus).map(gpu).collect(),
+            simulated: true,
+            kill: KillStrength::Cgroup,
+            admin: NodeAdmin::Ready,
+            launch_fails: Vec::new(),
+            labels: Default::default(),
+            registered_clock_ms: 0,
+        }
+    }
+
+    fn shape(ranks_per_node: u16, gpus_per_rank: u16) -> Shape {
+        Shape {
+            nodes: 1,
+            ranks_per_node,
+            gpus_per_rank,
+            gpu_types: Vec::new(),
+            cores_per_rank: 0,
+            mem_mib_per_rank: 0,
+            min_bandwidth_mbps: 0,
+        }
+    }
+
+    #[test]
+    fn a_part_beside_gpus_gets_the_machines_share() {
+        let node = node(8, vec![48, 48], 2_000_000);
+        assert_eq!(request_on(&node, &shape(1, 1)), (12, 250_000));
+        assert_eq!(request_on(&node, &shape(2, 4)), (96, 2_000_000));
+        assert_eq!(request_on(&node, &shape(3, 0)), (3, 3_072));
+        let asked = Shape { cores_per_rank: 5, mem_mib_per_rank: 100, ..shape(2, 1) };
+        assert_eq!(request_on(&node, &asked), (10, 200));
+    }
+
+    #[test]
+    fn a_small_machine_still_gives_one_core() {
+        assert_eq!(request_on(&node(8, vec![2], 4_000), &shape(1, 1)), (1, 500));
+    }
+
+    #[test]
+    fn cores_come_from_the_preferred_domain_first() {
+        let alloc = Alloc { cores_free: vec![4, 4, 4], ..Alloc::default() };
+        assert_eq!(take_cores(&alloc, 6, &[2]), Some(vec![2, 0, 4]));
+        assert_eq!(take_cores(&alloc, 13, &[]), None);
+        assert_eq!(take_cores(&alloc, 3, &[9, 1, 1]), Some(vec![0, 3, 0]));
+    }
+
+    #[test]
+    fn room_is_of_one_type_and_of_healthy_gpus() {
+        let node = node(8, vec![16], 64_000);
+        let alloc = alloc_of(&node, std::iter::empty(), Vec::new());
+        assert_eq!(room_for(&node, &alloc, &shape(1, 3)), Ok(0b0000_1101));
+        assert_eq!(room_for(&node, &alloc, &shape(1, 4)), Ok(0b1111_0000));
+        assert!(matches!(room_for(&node, &alloc, &shape(1, 5)), Err(NoFit::Shape(_))));
+        let wants = Shape { gpu_types: vec![GpuTypeId(1), GpuTypeId(0)], ..shape(1, 2) };
+        assert_eq!(room_for(&node, &alloc, &wants), Ok(0b1111_0000));
+        let greedy = Shape { cores_per_rank: 17, ..shape(1, 0) };
+        assert_eq!(room_for(&node, &alloc, &greedy), Err(NoFit::Cores { needs: 17, free: 16 }));
+    }
+}

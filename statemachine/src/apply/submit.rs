@@ -47,7 +47,8 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
         submitted_clock_ms: state.meta.clock_ms,
         submitted_wall_ms: state.meta.wall_ms,
         seq: ctx.rev.0,
-        holds: Holds::default(),
+        // After a restore from a backup, machines may run attempts of jobs that are yet to be submitted again.
+        holds: Holds { orphan: state.has_orphan(id), ..Holds::default() },
         stop: None,
         tasks: 1,
         ended: None,

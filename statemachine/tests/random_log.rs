@@ -1,0 +1,590 @@
+//! Random logs of valid and hostile commands. After each entry all invariants hold and nothing panics; what a client
+//! was told stays true; the same log gives the same state, also when one begins in its middle; a list and the events
+//! after it are a later list.
+
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+use statemachine::command::*;
+use statemachine::keyspace::{self, Kv};
+use statemachine::record::*;
+use statemachine::settings::Settings;
+use statemachine::storage::codec;
+use statemachine::*;
+use world::*;
+
+/// What somebody may try. Small numbers pick among what exists at that time, so that most commands have an effect.
+#[derive(Clone, Debug)]
+enum Op {
+    Submit {
+        kind: u8,
+        request: Option<u8>,
+        stale: bool,
+    },
+    Cancel {
+        pick: u8,
+    },
+    Place {
+        picks: Vec<(u8, u8)>,
+        twist: u8,
+    },
+    Register {
+        machine: u8,
+        boot: u8,
+        gpus: u8,
+        fate: u8,
+        fence_new: bool,
+        max_token: u64,
+    },
+    Report {
+        pick: u8,
+        part: u8,
+        what: u8,
+        code: u8,
+        twist: u8,
+    },
+    Silent {
+        pick: u8,
+        part: u8,
+        twist: u8,
+    },
+    Due {
+        pick: u8,
+        limit: bool,
+    },
+    ConfirmDead {
+        node: u8,
+        all: bool,
+    },
+    Health {
+        node: u8,
+        slot: u8,
+        health: u8,
+        end_lease: bool,
+    },
+    Admin {
+        node: u8,
+        out: bool,
+    },
+    Open,
+    End {
+        session: u8,
+    },
+    Acquire {
+        session: u8,
+        name: u8,
+    },
+    Unlock {
+        session: u8,
+        name: u8,
+    },
+    Compact {
+        back: u8,
+    },
+    Retain {
+        bucket: u8,
+    },
+    Wild {
+        token: u64,
+        node: u32,
+        job: u64,
+        epoch: u64,
+        which: u8,
+    },
+    Wait {
+        ms: u32,
+    },
+    /// Ends the entry: what follows sees its effect.
+    Cut,
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let op = prop_oneof![
+        6 => (any::<u8>(), proptest::option::of(0..12u8), any::<bool>())
+            .prop_map(|(kind, request, stale)| Op::Submit { kind, request, stale }),
+        2 => any::<u8>().prop_map(|pick| Op::Cancel { pick }),
+        8 => (proptest::collection::vec((any::<u8>(), any::<u8>()), 1..4), any::<u8>())
+            .prop_map(|(picks, twist)| Op::Place { picks, twist }),
+        3 => (0..3u8, 0..2u8, 0..5u8, any::<u8>(), any::<bool>(), any::<u64>()).prop_map(
+            |(machine, boot, gpus, fate, fence_new, max_token)| {
+                // Most agents have seen little; a few claim the impossible.
+                let max_token = if max_token % 31 == 0 { max_token } else { max_token % 50 };
+                Op::Register { machine, boot, gpus, fate, fence_new: fence_new && fate % 4 == 0, max_token }
+            }
+        ),
+        12 => (any::<u8>(), 0..3u8, 0..8u8, any::<u8>(), any::<u8>())
+            .prop_map(|(pick, part, what, code, twist)| Op::Report { pick, part, what, code, twist }),
+        2 => (any::<u8>(), 0..3u8, any::<u8>()).prop_map(|(pick, part, twist)| Op::Silent { pick, part, twist }),
+        1 => (any::<u8>(), any::<bool>()).prop_map(|(pick, limit)| Op::Due { pick, limit }),
+        1 => (0..4u8, any::<bool>()).prop_map(|(node, all)| Op::ConfirmDead { node, all }),
+        1 => (0..4u8, 0..6u8, 0..6u8, any::<bool>())
+            .prop_map(|(node, slot, health, end_lease)| Op::Health { node, slot, health, end_lease }),
+        1 => (0..4u8, any::<bool>()).prop_map(|(node, out)| Op::Admin { node, out: out && node == 1 }),
+        1 => Just(Op::Open),
+        1 => (0..6u8).prop_map(|session| Op::End { session }),
+        2 => (0..6u8, 0..2u8).prop_map(|(session, name)| Op::Acquire { session, name }),
+        1 => (0..6u8, 0..2u8).prop_map(|(session, name)| Op::Unlock { session, name }),
+        1 => any::<u8>().prop_map(|back| Op::Compact { back }),
+        1 => (0..3u8).prop_map(|bucket| Op::Retain { bucket }),
+        2 => (any::<u64>(), any::<u32>(), any::<u64>(), any::<u64>(), any::<u8>())
+            .prop_map(|(token, node, job, epoch, which)| Op::Wild { token, node, job, epoch, which }),
+        3 => (0..400_000u32).prop_map(|ms| Op::Wait { ms }),
+        12 => Just(Op::Cut),
+    ];
+    proptest::collection::vec(op, 1..160)
+}
+
+fn pick<T: Clone>(from: &[T], nth: u8) -> Option<T> {
+    (!from.is_empty()).then(|| from[usize::from(nth) % from.len()].clone())
+}
+
+fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
+    let state = &world.state;
+    let jobs: Vec<JobId> = state.jobs.iter().map(|(id, _)| *id).collect();
+    let pending: Vec<JobId> = state.index.queue.keys().map(|key| key.task.job).collect();
+    let tokens: Vec<Token> = state.leases.iter().map(|(token, _)| *token).collect();
+    let nodes: Vec<NodeId> = state.nodes.iter().map(|(id, _)| *id).collect();
+    let lease = |nth: u8| {
+        let token = pick(&tokens, nth)?;
+        Some((token, state.leases.get(&token)?.value.clone()))
+    };
+    let body = match op {
+        Op::Submit { kind, request: id, stale } => {
+            let mut submit = job(shape(1 + u16::from(kind % 3 == 2), 1 + u16::from(kind & 1), u16::from(kind / 4 % 3)));
+            submit.spec.retry.max = u16::from(kind / 16 % 3);
+            submit.spec.priority = i32::from(kind % 5) - 2;
+            submit.spec.limit_ms = u64::from(kind % 2) * 50_000;
+            if *kind > 240 {
+                submit.spec.shape.nodes = 0;
+            }
+            let now = WALL0 + i64::try_from(world.clock_ms).unwrap();
+            let id = id.map(|n| match n % 3 {
+                0 => request(n),
+                1 => request_at(WALL0, n),
+                _ if *stale => request_at(now - 100_000_000, n),
+                _ => request_at(now, n),
+            });
+            return Some((id, Command::SubmitJob(Box::new(submit))));
+        }
+        Op::Cancel { pick: nth } => Command::Cancel { job: pick(&jobs, *nth)? },
+        Op::Place { picks, twist } => {
+            let places = picks.iter().filter_map(|(job, node)| {
+                let id = pick(&pending, *job)?;
+                let shape = &state.jobs.get(&id)?.value.spec.shape;
+                let first = usize::from(*node);
+                let on: Vec<NodeId> = (0..usize::from(shape.nodes))
+                    .filter_map(|nth| (!nodes.is_empty()).then(|| nodes[(first + nth) % nodes.len()]))
+                    .collect();
+                (!on.is_empty()).then(|| world.placement(id, &on))
+            });
+            let mut places: Vec<Place> = places.collect();
+            twist_plan(&mut places, *twist);
+            Command::Plan(Plan { base_index: 0, places })
+        }
+        Op::Register { machine: n, boot, gpus, fate, fence_new, max_token } => {
+            Command::RegisterNode(Box::new(registration(state, *n, *boot, *gpus, *fate, *fence_new, *max_token)))
+        }
+        Op::Report { pick: nth, part, what, code, twist } => {
+            let (token, lease) = lease(*nth)?;
+            let part = pick(&lease.parts, *part)?;
+            let epoch = state.nodes.get(&part.node)?.value.epoch;
+            Command::Report(Report {
+                node: part.node,
+                epoch: if *twist == 0 { epoch.wrapping_sub(1) } else { epoch },
+                items: vec![ReportItem { token, what: part_report(&part, *what, *code) }],
+            })
+        }
+        Op::Silent { pick: nth, part, twist } => {
+            let (token, lease) = lease(*nth)?;
+            let part = pick(&lease.parts, *part)?;
+            Command::NodeSilent {
+                node: part.node,
+                epoch: if *twist == 0 { part.epoch + 1 } else { part.epoch },
+                tokens: vec![token, Token(u64::from(*twist))],
+            }
+        }
+        Op::Due { pick: nth, limit } => {
+            let cause = if *limit { DueCause::TimeLimit } else { DueCause::StartTimeout };
+            Command::LeaseDue { token: pick(&tokens, *nth)?, cause }
+        }
+        Op::ConfirmDead { node, all } => Command::ConfirmDead {
+            node: pick(&nodes, *node)?,
+            token: if *all { None } else { tokens.first().copied() },
+        },
+        Op::Health { node, slot, health, end_lease } => {
+            let node = pick(&nodes, *node)?;
+            let all = [
+                GpuHealth::Ok,
+                GpuHealth::DrainWhenIdle,
+                GpuHealth::Quarantined,
+                GpuHealth::Dirty,
+                GpuHealth::Unresponsive,
+                GpuHealth::Gone,
+            ];
+            Command::GpuHealth(GpuHealthChange {
+                node,
+                epoch: state.nodes.get(&node)?.value.epoch,
+                slot: *slot,
+                health: all[usize::from(*health) % all.len()],
+                xid: 79,
+                reason: "x".repeat(600),
+                end_lease: *end_lease,
+            })
+        }
+        Op::Admin { node, out } => {
+            Command::NodeAdmin { node: pick(&nodes, *node)?, out: out.then(|| "maintenance".into()) }
+        }
+        Op::Open => Command::OpenSession { owner: "ada".into(), ttl_ms: 5_000 },
+        Op::End { session } => Command::EndSession { session: SessionId(u64::from(*session)) },
+        Op::Acquire { session, name } => {
+            Command::Acquire { session: SessionId(u64::from(*session)), name: format!("lock/{name}") }
+        }
+        Op::Unlock { session, name } => {
+            Command::Unlock { session: SessionId(u64::from(*session)), name: format!("lock/{name}") }
+        }
+        Op::Compact { back } => {
+            Command::Compact { rev: Revision(state.meta.rev.0.saturating_sub(u64::from(*back) * 8)) }
+        }
+        Op::Retain { bucket } => Command::Retain { bucket: u32::from(*bucket) },
+        Op::Wild { token, node, job, epoch, which } => wild(*token, *node, *job, *epoch, *which),
+        Op::Wait { .. } | Op::Cut => return None,
+    };
+    Some((None, body))
+}
+
+fn twist_plan(places: &mut [Place], twist: u8) {
+    let Some(place) = places.first_mut() else { return };
+    let Some(part) = place.parts.first_mut() else { return };
+    match twist {
+        0 => place.attempt += 1,
+        1 => part.epoch += 1,
+        2 => part.gpu_order.push(200),
+        3 => part.cores_by_numa = vec![u16::MAX; 90],
+        4 => part.mem_mib = u64::MAX,
+        5 => place.parts.clear(),
+        6 => place.task.index = 7,
+        7 => part.gpu_order.iter_mut().for_each(|slot| *slot = 0),
+        _ => {}
+    }
+}
+
+fn part_report(part: &Part, what: u8, code: u8) -> PartReport {
+    let code = if code < 128 { 0 } else { i32::from(code % 5) };
+    let cause = match code {
+        2 => ExitCause::Stopped,
+        3 => ExitCause::GpuFault,
+        4 => ExitCause::TimeLimit,
+        _ => ExitCause::Own,
+    };
+    let count = u32::from(part.ranks);
+    match what {
+        0 => PartReport::Prepared { port: 29_500 },
+        1 | 2 => PartReport::Started { port: 29_500 },
+        3 => PartReport::Exited { exits: exits(part.first_rank, 1, code, cause), released: false },
+        4 | 5 => PartReport::Exited { exits: exits(part.first_rank, count, code, cause), released: true },
+        6 => PartReport::Released,
+        _ => PartReport::LaunchFailed { fault: LaunchFault::Node, why: "disk".into() },
+    }
+}
+
+/// An agent that tells one of several stories about each lease the state has on its node.
+fn registration(state: &State, n: u8, boot: u8, gpus: u8, fate: u8, fence_new: bool, max_token: u64) -> RegisterNode {
+    let mut register = machine(&format!("n{n}"), n + 1, gpus);
+    register.boot_id = [boot; 16];
+    register.fence_new = fence_new;
+    register.max_token = Token(max_token);
+    register.kill = if n == 1 { KillStrength::Weak } else { KillStrength::Cgroup };
+    if fate % 5 == 4 {
+        // Somebody else's GPU.
+        register.gpus.truncate(1);
+        if let Some(gpu) = register.gpus.first_mut() {
+            gpu.uuid.0[0] = (n + 1) % 3 + 1;
+            register.class = machine("x", 0, 1).class;
+        }
+    }
+    let Some(id) = state.index.node_by_name.get(&register.name) else { return register };
+    for token in state.allocs.get(id).map(|alloc| alloc.leases.clone()).unwrap_or_default() {
+        let Some(lease) = state.leases.get(&token) else { continue };
+        let Some(part) = lease.value.parts.iter().find(|part| part.node == *id) else { continue };
+        match (fate ^ u8::try_from(token.0 % 7).unwrap()) % 4 {
+            0 => register.running.push(RunningPart { token, job: lease.value.task.job, gpus: vec![], started: true }),
+            1 => register
+                .finished
+                .push(FinishedPart { token, exits: exits(part.first_rank, u32::from(part.ranks), 0, ExitCause::Own) }),
+            2 => register.dead.push(token),
+            _ => {}
+        }
+    }
+    if fate % 6 == 0 {
+        let gpus = register.gpus.iter().take(2).map(|gpu| gpu.uuid).collect();
+        register.running.push(RunningPart { token: Token(3), job: JobId(2), gpus, started: true });
+    }
+    register
+}
+
+fn wild(token: u64, node: u32, job: u64, epoch: u64, which: u8) -> Command {
+    let (token, node, job) = (Token(token), NodeId(node), JobId(job));
+    match which % 8 {
+        0 => Command::Cancel { job },
+        1 => Command::NodeSilent { node, epoch, tokens: vec![token] },
+        2 => Command::LeaseDue { token, cause: DueCause::TimeLimit },
+        3 => Command::ConfirmDead { node, token: Some(token) },
+        4 => Command::Compact { rev: Revision(epoch) },
+        5 => Command::Retain { bucket: node.0 },
+        6 => Command::Member { replica: epoch, level: u16::from(which) },
+        _ => {
+            let part = PlacePart { node, epoch, gpu_order: vec![which], cores_by_numa: vec![], mem_mib: epoch };
+            let place = Place { task: TaskKey { job, index: node.0 }, attempt: node.0, parts: vec![part] };
+            Command::Plan(Plan { base_index: epoch, places: vec![place] })
+        }
+    }
+}
+
+/// What clients were told: a naive model of the promises.
+#[derive(Default)]
+struct Told {
+    requests: BTreeMap<RequestId, JobId>,
+    jobs: BTreeSet<JobId>,
+    results: BTreeMap<JobId, TaskResult>,
+    highest_token: Token,
+    epochs: BTreeMap<NodeId, u64>,
+    retained: bool,
+}
+
+impl Told {
+    fn hear(&mut self, cmds: &[Cmd], outcomes: &[Outcome]) {
+        for (cmd, outcome) in cmds.iter().zip(outcomes) {
+            match (&cmd.body, outcome) {
+                (Command::SubmitJob(_), Outcome::Done(Reply::Stored(StoredReply::Job(id)))) => {
+                    assert!(self.jobs.insert(*id), "a job id was given twice");
+                    if let Some(request) = cmd.request {
+                        let old = self.requests.insert(request, *id);
+                        assert!(old.is_none() || request.unix_ms().is_none(), "one request id made two jobs");
+                    }
+                }
+                (Command::SubmitJob(_), Outcome::Replayed(reply)) => {
+                    let first = self.requests[&cmd.request.expect("only a request id is replayed")];
+                    assert_eq!(*reply, StoredReply::Job(first));
+                }
+                (_, Outcome::Done(Reply::Plan(answers))) => answers.iter().flatten().for_each(|t| self.grow(*t)),
+                (_, Outcome::Done(Reply::Stored(StoredReply::Lock(Some(token))))) => {
+                    self.highest_token = self.highest_token.max(*token);
+                }
+                (_, Outcome::Done(Reply::Registered { node, epoch })) => {
+                    let old = self.epochs.insert(*node, *epoch);
+                    assert!(old < Some(*epoch), "epoch_grows");
+                }
+                (Command::Retain { .. }, Outcome::Done(_)) => self.retained = true,
+                _ => {}
+            }
+        }
+    }
+
+    fn grow(&mut self, token: Token) {
+        assert!(token > self.highest_token, "token_grows: {token} after {}", self.highest_token);
+        self.highest_token = token;
+    }
+
+    fn compare(&mut self, state: &State) {
+        for id in &self.jobs {
+            assert!(self.retained || state.job_view(*id).is_some(), "nothing_lost: job {id}");
+        }
+        for (key, task) in state.tasks.iter() {
+            if let Some(result) = &task.value.result {
+                let first = self.results.entry(key.job).or_insert_with(|| result.clone());
+                assert_eq!(first, result, "result_once");
+            }
+        }
+    }
+}
+
+fn play(ops: &[Op]) -> (World, Vec<(Revision, BTreeMap<String, Kv>)>) {
+    let settings = Settings { excused_in_row: 4, excused_in_sum: 9, requests: 6, ..Settings::default() };
+    let mut world = World::with(settings);
+    let (mut told, mut cmds, mut lists) = (Told::default(), Vec::new(), Vec::new());
+    for op in ops.iter().chain([&Op::Cut]) {
+        match op {
+            Op::Wait { ms } => world.clock_ms += u64::from(*ms),
+            Op::Cut => {
+                let cmds: Vec<Cmd> = std::mem::take(&mut cmds);
+                let outcomes = world.entry(cmds.clone());
+                assert_eq!(cmds.len(), outcomes.len());
+                told.hear(&cmds, &outcomes);
+                told.compare(&world.state);
+                if world.log.len() % 7 == 1 {
+                    lists.push((world.state.meta.rev, list(&world.state)));
+                }
+            }
+            op => {
+                if let Some((request, body)) = command(&world, op) {
+                    cmds.push(Cmd { request, actor: "ada".into(), body });
+                }
+            }
+        }
+    }
+    (world, lists)
+}
+
+fn list(state: &State) -> BTreeMap<String, Kv> {
+    let (all, more) = keyspace::range(state, "/", usize::MAX, None);
+    assert!(!more);
+    all.into_iter().map(|kv| (kv.key.clone(), kv)).collect()
+}
+
+fn replay(log: &[Entry], state: &mut State) {
+    for entry in log {
+        let bytes = codec::encode_entry(entry);
+        state.apply(&codec::decode_entry(&bytes).expect("what was encoded decodes")).expect("a known level");
+    }
+}
+
+fn same(left: &mut State, right: &mut State) {
+    assert_eq!(left.digest(), right.digest());
+    assert_eq!(left.meta, right.meta);
+    assert_eq!(left.index, right.index);
+    assert_eq!(left.events, right.events);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn replay_equal(ops in ops(), cut in any::<prop::sample::Index>()) {
+        let (world, _) = play(&ops);
+        let fresh = || State::new([7; 16], world.state.meta.settings.clone());
+        let mut whole = fresh();
+        replay(&world.log, &mut whole);
+        let middle = cut.index(world.log.len());
+        let mut first = fresh();
+        replay(&world.log[..middle], &mut first);
+        let mut second = first.clone();
+        second.rebuild_indexes();
+        second.digest();
+        replay(&world.log[middle..], &mut second);
+        let mut played = world.state.clone();
+        same(&mut whole, &mut second);
+        same(&mut whole, &mut played);
+    }
+
+    #[test]
+    fn a_list_and_the_events_after_it_are_a_later_list(ops in ops()) {
+        let kept: Vec<Op> = ops.into_iter().filter(|op| !matches!(op, Op::Retain { .. } | Op::Compact { .. } | Op::Wild { .. })).collect();
+        let (world, lists) = play(&kept);
+        let last = list(&world.state);
+        for (rev, kvs) in lists {
+            let mut watched: BTreeMap<String, (String, Revision)> =
+                kvs.into_iter().map(|(key, kv)| (key, (kv.value, kv.mod_rev))).collect();
+            let mut seen = BTreeSet::new();
+            for event in world.state.events_since(rev).expect("nothing was compacted") {
+                for (key, value) in keyspace::project(event, &world.state) {
+                    prop_assert!(seen.insert((event.rev, key.clone())), "{key} changed twice in {}", event.rev);
+                    match value {
+                        Some(value) => watched.insert(key, (value, event.rev)),
+                        None => watched.remove(&key),
+                    };
+                }
+            }
+            let listed: BTreeMap<String, (String, Revision)> =
+                last.iter().map(|(key, kv)| (key.clone(), (kv.value.clone(), kv.mod_rev))).collect();
+            prop_assert_eq!(watched, listed);
+        }
+    }
+
+    #[test]
+    fn pages_of_a_range_are_the_range(ops in ops(), size in 1..5usize) {
+        let (world, _) = play(&ops);
+        for prefix in ["/", "/jobs/", "/state/1", "/queue/pending/", "/leases/", "/fencing/", "/results/"] {
+            let (all, _) = keyspace::range(&world.state, prefix, usize::MAX, None);
+            let (mut pages, mut after): (Vec<Kv>, Option<String>) = (Vec::new(), None);
+            loop {
+                let (page, more) = keyspace::range(&world.state, prefix, size, after.as_deref());
+                pages.extend(page);
+                after = pages.last().map(|kv| kv.key.clone());
+                if !more {
+                    break;
+                }
+            }
+            prop_assert_eq!(&pages, &all);
+            for kv in &all {
+                prop_assert_eq!(keyspace::get(&world.state, &kv.key), Some(kv.clone()));
+                prop_assert!(kv.create_rev <= kv.mod_rev && kv.mod_rev <= world.state.meta.rev && kv.version > 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn any_bytes_that_decode_apply_without_a_panic() {
+    // Flips bytes of real entries: most of what decodes is nonsense of a kind no client would send.
+    let mut world = World::new();
+    world.register(machine("n0", 1, 3));
+    for _ in 0..3 {
+        let id = world.submit(one_gpu());
+        let _ = world.place(id, &[NodeId(1)]);
+    }
+    let mut applied = 0;
+    for entry in world.log.clone() {
+        let bytes = codec::encode_entry(&entry);
+        for at in 3..bytes.len() {
+            for flip in [0x01u8, 0x80, 0xff] {
+                let mut bad = bytes.clone();
+                bad[at] ^= flip;
+                if let Ok(entry) = codec::decode_entry(&bad)
+                    && entry.level <= LEVEL
+                {
+                    let mut state = world.state.clone();
+                    state.apply(&entry).expect("a known level");
+                    state.check().expect("all invariants hold");
+                    applied += 1;
+                }
+            }
+        }
+    }
+    assert!(applied > 500, "only {applied} entries decoded");
+}
+
+#[test]
+fn random_logs_reach_what_matters() {
+    use proptest::strategy::ValueTree;
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let (mut verdicts, mut states, mut codes) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    for _ in 0..120 {
+        let ops = ops().new_tree(&mut runner).expect("a list of operations").current();
+        let (world, _) = play(&ops);
+        for event in &world.state.events {
+            match &event.what {
+                Change::TaskState { state, .. } => states.insert(state.state.name()),
+                Change::LeaseShown { lease, .. } => lease.verdict.is_some_and(|kind| verdicts.insert(kind.name())),
+                _ => continue,
+            };
+        }
+        let mut again = State::new([7; 16], world.state.meta.settings.clone());
+        for entry in &world.log {
+            for outcome in again.apply(entry).expect("a known level") {
+                match outcome {
+                    Outcome::Rejected(rejection) => codes.extend([rejection.code.name()]),
+                    Outcome::Done(Reply::Plan(all)) => {
+                        codes.extend(all.into_iter().filter_map(Result::err).map(|r| r.code.name()))
+                    }
+                    Outcome::Done(Reply::Report(all)) => {
+                        codes.extend(all.into_iter().filter_map(Result::err).map(|r| r.code.name()))
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    println!("{verdicts:?} {states:?} {codes:?}");
+    for verdict in ["SUCCEEDED", "FAILED", "TIMED_OUT", "CANCELLED", "LOST", "LAUNCH_NODE", "GPU_FAULT"] {
+        assert!(verdicts.contains(verdict), "no lease was decided {verdict}: {verdicts:?}");
+    }
+    for state in ["RUNNING", "RETRYING", "LOST", "SUCCEEDED", "FAILED", "CANCELLED"] {
+        assert!(states.contains(state), "no task was {state}: {states:?}");
+    }
+    for code in ["GPU_TAKEN", "EPOCH_STALE", "TOKEN_STALE", "ALREADY_DECIDED", "REQUEST_MISMATCH", "IDENTITY_CONFLICT"]
+    {
+        assert!(codes.contains(code), "no command was refused as {code}: {codes:?}");
+    }
+}
