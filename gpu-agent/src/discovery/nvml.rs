@@ -257,10 +257,11 @@ fn topology(nvml: &Nvml, root: &Path, slots: &mut Vec<String>) -> Result<Topolog
     })
 }
 
-/// Generation and width that both ends can do; the current generation sinks when the GPU is idle.
+/// The generation that the GPU can do (the current one sinks when it is idle) and the width that it has now. A GPU that tells neither counts as
+/// generation 3 x16.
 fn pcie_mbps(device: &Device<'_>) -> u32 {
     let width = device.current_pcie_link_width().or_else(|_| device.max_pcie_link_width()).unwrap_or(16);
-    device.max_pcie_link_gen().map_or(0, |generation| typical::pcie_mbps(generation, width))
+    typical::pcie_mbps(device.max_pcie_link_gen().unwrap_or(3), width)
 }
 
 /// The driver's classes; where it does not say, those of the PCIe tree.

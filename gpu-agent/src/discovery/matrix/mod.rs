@@ -102,6 +102,7 @@ pub fn parse(text: &str) -> Result<Facts, MatrixError> {
         return Err(line.refuse(0, "expected rows below this header, found none"));
     }
     rows::check_symmetry(&rows, &header)?;
+    rows::check_end(&lines[legend_at..])?;
     let names = legend::read(&lines[legend_at..], &header)?;
     Ok(facts::collect(&header, &rows, &names))
 }

@@ -25,9 +25,7 @@ pub(super) fn read<'a>(lines: &'a [Line], header: &Header) -> Result<(Vec<Row<'a
     let mut rows: Vec<Row<'a>> = Vec::new();
     let first = header.index + 1;
     for (offset, line) in lines[first..].iter().enumerate() {
-        if super::header::is_header(line) && line.words(0, line.glyphs.len()).len() > 1 {
-            return Err(line.refuse(0, "expected one matrix, found a second header"));
-        }
+        refuse_header(line)?;
         let Some(device) = label(line, &header.devices) else {
             match other_line(line, &rows, header)? {
                 Other::Skip => continue,
@@ -40,6 +38,25 @@ pub(super) fn read<'a>(lines: &'a [Line], header: &Header) -> Result<(Vec<Row<'a
         rows.push(row(line, device, header)?);
     }
     Ok((rows, lines.len()))
+}
+
+/// Nothing of a matrix may follow its legend: of two matrices in one text neither is the machine's.
+pub(super) fn check_end(after: &[Line]) -> Result<(), MatrixError> {
+    for line in after {
+        refuse_header(line)?;
+        if starts_like_row(line) {
+            return Err(line.refuse(0, format!("expected no row below the legend, found {}", line.found(0))));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_header(line: &Line) -> Result<(), MatrixError> {
+    // A lone name may be a row that lost its cells.
+    if super::header::is_header(line) && line.words(0, line.glyphs.len()).len() > 1 {
+        return Err(line.refuse(0, "expected one matrix, found a second header"));
+    }
+    Ok(())
 }
 
 /// Does the line begin with a name and a cell?
