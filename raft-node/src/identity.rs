@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 /// Version of the directory's layout: the day on which it was fixed.
-const FORMAT: u32 = 2026_11_25;
+const FORMAT: u32 = 20_261_125;
 const LOCK: &str = "LOCK";
 const IDENTITY: &str = "IDENTITY";
 const IDENTITY_NEW: &str = "IDENTITY.new";

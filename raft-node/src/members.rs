@@ -46,7 +46,7 @@ pub struct Metrics {
     pub disk_full: bool,
     pub digest: Option<Digest>,
     pub members: Vec<Member>,
-    /// Leader only: ms since a quorum last answered.
+    /// Leader only: ms since a quorum last answered; `None` before the first time.
     pub quorum_silent_ms: Option<u64>,
 }
 
@@ -89,8 +89,7 @@ impl Replica {
             disk_full: self.disk_full(),
             digest: *self.shared().digest().borrow(),
             members: members_of(&metrics),
-            quorum_silent_ms: (metrics.state == ServerState::Leader)
-                .then(|| metrics.last_quorum_acked.map_or(u64::MAX, |acked| acked.elapsed().as_millis() as u64)),
+            quorum_silent_ms: metrics.last_quorum_acked.map(|acked| acked.elapsed().as_millis() as u64),
         }
     }
 

@@ -1,6 +1,7 @@
 //! One replica of the group: starts it, stops it, and is the handle that the APIs and the leader's loops work with. No type of openraft leaves
 //! this handle. Changes of the membership are `members`'.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -80,7 +81,7 @@ impl Options {
 }
 
 /// Where the replica comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Mode {
     /// Founds a group of one in an empty directory. Refused in any other.
     Bootstrap,
@@ -90,7 +91,18 @@ pub enum Mode {
     Resume,
 }
 
-/// Why a replica did not start, or can't go on.
+impl fmt::Debug for Mode {
+    /// Without the token: options end up in logs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mode::Bootstrap => f.write_str("Bootstrap"),
+            Mode::Join { addr, .. } => f.debug_struct("Join").field("addr", addr).finish_non_exhaustive(),
+            Mode::Resume => f.write_str("Resume"),
+        }
+    }
+}
+
+/// Why a replica did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(transparent)]
@@ -145,7 +157,7 @@ struct Parts {
     image_writer: Writer,
     stop_server: oneshot::Sender<()>,
     runtime: Runtime,
-    _home: Arc<Home>,
+    home: Arc<Home>,
 }
 
 impl Replica {
@@ -270,7 +282,7 @@ impl Replica {
         if let Err(err) = tokio::time::timeout(HAND_OVER, self.transfer(None)).await.unwrap_or(Ok(())) {
             tracing::debug!(%err, "no leadership was handed over");
         }
-        let Parts { image_writer, stop_server, runtime, _home } = parts;
+        let Parts { image_writer, stop_server, runtime, home } = parts;
         // The log stops waiting for a full disk: nothing of it was acknowledged.
         self.inner.log.give_up_waiting();
         let raft = self.inner.raft.clone();
@@ -282,19 +294,19 @@ impl Replica {
         end(move || {
             image_writer.finish();
             runtime.shutdown_timeout(HAND_OVER);
-            drop(_home);
+            drop(home);
         })
         .await;
     }
 
     /// Stops at once, as if the process were killed: nothing is handed over, nothing is written any more. For tests of what survives.
     pub async fn abort(&self) {
-        let Some(Parts { image_writer, stop_server, runtime, _home }) = self.take_parts() else { return };
+        let Some(Parts { image_writer, stop_server, runtime, home }) = self.take_parts() else { return };
         end(move || {
             drop(image_writer);
             drop(stop_server);
             runtime.shutdown_timeout(HAND_OVER);
-            drop(_home);
+            drop(home);
         })
         .await;
     }
@@ -348,11 +360,14 @@ async fn join(
 impl Drop for Inner {
     fn drop(&mut self) {
         let parts = self.parts.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Parts { image_writer, stop_server, runtime, _home }) = parts {
+        if let Some(Parts { image_writer, stop_server, runtime, home }) = parts {
             drop(stop_server);
             runtime.shutdown_background();
             // Joining the image's thread may wait for a disk; whoever drops the last handle must not.
-            std::thread::spawn(move || drop(image_writer));
+            std::thread::spawn(move || {
+                drop(image_writer);
+                drop(home);
+            });
         }
     }
 }
@@ -495,7 +510,7 @@ impl Assembled {
             stop_server,
         } = self;
         let disk_full = log.disk_full();
-        let parts = Parts { image_writer, stop_server, runtime, _home: home };
+        let parts = Parts { image_writer, stop_server, runtime, home: home };
         let parts = Mutex::new(Some(parts));
         Replica {
             inner: Arc::new(Inner {
@@ -607,6 +622,7 @@ fn start_upkeep(raft: &Raft, shared: &Arc<Shared>, log: &Arc<Log>, home: &Arc<Ho
     tokio::spawn(upkeep::leave_office_when_full(raft.clone(), log.disk_full()));
     tokio::spawn(upkeep::note_membership(raft.clone(), home.clone(), identity));
     tokio::spawn(upkeep::report_death(raft.clone(), shared.clone()));
+    tokio::spawn(upkeep::stop_when_failed(raft.clone(), shared.clone()));
 }
 
 fn start_server(service: PeerService, listener: TcpListener) -> oneshot::Sender<()> {

@@ -3,6 +3,8 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use raft_node::door::{COMMAND_BYTES, ProposeError};
@@ -10,7 +12,7 @@ use raft_node::identity::{IdentityError, LOG_DIR};
 use raft_node::members::MemberError;
 use raft_node::replica::{Mode, Replica, StartError};
 use statemachine::{Command, Outcome, Reply};
-use support::{Group, SOON, Wire, session, until};
+use support::{Group, SOON, Wire, request_id, session, until};
 
 fn is_done(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Done(Reply::Stored(_)) | Outcome::Replayed(_))
@@ -142,6 +144,7 @@ async fn all_replicas_killed_resume_by_themselves() {
 async fn a_lone_leader_that_restarts_is_elected_again() {
     let mut group = Group::of(1).await;
     assert!(is_done(&group.open_session(1).await));
+    group.replica(0).read_index().await.expect("a group of one has its quorum");
     let term = group.replica(0).metrics().term;
     group.kill(0).await;
     group.resume(0).await;
@@ -331,4 +334,61 @@ async fn a_read_index_covers_what_was_acknowledged_before_it() {
         assert!(follower.state().sessions.len() as u64 > request, "the read sees request {request}");
     }
     group.stop_all().await;
+}
+
+/// Writers that keep proposing, a replica killed and started again each round: what was acknowledged is on every replica in the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acknowledged_writes_survive_kills_under_load() {
+    const ROUNDS: usize = 6;
+    const WRITERS: u64 = 8;
+    let mut group = Group::with(3, 1_000).await;
+    let mut acknowledged = BTreeSet::new();
+    for round in 0..ROUNDS {
+        let stop = Arc::new(AtomicBool::new(false));
+        let replicas: Vec<Replica> = group.running().map(|(_, replica)| replica.clone()).collect();
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|writer| {
+                let (replicas, stop) = (replicas.clone(), stop.clone());
+                let first = (round as u64 * WRITERS + writer) * 1_000_000;
+                tokio::spawn(write_until(replicas, stop, first))
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(400)).await;
+        // The leader twice as often as the others: its death is the harder one.
+        let leader = group.leader().await;
+        let victim = if round % 2 == 0 { leader } else { (leader + 1 + round / 2 % 2) % 3 };
+        group.kill(victim).await;
+        tokio::time::sleep(Duration::from_millis(900)).await;
+        stop.store(true, Ordering::Release);
+        for writer in writers {
+            acknowledged.extend(writer.await.expect("ran"));
+        }
+        drop(replicas);
+        group.resume(victim).await;
+        group.assert_equal().await;
+    }
+    assert!(acknowledged.len() > ROUNDS * 10, "{} acknowledged", acknowledged.len());
+    for (n, replica) in group.running() {
+        let state = replica.state();
+        let missing = acknowledged.iter().filter(|request| !state.requests.contains(&request_id(**request))).count();
+        assert_eq!(missing, 0, "replica {n} lacks {missing} of {} acknowledged writes", acknowledged.len());
+    }
+    group.stop_all().await;
+}
+
+async fn write_until(replicas: Vec<Replica>, stop: Arc<AtomicBool>, first: u64) -> Vec<u64> {
+    let mut acknowledged = Vec::new();
+    let mut request = first;
+    while !stop.load(Ordering::Acquire) {
+        match replicas.iter().find(|replica| replica.is_leader()) {
+            Some(leader) => match leader.propose(session(request)).await {
+                Ok((outcome, _)) if is_done(&outcome) => acknowledged.push(request),
+                Ok((outcome, _)) => panic!("request {request}: {outcome:?}"),
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            },
+            None => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+        request += 1;
+    }
+    acknowledged
 }

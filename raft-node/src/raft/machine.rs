@@ -298,7 +298,7 @@ impl Shared {
         let LeaderId { term, node_id } = entry.log_id.leader_id;
         live.state.set_applied(LogPosition { term, leader: node_id, index: entry.log_id.index });
         live.uncut_bytes += payload_len(entry);
-        if entry.log_id.index % DIGEST_EVERY == 0 {
+        if entry.log_id.index.is_multiple_of(DIGEST_EVERY) {
             let value = live.state.digest();
             self.digest.send_replace(Some(Digest { index: entry.log_id.index, value }));
         }

@@ -187,6 +187,14 @@ pub async fn note_membership(raft: Raft, home: Arc<Home>, identity: Identity) {
     }
 }
 
+/// Takes no part any more once this replica has failed: what it would say could differ from the others.
+pub async fn stop_when_failed(raft: Raft, shared: Arc<Shared>) {
+    let mut failed = shared.failed();
+    if failed.wait_for(|failed| failed.is_some()).await.is_ok() && raft.shutdown().await.is_err() {
+        tracing::warn!("Raft's core did not end in order");
+    }
+}
+
 /// Says so when openraft ends by itself: it met an error of the log or of the machine.
 pub async fn report_death(raft: Raft, shared: Arc<Shared>) {
     let mut metrics = raft.metrics();

@@ -113,10 +113,14 @@ fn a_bad_note_of_what_was_durable_is_no_reason_to_stop() {
 }
 
 fn store_of_many_segments() -> tempfile::TempDir {
+    store_of_many_segments_in_term(1)
+}
+
+fn store_of_many_segments_in_term(term: u64) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a directory");
     let log = open(dir.path(), &Options { segment_bytes: 4000, ..quiet() });
-    save_vote(&log, 1);
-    append(&log, records(0..100, 1, 200));
+    save_vote(&log, term);
+    append(&log, records(0..100, term, 200));
     drop(log);
     assert!(segments(dir.path()).len() > 4);
     dir
@@ -151,6 +155,29 @@ fn a_missing_segment_is_a_hole_and_refused() {
         assert!(error.contains("is in no segment"), "{error}");
         assert_eq!(segments(dir.path()), before, "a refusal changes nothing");
     }
+}
+
+#[test]
+fn a_segment_of_another_history_is_refused() {
+    let (dir, other) = (store_of_many_segments(), store_of_many_segments_in_term(2));
+    let (own, foreign) = (segments(dir.path())[2].clone(), segments(other.path())[2].clone());
+    std::fs::copy(foreign, &own).expect("copy");
+    let error = refused(dir.path(), &quiet());
+    assert_names(&error, &own, 16, 1);
+    assert!(error.to_string().contains("the segments before it end at"), "{error}");
+}
+
+#[test]
+fn damage_that_comes_later_is_seen_when_the_entry_is_read() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = open(dir.path(), &Options { tail_bytes: 0, ..quiet() });
+    append(&log, records(0..100, 1, 300));
+    let segment = last_segment(dir.path());
+    let at = std::fs::metadata(&segment).expect("the segment").len() / 2;
+    flip(&segment, at * 8);
+    let error = log.reader().read(0..100, usize::MAX).expect_err("damage");
+    assert_names(&error, &segment, at, 400);
+    assert_eq!(log.reader().read(0..10, usize::MAX).expect("read"), records(0..10, 1, 300));
 }
 
 #[test]

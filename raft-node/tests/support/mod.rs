@@ -32,7 +32,8 @@ struct JoinApi(Replica);
 #[tonic::async_trait]
 impl Cluster for JoinApi {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
-        let reply = StatusReply { replica_id: self.0.id(), cluster_id: self.0.cluster().to_string(), ..Default::default() };
+        let reply =
+            StatusReply { replica_id: self.0.id(), cluster_id: self.0.cluster().to_string(), ..Default::default() };
         Ok(Response::new(reply))
     }
 
@@ -246,12 +247,16 @@ impl Group {
     }
 }
 
-/// A command with an effect that shows: one session a request.
-pub fn session(request: u64) -> Cmd {
+pub fn request_id(request: u64) -> RequestId {
     let mut id = [0u8; 16];
     id[8..].copy_from_slice(&request.to_be_bytes());
+    RequestId(id)
+}
+
+/// A command with an effect that shows: one session a request.
+pub fn session(request: u64) -> Cmd {
     Cmd {
-        request: Some(RequestId(id)),
+        request: Some(request_id(request)),
         actor: "tests".to_owned(),
         body: Command::OpenSession { owner: format!("owner of {request}"), ttl_ms: 60_000 },
     }
@@ -309,7 +314,9 @@ fn init_tracing() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
         if std::env::var_os("ARES_TEST_LOG").is_some() {
-            let _ = tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_env("ARES_TEST_LOG")).try_init();
+            let _ = tracing_subscriber::fmt()
+                .with_env_filter(tracing_subscriber::EnvFilter::from_env("ARES_TEST_LOG"))
+                .try_init();
         }
     });
 }
