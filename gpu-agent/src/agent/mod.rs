@@ -7,6 +7,7 @@ pub mod core;
 pub mod cores;
 pub mod environment;
 pub mod fence;
+pub mod health;
 pub mod identity;
 pub mod launcher;
 pub mod lease;
@@ -112,7 +113,7 @@ pub enum Error {
     Exposed(SocketAddr),
     #[error("{0}")]
     Rights(String),
-    #[error("--gpus: {0}")]
+    #[error("{0}")]
     Gpus(String),
     #[error("the cluster refused this agent: {0}")]
     Refused(proto::Error),

@@ -10,7 +10,7 @@ use proto::client::{Client, Identity as Caller};
 use proto::v1;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
@@ -19,6 +19,7 @@ use super::attempts::Attempts;
 use super::core::{Action, Core, Event, Listing};
 use super::cores::Cores;
 use super::fence::{Fence, Found};
+use super::health;
 use super::identity::{Identity, hex};
 use super::launcher::{Launcher, Order, Setup};
 use super::logs::Logs;
@@ -28,10 +29,13 @@ use super::session::{PATIENCE, Session, Told, is_final};
 use super::shims::Shims;
 use super::{Error, Left, Options, environment, rights};
 use crate::clock::boot_ms;
+use crate::discovery::GpuBackend;
 use crate::shim::record::Containment;
 
 /// Messages of a session that wait for the loop.
 const INBOX: usize = 64;
+/// Between two tries to report the state of GPUs.
+const HEALTH_RETRY: Duration = Duration::from_secs(1);
 /// How long a leaving agent waits for its fence file.
 const FINISH: Duration = Duration::from_secs(5);
 
@@ -50,6 +54,16 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> Result<Lef
             }
             Some(event) = agent.inbox.recv() => Some(event),
             Some((generation, told)) = agent.from_session.recv() => agent.heard(generation, told),
+            () = agent.gpu_signal.notified() => {
+                agent.take_health();
+                None
+            }
+            Some(facts) = agent.health_back.recv() => {
+                // Not answered: told again at once, with the epoch as it is now.
+                agent.sick.extend(facts);
+                agent.report_health();
+                None
+            }
             Some(error) = agent.refused.recv() => return Err(Error::Refused(error)),
             () = tokio::time::sleep(wait) => Some(Event::Tick),
         };
@@ -86,6 +100,12 @@ struct Agent {
     generation: u64,
     /// For the log service.
     cluster: Arc<Mutex<String>>,
+    backend: Arc<dyn GpuBackend>,
+    gpu_signal: Arc<Notify>,
+    /// What was seen of GPUs and not reported yet.
+    sick: Vec<v1::GpuHealthFact>,
+    health_told: mpsc::UnboundedSender<Vec<v1::GpuHealthFact>>,
+    health_back: mpsc::UnboundedReceiver<Vec<v1::GpuHealthFact>>,
 }
 
 impl Agent {
@@ -98,7 +118,12 @@ impl Agent {
         }
         let identity = Identity::open(&options.dir)?;
         identity.check_cluster(&options.cluster)?;
-        let machine = machine::discover(options.gpus.as_deref()).map_err(Error::Gpus)?;
+        let name = options.name.clone().unwrap_or_else(host_name);
+        let (machine, backend) = machine::discover(options.gpus.as_deref(), &name, &identity).await?;
+        tracing::info!(source = %machine.source, gpus = machine.gpus.len(), "machine");
+        for note in &machine.notes {
+            tracing::warn!("{note}");
+        }
         let (user, refusal) = rights::of_jobs(&options)?;
         if let Some(why) = &refusal {
             tracing::warn!("{why}");
@@ -116,6 +141,7 @@ impl Agent {
         let (events, inbox) = mpsc::unbounded_channel();
         let (told, from_session) = mpsc::channel(INBOX);
         let (refusals, refused) = mpsc::channel(1);
+        let (health_told, health_back) = mpsc::unbounded_channel();
         let shims = Shims::new(events.clone());
         let mut core = Core::new((fence.content.incarnation, fence.content.index));
         let mut cores = Cores::new(machine.cpus_by_numa.clone());
@@ -125,7 +151,6 @@ impl Agent {
             tracing::info!(running, all, "attempts found");
         }
 
-        let name = options.name.clone().unwrap_or_else(host_name);
         let facts = v1::MachineFacts {
             address: format!("{host}:{}", address.port()),
             host: host.clone(),
@@ -188,6 +213,11 @@ impl Agent {
             session: None,
             generation: 0,
             cluster,
+            gpu_signal: backend.health_signal(),
+            backend,
+            sick: Vec::new(),
+            health_told,
+            health_back,
         })
     }
 
@@ -329,6 +359,42 @@ impl Agent {
         });
     }
 
+    /// What the driver told since the last time.
+    fn take_health(&mut self) {
+        for event in self.backend.drain_health() {
+            tracing::warn!(gpu = %event.gpu_uuid, what = ?event.what, meaning = event.judgement.meaning, "GPU");
+            let facts = health::facts(&event, &self.facts.gpus);
+            health::remember(&mut self.facts.gpus, &facts);
+            self.sick.extend(facts);
+        }
+        self.report_health();
+    }
+
+    /// Before the first registration nothing is told: it carries the GPUs' state itself.
+    fn report_health(&mut self) {
+        if self.sick.is_empty() || self.core.epoch() == 0 {
+            self.sick.clear();
+            return;
+        }
+        let facts = std::mem::take(&mut self.sick);
+        let (node_id, epoch) = (self.core.node_id(), self.core.epoch());
+        let (client, back) = (self.client.clone(), self.health_told.clone());
+        tokio::spawn(async move {
+            let request = v1::ReportHealthRequest { node_id, epoch, facts: facts.clone() };
+            match client.report_health(request).await {
+                Ok(_) => {}
+                Err(proto::Error::Refused { reason, message, .. }) if reason != proto::reason::EPOCH_STALE.name => {
+                    tracing::warn!(reason, message, "the state of GPUs was refused");
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the state of GPUs was not reported");
+                    tokio::time::sleep(HEALTH_RETRY).await;
+                    let _ = back.send(facts);
+                }
+            }
+        });
+    }
+
     async fn finish(&mut self) {
         self.session = None;
         let (done, finished) = blocking::channel();
@@ -359,7 +425,7 @@ fn registration(machine: &Machine, name: &str) -> v1::MachineFacts {
         name: name.to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         gpus: machine.gpus.clone(),
-        links: machine.links.clone(),
+        links: Some(machine.links.clone()),
         cores_by_numa: machine.cores_by_numa.clone(),
         mem_mib: machine.mem_mib,
         simulated: machine.simulated,

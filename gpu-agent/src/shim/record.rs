@@ -146,15 +146,25 @@ impl Pid {
         Self::of(number)
     }
 
-    pub fn of(number: i32) -> io::Result<Self> {
-        let stat = fs::read_to_string(format!("/proc/{number}/stat"))?;
-        // The command's name, in parentheses, may hold blanks and parentheses.
-        let start = stat.rsplit(')').next().and_then(|rest| rest.split_ascii_whitespace().nth(19)?.parse().ok());
-        Ok(Self { number, start: start.ok_or_else(|| io::Error::other(format!("/proc/{number}/stat: {stat:?}")))? })
+    fn of(number: i32) -> io::Result<Self> {
+        Self::look(number).map(|(pid, _)| pid)
     }
 
+    /// The process, and its state: `R`, `S`, `Z` ...
+    fn look(number: i32) -> io::Result<(Self, char)> {
+        let stat = fs::read_to_string(format!("/proc/{number}/stat"))?;
+        let parse = || {
+            // The command's name, in parentheses, may hold blanks and parentheses.
+            let mut rest = stat.rsplit(')').next()?.split_ascii_whitespace();
+            let state = rest.next()?.chars().next()?;
+            Some((Self { number, start: rest.nth(18)?.parse().ok()? }, state))
+        };
+        parse().ok_or_else(|| io::Error::other(format!("/proc/{number}/stat: {stat:?}")))
+    }
+
+    /// A zombie is dead: with an init of a PID namespace, so is everything in it.
     pub fn is_alive(&self) -> bool {
-        Self::of(self.number).is_ok_and(|now| now.start == self.start)
+        Self::look(self.number).is_ok_and(|(now, state)| now.start == self.start && !matches!(state, 'Z' | 'X'))
     }
 
     pub fn write(&self, dir: &Path) -> io::Result<()> {

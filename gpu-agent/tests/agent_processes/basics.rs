@@ -135,7 +135,7 @@ async fn a_job_runs_as_the_user_that_the_agent_names() {
     let leader = Leader::start().await;
     let mut site = Site::with("n1", &["as=nobody"]);
     site.start(&leader.addr);
-    leader.grant("n1", lease(32), &["sh", "-c", "id -un; touch here && ls; echo err > /dev/stderr"]);
+    leader.grant("n1", lease(32), &["sh", "-c", "id -un; touch here && ls; echo err >> /dev/stderr"]);
     let exits = leader.exits(32).await;
     assert_eq!(site.log(32, 0), "nobody\nhere\nerr\n");
     assert_eq!(exits[0].exit.as_ref().unwrap().code, 0);

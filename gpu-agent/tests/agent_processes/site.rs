@@ -165,6 +165,7 @@ pub fn agent_main(args: &[String]) -> i32 {
             "keep2" => options.keep_attempts = 2,
             word => match word.split_once('=') {
                 Some(("as", user)) => options.run_as = Some(user.to_owned()),
+                Some(("gpus", gpus)) => options.gpus = Some(gpus.to_owned()),
                 _ => panic!("{word}?"),
             },
         }
