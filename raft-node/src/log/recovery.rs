@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::fs::{FlockOperation, flock};
@@ -19,6 +20,10 @@ use super::view::{Place, View};
 use super::vote::{Found, VoteFiles};
 use super::witness::{Known, Witness};
 use super::{LogError, Options, Record, Vote};
+
+/// Together 300 ms.
+const LOCK_TRIES: u32 = 30;
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// An opened log: everything in it is durable.
 pub(super) struct Recovered {
@@ -55,14 +60,18 @@ pub(super) fn open(dir: &Path, options: &Options) -> Result<Recovered, LogError>
     commit(dir, plan, orphans, vote, lock)
 }
 
-/// Only one process may write here.
+/// Only one process may write here. Asks for a while: the last holder may be on its way out, and a process that it
+/// just forked has the lock too until its exec.
 fn lock(dir: &Path) -> Result<File, LogError> {
     let file = File::open(dir).map_err(LogError::io("open", dir))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(LogError::InUse { path: dir.to_owned() }),
-        Err(error) => Err(LogError::io("lock", dir)(error.into())),
+    for _ in 0..LOCK_TRIES {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(LOCK_PAUSE),
+            Err(error) => return Err(LogError::io("lock", dir)(error.into())),
+        }
     }
+    Err(LogError::InUse { path: dir.to_owned() })
 }
 
 /// The gapless run of newest segments, ascending, and the files below it: a purge removes the oldest first, but a
