@@ -341,6 +341,10 @@ impl Core {
         self.keeper.new_epoch();
         let mut told = listing.dead;
         told.retain(|token| self.parts.remove(token).is_some());
+        for token in &told {
+            // Remembered, so that a set that still has it does not start it again.
+            self.finish(*token, Vec::new(), now);
+        }
         for finished in listing.finished {
             if let Some(part) = self.parts.remove(&finished.token) {
                 self.finish(finished.token, part.exits(), now);

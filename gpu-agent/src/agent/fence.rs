@@ -208,6 +208,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn no_flipped_bit_is_taken_for_content(at in 0usize..4_096, bit in 0u8..8) {
             let mut content = Content { boot: "b".into(), max_token: 9, ..Content::default() };

@@ -16,7 +16,7 @@ use super::attempts::{Attempts, Kept};
 use super::core::{Event, Launch};
 use super::cores::Cores;
 use super::environment;
-use super::fence::{Fence, Live};
+use super::fence::{Fence, Live, Refusal};
 use super::part::Rank;
 use super::ports::Ports;
 use super::shims::Shims;
@@ -132,6 +132,9 @@ impl Launcher {
             return Err(Fault { node: false, why });
         }
         let lease = &launch.lease;
+        if self.attempts.dir(lease.token).exists() {
+            return Err(Fault { node: true, why: Refusal::StartedBefore { token: lease.token }.to_string() });
+        }
         self.fence.check(lease.token, &lease.gpu_uuids).map_err(|why| Fault { node: true, why: why.to_string() })
     }
 

@@ -176,6 +176,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         /// Whatever is acknowledged in whatever order, a deadline is the send time of an acknowledged heartbeat that
         /// named the token (or of the last acknowledged one at its start) plus its ttl.
         #[test]

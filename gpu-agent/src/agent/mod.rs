@@ -22,6 +22,9 @@ pub mod shims;
 
 mod run;
 
+#[cfg(test)]
+mod core_tests;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;

@@ -298,6 +298,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         /// Driven by its own wakes alone, with pages that may extend the lease, no rank is left unkilled at its deadline.
         #[test]
         fn no_rank_outlives_the_deadline_of_its_page(
