@@ -110,7 +110,7 @@ fn part(site: &Site, token: u64, kept: &Kept) -> io::Result<Option<Part>> {
         part.ranks[local as usize] = state;
     }
     part.port = kept.port;
-    part.open = kept.open || part.ranks.iter().any(|rank| *rank == Rank::Started);
+    part.open = kept.open || part.ranks.contains(&Rank::Started);
     Ok(Some(part))
 }
 

@@ -284,7 +284,7 @@ impl Core {
                     actions.push(Action::Connect);
                 }
             }
-            Event::FromLeader(message) => self.from_leader(message, now, actions),
+            Event::FromLeader(message) => self.hear(message, now, actions),
             Event::Bodies(bodies) => {
                 let missing = bodies.len() < self.fetching.len();
                 self.fetching.clear();
@@ -359,7 +359,7 @@ impl Core {
         actions.push(Action::Connect);
     }
 
-    fn from_leader(&mut self, message: v1::LeaderMessage, now: u64, actions: &mut Vec<Action>) {
+    fn hear(&mut self, message: v1::LeaderMessage, now: u64, actions: &mut Vec<Action>) {
         use v1::leader_message::What;
         match message.what {
             Some(What::Ack(ack)) if ack.epoch == self.epoch && ack.incarnation >= self.seen.0 => {

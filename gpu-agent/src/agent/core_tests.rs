@@ -384,7 +384,7 @@ impl World {
             7 => {
                 let token = *self.alive.keys().nth(pick % self.alive.len().max(1))?;
                 self.alive.remove(&token);
-                let rank = if pick % 4 == 0 { Rank::Vanished } else { ended(pick as i32 % 3) };
+                let rank = if pick.is_multiple_of(4) { Rank::Vanished } else { ended(pick as i32 % 3) };
                 Some(Event::Rank { token, local: 0, rank })
             }
             8 if !self.asked.is_empty() => Some(self.asked.remove(pick % self.asked.len())),
@@ -399,14 +399,14 @@ impl World {
             }
             10 if self.registering => {
                 self.registering = false;
-                if pick % 3 == 0 {
+                if pick.is_multiple_of(3) {
                     return Some(Event::RegisterFailed);
                 }
                 self.epoch += 1;
                 self.allowed.remove(&0);
                 Some(registered(self.epoch))
             }
-            11 => Some(if pick % 2 == 0 { Event::Connected } else { Event::Disconnected }),
+            11 => Some(if pick.is_multiple_of(2) { Event::Connected } else { Event::Disconnected }),
             _ => None,
         }
     }

@@ -18,6 +18,7 @@ tests![
     what_left_the_process_group_dies_with_its_shim,
     a_damaged_fence_file_is_told,
     a_superseded_agent_leaves_its_shims_alone,
+    an_agent_that_is_stopped_leaves_its_jobs_running,
     a_job_outlives_a_leader_that_goes_away,
 ];
 
@@ -175,6 +176,17 @@ async fn a_superseded_agent_leaves_its_shims_alone() {
     assert_eq!(site.left(), Some(0));
     assert!(site.shim(109, 0).is_alive());
     assert_eq!(with_argument("3600.109").len(), 1);
+}
+
+async fn an_agent_that_is_stopped_leaves_its_jobs_running() {
+    let leader = Leader::start().await;
+    let mut site = Site::new("n1");
+    run(&mut site, &leader, lease(111), "sleep 3600.111").await;
+    signal(site.agent_pid(), "TERM");
+    assert_eq!(site.left(), Some(0));
+    assert_eq!(with_argument("3600.111").len(), 1);
+    site.start(&leader.addr);
+    assert_eq!(leader.registered(2).await.running.len(), 1);
 }
 
 async fn a_job_outlives_a_leader_that_goes_away() {

@@ -19,6 +19,10 @@ tests![
     two_nodes_wait_at_the_barrier_and_start_together,
     a_gang_that_is_ended_behind_the_barrier_never_starts,
     old_attempts_are_removed_and_never_started_again,
+    many_attempts_of_one_set_start_together,
+    a_simulated_machine_registers_its_model_and_reports_its_faults,
+    ranks_are_pinned_on_a_real_machine,
+    a_second_agent_on_the_same_directory_is_refused,
 ];
 
 async fn a_one_rank_job_starts_ends_and_is_reported() {
@@ -230,4 +234,81 @@ async fn old_attempts_are_removed_and_never_started_again() {
     site.start(&leader.addr);
     let failed = leader.failure(51).await;
     assert!(failed.node_fault && failed.why.contains("not above"), "{failed:?}");
+}
+
+async fn many_attempts_of_one_set_start_together() {
+    const MANY: u64 = 40;
+    let leader = Leader::start().await;
+    let mut site = Site::new("n1");
+    site.start(&leader.addr);
+    leader.registered(1).await;
+    let began = Instant::now();
+    for token in 61..61 + MANY {
+        leader.grant("n1", lease(token), &["true"]);
+    }
+    for token in 61..61 + MANY {
+        assert_eq!(leader.exits(token).await[0].exit.as_ref().unwrap().code, 0);
+    }
+    let took = began.elapsed();
+    println!("    {MANY} attempts in {} ms", took.as_millis());
+}
+
+async fn a_simulated_machine_registers_its_model_and_reports_its_faults() {
+    let leader = Leader::start().await;
+    let mut site = Site::with("n1", &["root", "gpus=sim:hgx-h100"]);
+    site.start(&leader.addr);
+    let machine = leader.registered(1).await.machine.unwrap();
+    assert!(machine.simulated);
+    assert_eq!((machine.gpus.len(), machine.gpus[0].r#type.as_str()), (8, "h100"));
+    assert!(machine.links.unwrap().nvswitch);
+    leader.until("a heartbeat", |state| (state.heartbeats > 0).then_some(())).await;
+    say(&site, r#"{"do":"xid","gpu":2,"code":48}"#);
+    let fact = leader.until("a fact", |state| state.health.first().cloned()).await;
+    assert_eq!((fact.slot, fact.xid, fact.health.as_str(), fact.end_lease), (2, 48, "QUARANTINED", true));
+    assert_eq!(fact.gpu_uuid, machine.gpus[2].uuid);
+    // The machine is the same one over restarts of its agent.
+    site.kill_agent();
+    site.start(&leader.addr);
+    let again = leader.registered(2).await.machine.unwrap();
+    assert_eq!(again.gpus[2].uuid, machine.gpus[2].uuid);
+}
+
+fn say(site: &Site, line: &str) {
+    use std::io::{BufRead, BufReader, Write};
+    let socket = site.dir.path().join(gpu_agent::discovery::control::SOCKET);
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+    writeln!(stream, "{line}").unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    assert_eq!(answer, "ok\n");
+}
+
+async fn ranks_are_pinned_on_a_real_machine() {
+    let leader = Leader::start().await;
+    let mut site = Site::new("n1");
+    site.start(&leader.addr);
+    let machine = leader.registered(1).await.machine.unwrap();
+    if machine.cores_by_numa.iter().sum::<u32>() < 2 {
+        eprintln!("SKIPPED: ranks_are_pinned_on_a_real_machine: needs two CPUs");
+        return;
+    }
+    let mut one = vec![0; machine.cores_by_numa.len()];
+    one[machine.cores_by_numa.iter().position(|cores| *cores > 0).unwrap()] = 1;
+    leader.grant("n1", DesiredLease { cores_by_numa: one, ..lease(71) }, &["sh", "-c", "nproc"]);
+    leader.exits(71).await;
+    assert_eq!(site.log(71, 0), "1\n");
+}
+
+async fn a_second_agent_on_the_same_directory_is_refused() {
+    let leader = Leader::start().await;
+    let mut site = Site::new("n1");
+    site.start(&leader.addr);
+    leader.registered(1).await;
+    let second = std::process::Command::new("/proc/self/exe")
+        .args([crate::site::AGENT, &leader.addr, "n2"])
+        .arg(site.dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("InUse"), "{second:?}");
 }

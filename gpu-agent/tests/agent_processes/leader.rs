@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct State {
     pub registrations: Vec<v1::RegisterRequest>,
     pub reports: Vec<v1::ReportItem>,
+    pub health: Vec<v1::GpuHealthFact>,
     pub heartbeats: u64,
     pub muted: bool,
     pub supersede: bool,
@@ -217,8 +218,9 @@ impl Agents for Leader {
 
     async fn report_health(
         &self,
-        _: Request<v1::ReportHealthRequest>,
+        request: Request<v1::ReportHealthRequest>,
     ) -> Result<Response<v1::ReportHealthReply>, Status> {
+        self.state().health.extend(request.into_inner().facts);
         Ok(Response::new(v1::ReportHealthReply {}))
     }
 

@@ -171,7 +171,13 @@ pub fn agent_main(args: &[String]) -> i32 {
         }
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let left = runtime.block_on(gpu_agent::run(options, std::future::pending()));
+    let left = runtime.block_on(async {
+        let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()).unwrap();
+        gpu_agent::run(options, async move {
+            term.recv().await;
+        })
+        .await
+    });
     let _ = writeln!(std::io::stderr(), "agent left: {left:?}");
     match left {
         Ok(_) => 0,
