@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::StreamExt;
 use proto::v1;
 use proto::v1::peer_server::PeerServer;
 use statemachine::record::LogPosition;
@@ -630,12 +631,19 @@ fn start_server(service: PeerService, listener: TcpListener) -> oneshot::Sender<
     let service =
         PeerServer::new(service).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
     let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20);
+    // The builder's own setting is not for connections that are handed to it; without this, answers wait for the peer's ACKs.
+    let incoming = TcpListenerStream::new(listener).inspect(|stream| {
+        if let Ok(stream) = stream
+            && let Err(err) = stream.set_nodelay(true)
+        {
+            tracing::debug!(%err, "a connection keeps its delay");
+        }
+    });
     tokio::spawn(async move {
-        let serve = server.serve_with_incoming(service, TcpListenerStream::new(listener));
+        let serve = server.serve_with_incoming(service, incoming);
         tokio::select! {
             served = serve => if let Err(err) = served { tracing::error!(%err, "the peer server ended") },
             _ = stopped => {}
