@@ -2,7 +2,8 @@
 //! state as apply would at a submission, and one that writes cuts. Prints JSON.
 //!
 //! `cargo run --release -p statemachine --example image_rate -- [--replicas 3] [--seconds 20] [--rate 0] [--dir DIR]
-//! [--churn]`: rate 0 is as fast as it goes; with churn, jobs also end and leave memory when 50,000 are alive.
+//! [--churn] [--noise]`: rate 0 is as fast as it goes; with churn, jobs also end and leave memory when 50,000 are alive;
+//! with noise, their commands don't compress.
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "a measurement needs the clock")]
 
 use std::path::PathBuf;
@@ -38,6 +39,7 @@ fn main() {
     let report = serde_json::json!({
         "replicas": options.replicas,
         "churn": options.churn,
+        "noise": options.noise,
         "seconds": seconds,
         "jobs_per_s": slowest as f64 / seconds,
         "cuts": sum(|tally| tally.cuts),
@@ -48,7 +50,8 @@ fn main() {
         "disk_mb_per_s": (after.written - before.written) as f64 / 1e6 / seconds,
         "cpu_us_per_job": (after.cpu_us - before.cpu_us) as f64 / jobs as f64,
         "cores_used": (after.cpu_us - before.cpu_us) as f64 / 1e6 / seconds,
-        "apply_us_per_job": sum(|tally| tally.apply_us) as f64 / jobs as f64,
+        "cpu_us_per_job_apply": sum(|tally| tally.apply_us) as f64 / jobs as f64,
+        "cpu_us_per_job_writer": sum(|tally| tally.writer_us) as f64 / jobs as f64,
         "refused_ms": results.iter().map(|tally| tally.refused_ms).max(),
         "longest_cut_ms": results.iter().map(|tally| tally.longest_cut_ms).max(),
         "longest_digest_ms": results.iter().map(|tally| tally.longest_digest_ms).max(),
@@ -66,6 +69,7 @@ struct Tally {
     values: u64,
     bytes: u64,
     apply_us: u64,
+    writer_us: u64,
     refused_ms: u64,
     longest_cut_ms: u64,
     longest_digest_ms: u64,
@@ -96,6 +100,7 @@ fn replica(options: &Options, number: u64) -> Tally {
             let persisted = image.write(cut).expect("a working disk");
             let _ = to_apply.send((persisted, start.elapsed().as_millis() as u64));
         }
+        cpu_us("thread-self/stat")
     });
 
     let mut tally = Tally::default();
@@ -117,11 +122,9 @@ fn replica(options: &Options, number: u64) -> Tally {
             std::thread::sleep(Duration::from_millis(1));
             continue;
         }
-        let begin = Instant::now();
-        entry(&mut state, options.churn);
+        entry(&mut state, options);
         tally.jobs += ENTRY;
         state.digest_some(2_000);
-        tally.apply_us += begin.elapsed().as_micros() as u64;
         if state.meta.applied.index.is_multiple_of(1_024) {
             let begin = Instant::now();
             state.digest();
@@ -137,13 +140,14 @@ fn replica(options: &Options, number: u64) -> Tally {
     let (persisted, ms) = done.recv().expect("the writer is alive");
     tally.count(&persisted, ms);
     drop(to_image);
-    writer.join().expect("the writer's thread");
+    tally.apply_us = cpu_us("thread-self/stat");
+    tally.writer_us = writer.join().expect("the writer's thread");
     tally.image_bytes = std::fs::metadata(dir.join("image/db")).map_or(0, |db| db.len());
     tally
 }
 
 /// What an entry of submissions changes.
-fn entry(state: &mut State, churn: bool) {
+fn entry(state: &mut State, options: &Options) {
     state.meta.applied.index += 1;
     state.meta.clock_ms += 10;
     for _ in 0..ENTRY {
@@ -152,7 +156,7 @@ fn entry(state: &mut State, churn: bool) {
         let (id, rev) = (JobId(state.meta.next_job), state.meta.rev);
         let request = request_id(id.0);
         state.jobs.insert(id, Versioned { create_rev: rev, mod_rev: rev, version: 1, value: job(id, request, state) });
-        state.bodies.insert(id, body(id));
+        state.bodies.insert(id, body(id, options.noise));
         let stored = Request { body: u128::from(id.0) << 64, reply: StoredReply::Job(id), bucket: 3 };
         state.requests.insert(request, stored);
         state.index.requests.insert((3, request));
@@ -160,7 +164,7 @@ fn entry(state: &mut State, churn: bool) {
             let tenant = Tenant { name: "default".into(), parent: None, live_jobs: 1, body_bytes: 0, used_gpus: 0 };
             state.tenants.insert(TenantId(0), tenant);
         });
-        if churn && id.0 > ALIVE {
+        if options.churn && id.0 > ALIVE {
             archive(state, JobId(id.0 - ALIVE));
         }
     }
@@ -218,9 +222,17 @@ fn job(id: JobId, request: RequestId, state: &State) -> Job {
     }
 }
 
-/// A command of 300 bytes that doesn't repeat itself.
-fn body(id: JobId) -> Body {
-    let text: String = (0..30).map(|part| format!("{:010}", scramble(id.0 << 8 | part) % 10_000_000_000)).collect();
+/// A command of about 300 bytes: a path, flags, a number or two of its own; or, with `--noise`, nothing that repeats.
+fn body(id: JobId, noise: bool) -> Body {
+    let own = scramble(id.0);
+    let text = match noise {
+        true => (0..15).map(|part| format!("{:020}", scramble(id.0 << 8 | part))).collect(),
+        false => format!(
+            "cd /srv/projects/vision && exec python3 -m train.main --config configs/resnet50_imagenet.yaml --seed {own} \
+             --data /mnt/datasets/imagenet-2012/shards --output /mnt/results/vision/run-{id} --batch-size 256 \
+             --precision bf16 --resume latest --log-interval 50 --workers 8"
+        ),
+    };
     Body { argv: vec!["/bin/sh".into(), "-c".into(), text], env: Default::default(), cwd: String::new() }
 }
 
@@ -248,13 +260,14 @@ struct Options {
     seconds: u64,
     rate: u64,
     churn: bool,
+    noise: bool,
     dir: PathBuf,
 }
 
 impl Options {
     fn parse() -> Self {
         let temporary = std::env::temp_dir().join(format!("image-rate-{}", std::process::id()));
-        let mut options = Self { replicas: 3, seconds: 20, rate: 0, churn: false, dir: temporary };
+        let mut options = Self { replicas: 3, seconds: 20, rate: 0, churn: false, noise: false, dir: temporary };
         let mut words = std::env::args().skip(1);
         while let Some(word) = words.next() {
             let mut number = || words.next().and_then(|text| text.parse().ok()).expect("a number after the flag");
@@ -263,6 +276,7 @@ impl Options {
                 "--seconds" => options.seconds = number(),
                 "--rate" => options.rate = number(),
                 "--churn" => options.churn = true,
+                "--noise" => options.noise = true,
                 "--dir" => options.dir = words.next().expect("a path after --dir").into(),
                 other => panic!("unknown flag {other}"),
             }
@@ -293,16 +307,17 @@ impl Usage {
             let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
             line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).unwrap_or(0)
         };
-        let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-        let ticks: u64 = stat
-            .rsplit(')')
-            .next()
-            .map(|rest| rest.split_whitespace().skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum())
-            .unwrap_or(0);
         Self {
-            cpu_us: ticks * 10_000,
+            cpu_us: cpu_us("self/stat"),
             written: field("io", "write_bytes:"),
             resident_mb: field("status", "VmRSS:") / 1024,
         }
     }
+}
+
+/// User and system time of a process or thread.
+fn cpu_us(file: &str) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{file}")).unwrap_or_default();
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    after_name.split_whitespace().skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum::<u64>() * 10_000
 }
