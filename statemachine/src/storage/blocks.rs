@@ -31,6 +31,9 @@ pub(crate) struct Written {
     pub sha256: [u8; 32],
 }
 
+/// Gets (tag byte, key, canonical bytes) of a row.
+pub(crate) type EachRow<'a> = &'a mut dyn FnMut(u8, &[u8], &[u8]) -> Result<(), StorageError>;
+
 pub(crate) struct BlockWriter {
     path: PathBuf,
     file: BufWriter<File>,
@@ -95,11 +98,8 @@ fn crc(length: u32, payload: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// Calls `each` with (tag byte, key, canonical bytes) of every row; returns the trailer's check.
-pub(crate) fn read_rows(
-    path: &Path,
-    each: &mut dyn FnMut(u8, &[u8], &[u8]) -> Result<(), StorageError>,
-) -> Result<u128, StorageError> {
+/// Calls `each` with every row; returns the trailer's check.
+pub(crate) fn read_rows(path: &Path, each: EachRow) -> Result<u128, StorageError> {
     let mut file = BufReader::with_capacity(256 << 10, File::open(path).at(path, "open")?);
     let mut offset = 0u64;
     let mut head = [0u8; 8];

@@ -20,6 +20,9 @@ use crate::state::State;
 /// Job ids that share a value.
 pub(super) const GROUP: u64 = 64;
 
+/// Gets key and canonical bytes of a history row.
+pub(super) type EachHistoryRow<'a> = &'a mut dyn FnMut(HistoryKey, &[u8]) -> Result<(), StorageError>;
+
 /// Identity of a history row: its bucket, then its job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HistoryKey {
@@ -130,28 +133,24 @@ impl Image {
         Ok(rows.into_values().rev().take(limit).collect())
     }
 
-    /// Calls `each` with the stored rows of a bucket as (job, canonical bytes), job ids ascending.
-    pub(super) fn bucket_rows(
-        &self,
-        bucket: u32,
-        each: &mut dyn FnMut(JobId, &[u8]) -> Result<(), StorageError>,
-    ) -> Result<(), StorageError> {
+    /// Calls `each` with the stored rows of a bucket, job ids ascending.
+    pub(super) fn bucket_rows(&self, bucket: u32, each: EachHistoryRow) -> Result<(), StorageError> {
         let mut group: Vec<u8> = Vec::new();
-        let mut rows: BTreeMap<JobId, Vec<u8>> = BTreeMap::new();
+        let mut rows: BTreeMap<HistoryKey, Vec<u8>> = BTreeMap::new();
         self.store.scan(Tag::History, &bucket.to_be_bytes(), &mut |key, payload, _| {
             let this = key.get(..12).unwrap_or_default();
             if this != group {
                 group = this.to_vec();
-                std::mem::take(&mut rows).iter().try_for_each(|(job, bytes)| each(*job, bytes))?;
+                std::mem::take(&mut rows).iter().try_for_each(|(key, bytes)| each(*key, bytes))?;
             }
             for row in RowReader(&payload) {
                 let (key, bytes) = row.map_err(|text| self.damaged_row(text))?;
                 let key = HistoryKey::take(key).ok_or_else(|| self.damaged_row("a key is malformed"))?;
-                rows.insert(key.job, bytes.to_vec());
+                rows.insert(key, bytes.to_vec());
             }
             Ok(true)
         })?;
-        rows.iter().try_for_each(|(job, bytes)| each(*job, bytes))
+        rows.iter().try_for_each(|(key, bytes)| each(*key, bytes))
     }
 
     /// Stores rows given as (key, canonical bytes), all of one bucket and in the order of their ids; for a new image.

@@ -24,7 +24,7 @@ use self::manifest::hex;
 use super::blocks;
 use super::codec::{self, CodecError, StoredKey, Tag};
 use super::error::{At, Cause, StorageError};
-use super::history::HistoryKey;
+use super::history::{EachHistoryRow, HistoryKey};
 use super::rows;
 use super::store::sync_dir;
 use crate::event::Event;
@@ -151,10 +151,7 @@ impl Snapshot {
     }
 
     /// Calls `each` with the rows of every bucket of history, bucket by bucket, ids ascending.
-    pub(super) fn history(
-        &self,
-        each: &mut dyn FnMut(HistoryKey, &[u8]) -> Result<(), StorageError>,
-    ) -> Result<(), StorageError> {
+    pub(super) fn history(&self, each: EachHistoryRow) -> Result<(), StorageError> {
         for file in self.manifest.files.iter().filter(|file| file.name.starts_with("history-")) {
             let path = self.dir.join(&file.name);
             let mut sum = 0u128;

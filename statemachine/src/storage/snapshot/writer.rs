@@ -10,7 +10,7 @@ use super::super::image::Image;
 use super::super::rows;
 use super::manifest::{FileEntry, Manifest};
 use super::{Snapshot, SnapshotId};
-use crate::record::Bucket;
+use crate::record::{Bucket, HistoryRow};
 use crate::state::State;
 
 /// Writes a snapshot of `state` (a clone of the applied one) below `snapshots` and removes all but the newest two. The
@@ -77,39 +77,44 @@ fn place_bucket(
         return Ok(entry);
     }
     let path = dir.join(&name);
-    let mut file = BlockWriter::create(&path)?;
-    let (mut count, mut sum) = (0u64, 0u128);
-    let mut push = |key: HistoryKey, bytes: &[u8]| {
-        let key = key.bytes();
-        count += 1;
-        sum = sum.wrapping_add(codec::hash_row(Tag::History, &key, bytes));
-        file.push(Tag::History, &key, bytes)
-    };
-    let mut overlay = state.archived.values().filter(|row| row.bucket == bucket).peekable();
-    let mut bytes = Vec::new();
-    let mut push_overlay =
-        |below: Option<HistoryKey>, push: &mut dyn FnMut(HistoryKey, &[u8]) -> Result<(), StorageError>| {
-            while let Some(row) = overlay.next_if(|row| below.is_none_or(|below| HistoryKey::of(row) < below)) {
-                bytes.clear();
-                codec::canonical(row.as_ref(), &mut bytes);
-                push(HistoryKey::of(row), &bytes)?;
-            }
-            Ok::<(), StorageError>(())
-        };
-    image.bucket_rows(bucket, &mut |job, stored| {
+    let mut file = BucketFile { file: BlockWriter::create(&path)?, rows: 0, sum: 0 };
+    let mut unstored = state.archived.values().filter(|row| row.bucket == bucket).peekable();
+    image.bucket_rows(bucket, &mut |key, stored| {
         // The image may hold jobs that left memory after this state was cloned.
-        if state.ended_job(job).map(|(_, hour)| hour) != Some(bucket) || state.archived.contains_key(&job) {
+        if state.ended_job(key.job).map(|(_, hour)| hour) != Some(bucket) || state.archived.contains_key(&key.job) {
             return Ok(());
         }
-        let key = HistoryKey { bucket, job };
-        push_overlay(Some(key), &mut push)?;
-        push(key, stored)
+        while let Some(row) = unstored.next_if(|row| row.id < key.job) {
+            file.push_row(row)?;
+        }
+        file.push(key, stored)
     })?;
-    push_overlay(None, &mut push)?;
+    unstored.try_for_each(|row| file.push_row(row))?;
 
-    if (count, sum) != (sums.rows, sums.sum) {
-        tracing::warn!(bucket, found = count, expected = sums.rows, "history differs from its bucket");
+    if (file.rows, file.sum) != (sums.rows, sums.sum) {
+        tracing::warn!(bucket, found = file.rows, expected = sums.rows, "history differs from its bucket");
         return Err(StorageError { file: path, operation: "write", cause: Cause::Superseded { bucket } });
     }
-    Ok(FileEntry::new(&name, file.finish(sum)?))
+    Ok(FileEntry::new(&name, file.file.finish(file.sum)?))
+}
+
+struct BucketFile {
+    file: BlockWriter,
+    rows: u64,
+    sum: u128,
+}
+
+impl BucketFile {
+    fn push(&mut self, key: HistoryKey, canonical: &[u8]) -> Result<(), StorageError> {
+        let key = key.bytes();
+        self.rows += 1;
+        self.sum = self.sum.wrapping_add(codec::hash_row(Tag::History, &key, canonical));
+        self.file.push(Tag::History, &key, canonical)
+    }
+
+    fn push_row(&mut self, row: &HistoryRow) -> Result<(), StorageError> {
+        let mut bytes = Vec::with_capacity(512);
+        codec::canonical(row, &mut bytes);
+        self.push(HistoryKey::of(row), &bytes)
+    }
 }
