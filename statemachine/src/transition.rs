@@ -87,3 +87,63 @@ pub(crate) fn next(from: &Phase, by: By) -> Option<Next> {
         | (Phase::Ended { .. }, _) => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FACTS: CloseFacts = CloseFacts { stop: false, retry_left: true, excused_out: false, not_before_ms: 7 };
+    const AGAIN: Phase = Phase::Retrying { not_before_ms: 7 };
+
+    fn close(verdict: VerdictKind, facts: CloseFacts) -> (Phase, Option<Burn>, bool) {
+        let leased = Phase::Leased { token: Token(1) };
+        let next = next(&leased, By::Close { verdict, facts }).expect("a lease may always close");
+        (next.phase, next.burns, next.hold)
+    }
+
+    fn end(outcome: TaskOutcome) -> Phase {
+        Phase::Ended { outcome }
+    }
+
+    #[test]
+    fn nothing_happens_to_a_task_that_has_ended() {
+        let ended = end(TaskOutcome::Failed);
+        let close = By::Close { verdict: VerdictKind::Succeeded, facts: FACTS };
+        for by in [By::Grant { token: Token(2) }, By::Cancel, By::BackoffOver, close] {
+            assert_eq!(next(&ended, by), None);
+        }
+    }
+
+    #[test]
+    fn each_verdict_has_its_way_and_its_price() {
+        use VerdictKind::*;
+        assert_eq!(close(Succeeded, FACTS), (end(TaskOutcome::Succeeded), None, false));
+        assert_eq!(close(Cancelled, FACTS), (end(TaskOutcome::Cancelled), None, false));
+        assert_eq!(close(TimedOut, FACTS), (end(TaskOutcome::TimedOut), Some(Burn::Timeout), false));
+        assert_eq!(close(Failed, FACTS), (AGAIN, Some(Burn::Retry), false));
+        assert_eq!(close(LaunchJob, FACTS), (AGAIN, Some(Burn::Retry), false));
+        assert_eq!(close(LaunchNode, FACTS), (AGAIN, Some(Burn::Launch), false));
+        assert_eq!(close(GpuFault, FACTS), (AGAIN, Some(Burn::GpuFault), false));
+        assert_eq!(close(Lost, FACTS), (AGAIN, Some(Burn::Lost), false));
+        assert_eq!(close(Preempted, FACTS), (Phase::Pending, Some(Burn::Preempted), false));
+    }
+
+    #[test]
+    fn a_stop_overrides_no_result_but_every_way_back() {
+        use VerdictKind::*;
+        let stop = CloseFacts { stop: true, ..FACTS };
+        for verdict in [Failed, LaunchJob, LaunchNode, GpuFault, Lost, Preempted] {
+            assert_eq!(close(verdict, stop).0, end(TaskOutcome::Cancelled), "{verdict:?}");
+        }
+        assert_eq!(close(Succeeded, stop).0, end(TaskOutcome::Succeeded));
+        assert_eq!(close(TimedOut, stop).0, end(TaskOutcome::TimedOut));
+        assert_eq!(close(Failed, CloseFacts { retry_left: false, ..stop }).0, end(TaskOutcome::Failed));
+    }
+
+    #[test]
+    fn used_up_excuses_hold_the_job_and_failures_do_not() {
+        let out = CloseFacts { excused_out: true, ..FACTS };
+        assert_eq!(close(VerdictKind::Lost, out), (Phase::Pending, Some(Burn::Lost), true));
+        assert_eq!(close(VerdictKind::Failed, out), (AGAIN, Some(Burn::Retry), false));
+    }
+}

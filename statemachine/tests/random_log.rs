@@ -110,8 +110,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         3 => (0..3u8, 0..2u8, 0..5u8, any::<u8>(), any::<bool>(), any::<u64>()).prop_map(
             |(machine, boot, gpus, fate, fence_new, max_token)| {
                 // Most agents have seen little; a few claim the impossible.
-                let max_token = if max_token % 31 == 0 { max_token } else { max_token % 50 };
-                Op::Register { machine, boot, gpus, fate, fence_new: fence_new && fate % 4 == 0, max_token }
+                let max_token = if max_token.is_multiple_of(31) { max_token } else { max_token % 50 };
+                Op::Register { machine, boot, gpus, fate, fence_new: fence_new && fate.is_multiple_of(4), max_token }
             }
         ),
         12 => (any::<u8>(), 0..3u8, 0..8u8, any::<u8>(), any::<u8>())
@@ -175,7 +175,7 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
                 let shape = &state.jobs.get(&id)?.value.spec.shape;
                 let first = usize::from(*node);
                 let on: Vec<NodeId> = (0..usize::from(shape.nodes))
-                    .filter_map(|nth| (!nodes.is_empty()).then(|| nodes[(first + nth) % nodes.len()]))
+                    .filter_map(|nth| nodes.get((first + nth) % nodes.len().max(1)).copied())
                     .collect();
                 (!on.is_empty()).then(|| world.placement(id, &on))
             });
@@ -201,7 +201,7 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             let part = pick(&lease.parts, *part)?;
             Command::NodeSilent {
                 node: part.node,
-                epoch: if *twist == 0 { part.epoch + 1 } else { part.epoch },
+                epoch: state.nodes.get(&part.node)?.value.epoch + u64::from(*twist == 0),
                 tokens: vec![token, Token(u64::from(*twist))],
             }
         }
@@ -317,7 +317,7 @@ fn registration(state: &State, n: u8, boot: u8, gpus: u8, fate: u8, fence_new: b
             _ => {}
         }
     }
-    if fate % 6 == 0 {
+    if fate.is_multiple_of(6) {
         let gpus = register.gpus.iter().take(2).map(|gpu| gpu.uuid).collect();
         register.running.push(RunningPart { token: Token(3), job: JobId(2), gpus, started: true });
     }

@@ -68,8 +68,7 @@ impl Rejection {
 impl State {
     /// The state of a new cluster: one tenant, one queue, nothing else.
     pub fn new(cluster: [u8; 16], settings: Settings) -> Self {
-        let mut state = State::default();
-        state.meta = Meta {
+        let meta = Meta {
             cluster,
             next_job: 1,
             next_node: 1,
@@ -82,6 +81,7 @@ impl State {
             request_horizon_wall_ms: i64::MIN,
             ..Meta::default()
         };
+        let mut state = State { meta, ..State::default() };
         let tenant = Tenant { name: "default".into(), parent: None, live_jobs: 0, body_bytes: 0, used_gpus: 0 };
         state.tenants.insert(TenantId(0), tenant);
         state.queues.insert(QueueId(0), Queue { name: "default".into(), tenant: TenantId(0) });

@@ -91,10 +91,9 @@ fn check_parts(state: &State, shape: &crate::spec::Shape, parts: &[PlacePart]) -
             return Err(Rejection::new(Code::NoFit, format!("node {} is named twice", part.node)));
         }
         let (mask, gpu_type) = check_part(state, shape, part)?;
-        if let Some(gpu_type) = gpu_type {
-            if of_type.replace(gpu_type).is_some_and(|other| other != gpu_type) {
-                return Err(Rejection::new(Code::NoFit, "the parts' GPUs are of different types"));
-            }
+        let first = *of_type.get_or_insert(gpu_type);
+        if gpu_type != first {
+            return Err(Rejection::new(Code::NoFit, "the parts' GPUs are of different types"));
         }
         masks.push(mask);
     }

@@ -6,7 +6,7 @@
 //! | listed running | kept, in the new epoch |
 //! | listed finished | as a report of its exits and release |
 //! | listed dead, or the machine has booted since | released; LOST unless all ranks had exited |
-//! | not listed, only Held, same fence file | untouched: it may still start |
+//! | not listed, only Held, same fence file | kept for the new agent, which may still start it |
 //! | anything else | LOST, its GPUs taken until silence or an operator frees them |
 //!
 //! A running attempt without a live lease here is an orphan: its GPUs stay taken and its job on hold until it is gone.
@@ -410,12 +410,16 @@ fn keep(state: &mut State, token: Token, node: NodeId, started: bool) {
 }
 
 /// The agent does not know the part: its processes, if there are any, end at their deadline. A part that never left
-/// Held may still start, unless a new fence file can't say whether it did.
+/// Held may still start, unless a new fence file can't say whether it did. It is the new agent's then, which is asked
+/// for its life from now on: measured by the old agent's silence it could be freed while the new one starts it.
 fn leave_to_silence(state: &mut State, ctx: &mut Ctx<'_>, token: Token, node: NodeId, fence_new: bool) {
     let Some(lease) = state.leases.get(&token) else { return };
     let Some(part) = lease.value.parts.iter().find(|part| part.node == node) else { return };
-    if part.all_exited() || (part.state == PartState::Held && !fence_new) {
+    if part.all_exited() {
         return;
+    }
+    if part.state == PartState::Held && !fence_new {
+        return report::advance_part(state, token, node, PartState::Held);
     }
     let text = format!("{} registered without the attempt", state.node_name(node));
     // An older verdict stands.

@@ -24,6 +24,8 @@ const BODY_STRINGS: usize = 4_096;
 const MAX_JOB: u64 = 1 << 48;
 /// Longest backoff of a retry: a week.
 const MAX_BACKOFF_MS: u64 = 7 * 24 * 3_600_000;
+/// Longest time limit of an attempt: ten years.
+const MAX_LIMIT_MS: u64 = 10 * 365 * 24 * 3_600_000;
 const MULTIPLIER: std::ops::RangeInclusive<u32> = 1_000..=100_000;
 
 pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) -> Result<Reply, Rejection> {
@@ -113,6 +115,9 @@ fn check_fields(submit: &SubmitJob, settings: &Settings) -> Result<(), Rejection
     if spec.kill_grace_ms > spec.lease_ttl_ms / 4 {
         let limit = spec.lease_ttl_ms / 4;
         wrong.push(format!("kill_grace_ms is {}, the limit is {limit}, a quarter of the lease", spec.kill_grace_ms));
+    }
+    if spec.limit_ms > MAX_LIMIT_MS {
+        wrong.push(format!("limit_ms is {}, the limit is {MAX_LIMIT_MS}; 0 is no limit", spec.limit_ms));
     }
     check_retry(&mut wrong, &spec.retry);
     check_labels(&mut wrong, &spec.labels, settings);
