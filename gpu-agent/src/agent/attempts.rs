@@ -81,7 +81,8 @@ impl Attempts {
         let dir = self.rank_dir(token, rank);
         make_dir(&dir, 0o700)?;
         let lock = OpenOptions::new().create_new(true).read(true).write(true).open(dir.join(record::LOCK))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        // Waits: somebody who looks whether it is held holds it for a moment.
+        flock(&lock, FlockOperation::LockExclusive)?;
         Ok((dir, lock))
     }
 

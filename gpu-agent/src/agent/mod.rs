@@ -118,6 +118,9 @@ pub enum Error {
     Rights(String),
     #[error("{0}")]
     Gpus(String),
+    /// Jobs that run go on; a new agent takes over.
+    #[error("the launching thread ended: {0} attempts can't be started")]
+    Launcher(usize),
     #[error("the cluster refused this agent: {0}")]
     Refused(proto::Error),
 }

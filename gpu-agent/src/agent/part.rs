@@ -8,6 +8,9 @@ use proto::v1;
 
 use crate::shim::record::{Exit, Outcome};
 
+/// Longest explanation of a failed launch, in characters.
+const WHY_CHARS: usize = 500;
+
 /// One rank's process, as its shim and its records tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rank {
@@ -176,10 +179,18 @@ impl Part {
             }
             Say::Released => What::Released(v1::Released {}),
             Say::LaunchFailed { node_fault, why } => {
-                What::LaunchFailed(v1::LaunchFailed { node_fault: *node_fault, why: why.clone() })
+                What::LaunchFailed(v1::LaunchFailed { node_fault: *node_fault, why: shortened(why) })
             }
         };
         v1::ReportItem { token, what: Some(what) }
+    }
+}
+
+/// A command's name can be as long as a body.
+fn shortened(why: &str) -> String {
+    match why.char_indices().nth(WHY_CHARS) {
+        Some((at, _)) => format!("{} ...", &why[..at]),
+        None => why.to_owned(),
     }
 }
 

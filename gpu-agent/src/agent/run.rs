@@ -70,7 +70,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> Result<Lef
         let Some(event) = event else { continue };
         agent.note(&event)?;
         for action in agent.core.step(event, boot_ms()) {
-            if let Some(left) = agent.act(action) {
+            if let Some(left) = agent.act(action)? {
                 agent.finish().await;
                 return Ok(left);
             }
@@ -256,7 +256,7 @@ impl Agent {
         })
     }
 
-    fn act(&mut self, action: Action) -> Option<Left> {
+    fn act(&mut self, action: Action) -> Result<Option<Left>, Error> {
         match action {
             Action::Register(listing) => self.register(listing),
             Action::Connect => {
@@ -275,7 +275,11 @@ impl Agent {
             Action::Launch { set, launches } => {
                 let newest = launches.iter().map(|launch| launch.lease.token).max();
                 self.max_token = self.max_token.max(newest.unwrap_or(0));
-                let _ = self.orders.send(Order::Launch { set, launches });
+                if let Err(blocking::SendError(Order::Launch { launches, .. })) =
+                    self.orders.send(Order::Launch { set, launches })
+                {
+                    return Err(Error::Launcher(launches.len()));
+                }
             }
             Action::Extend { token, deadline } => self.shims.extend(token, deadline),
             Action::Open { token, master_addr, master_port } => {
@@ -287,9 +291,9 @@ impl Agent {
             Action::Forget(tokens) => {
                 let _ = self.orders.send(Order::Forget(tokens));
             }
-            Action::Leave(why) => return Some(Left::Superseded(why)),
+            Action::Leave(why) => return Ok(Some(Left::Superseded(why))),
         }
-        None
+        Ok(None)
     }
 
     fn message(&self, heartbeat: u64, tokens: Vec<u64>) -> v1::AgentMessage {

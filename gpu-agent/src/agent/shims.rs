@@ -71,6 +71,9 @@ impl Shims {
         let pidfd = unsafe { AsyncFd::register(pidfd) }?;
         let shim = Arc::new(Shim { control, pidfd, dir: dir.to_owned(), containment });
         self.lock().insert(key, shim.clone());
+        if rank == Rank::Waiting && shim.control.is_open() {
+            self.await_start(key, shim.clone());
+        }
         tokio::spawn(self.clone().watch(key, shim));
         Ok(rank)
     }
@@ -127,16 +130,21 @@ impl Shims {
             }
             shim.control.open_barrier();
             shim.wake();
-            let events = self.events.clone();
-            tokio::spawn(async move {
-                while shim.control.phase() == Phase::Waiting {
-                    tokio::time::sleep(START_POLL).await;
-                }
-                if shim.control.phase() == Phase::Started {
-                    let _ = events.send(Event::Rank { token: key.0, local: key.1, rank: Rank::Started });
-                }
-            });
+            self.await_start(key, shim);
         }
+    }
+
+    /// Tells when the rank has started; a rank that ends without is told by its watcher.
+    fn await_start(&self, key: Key, shim: Arc<Shim>) {
+        let shims = self.clone();
+        tokio::spawn(async move {
+            while matches!(shim.control.phase(), Phase::New | Phase::Waiting) && shims.lock().contains_key(&key) {
+                tokio::time::sleep(START_POLL).await;
+            }
+            if shim.control.phase() == Phase::Started {
+                let _ = shims.events.send(Event::Rank { token: key.0, local: key.1, rank: Rank::Started });
+            }
+        });
     }
 
     /// Deadline that the shims of an attempt have; `None` = none is alive.

@@ -29,6 +29,7 @@ use rustix::time::{
 
 use crate::clock::{boot_ms, wall_ms};
 use control::{Control, Phase, Stop};
+use rank::{Answer, Failure, Starting};
 use record::{Containment, Ended, Exit, Outcome, Spec};
 use watch::{Do, SIGTERM, Seen, Watch};
 
@@ -131,6 +132,7 @@ struct Shim {
     /// Dropped when the agent need not wait any longer.
     told: Option<OwnedFd>,
     rank: Option<Pid>,
+    starting: Option<Starting>,
     /// A person's signal to the shim itself is a stop as well.
     asked: bool,
 }
@@ -153,6 +155,7 @@ impl Shim {
             spec,
             told: Some(told),
             rank: None,
+            starting: None,
             asked: false,
         })
     }
@@ -161,7 +164,8 @@ impl Shim {
         loop {
             let page = self.page();
             self.step(page)?;
-            for seen in self.reap() {
+            self.look_at_start()?;
+            for seen in self.reap()? {
                 self.step(seen)?;
             }
             let Some(at) = self.watch.next_wake() else {
@@ -196,17 +200,33 @@ impl Shim {
     }
 
     fn start(&mut self) -> io::Result<()> {
-        match rank::spawn(&self.spec, &self.dir.join(record::LOG), self.late_environment()) {
-            Ok(pid) => {
-                self.rank = Some(pid);
+        match rank::start(&self.spec, &self.dir.join(record::LOG), self.late_environment()) {
+            Ok(starting) => {
+                self.rank = Some(starting.pid);
+                self.starting = Some(starting);
+                Ok(())
+            }
+            Err(failure) => self.fail(failure),
+        }
+    }
+
+    /// Whether the rank's process has become its command by now.
+    fn look_at_start(&mut self) -> io::Result<()> {
+        let Some(starting) = &self.starting else { return Ok(()) };
+        match starting.answer(&self.spec) {
+            Answer::NotYet => Ok(()),
+            Answer::Runs => {
+                self.starting = None;
                 self.ready(Phase::Started);
                 self.step(Seen::Started)
             }
-            Err(failure) => {
-                self.finish(Outcome::LaunchFailed { node_fault: failure.node_fault, why: failure.why })?;
-                std::process::exit(0)
-            }
+            Answer::Failed(failure) => self.fail(failure),
         }
+    }
+
+    fn fail(&mut self, failure: Failure) -> io::Result<()> {
+        self.finish(Outcome::LaunchFailed { node_fault: failure.node_fault, why: failure.why })?;
+        std::process::exit(0)
     }
 
     /// NAME=VALUE lines that the agent left when the barrier opened.
@@ -226,11 +246,13 @@ impl Shim {
         self.told = None;
     }
 
-    /// A disk that takes no record is asked again until the lease ends: then the attempt counts as lost.
+    /// A disk that takes no record is asked again until the lease ends: then the attempt counts as lost. A directory
+    /// that somebody removed takes none ever.
     fn finish(&mut self, outcome: Outcome) -> io::Result<()> {
         contain::dissolve(&self.spec.containment);
         while let Err(error) = record(&self.dir, outcome.clone()) {
-            if boot_ms() >= self.control.deadline() {
+            let removed = error.kind() == io::ErrorKind::NotFound;
+            if removed || boot_ms() >= self.control.deadline() {
                 return Err(error);
             }
             std::thread::sleep(RECORD_RETRY);
@@ -240,21 +262,23 @@ impl Shim {
     }
 
     /// Everything that ended since the last time.
-    fn reap(&mut self) -> Vec<Seen> {
+    fn reap(&mut self) -> io::Result<Vec<Seen>> {
         let mut seen = Vec::new();
         loop {
             let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, code)) => (pid, Exit { code, signal: 0 }),
                 Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, Exit { code: 0, signal: signal as i32 as u8 }),
-                Ok(WaitStatus::StillAlive) => return seen,
+                Ok(WaitStatus::StillAlive) => return Ok(seen),
                 Err(Errno::ECHILD) => {
                     seen.push(Seen::AllGone);
-                    return seen;
+                    return Ok(seen);
                 }
                 Ok(_) | Err(Errno::EINTR) => continue,
-                Err(_) => return seen,
+                Err(errno) => return Err(errno.into()),
             };
             if Some(pid) == self.rank {
+                // It may have said in its last moment that it could not become the command.
+                self.look_at_start()?;
                 seen.push(Seen::RankEnded(exit));
                 // Its number may be another process's from here on: the group is killed first.
                 contain::kill_all(&self.spec.containment, self.rank.take());
@@ -268,10 +292,11 @@ impl Shim {
         let value = Timespec { tv_sec: (at / 1_000) as i64, tv_nsec: (at % 1_000 * 1_000_000) as i64 };
         let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
         timerfd_settime(&self.timer, TimerfdTimerFlags::ABSTIME, &once)?;
-        let mut fds = [
+        let mut fds = vec![
             PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.timer.as_fd(), PollFlags::IN),
         ];
+        fds.extend(self.starting.iter().map(|starting| PollFd::new(starting, PollFlags::IN)));
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),

@@ -1,19 +1,21 @@
 //! Starting the rank's command: rights, directory, CPUs, output; and telling the job's faults from the node's when it
 //! can't be started.
 
+use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::fchown;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl;
-use nix::sys::signal::{SigSet, Signal};
-use nix::unistd::{Gid, Pid, Uid, setgid, setgroups, setsid, setuid};
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::unistd::{ForkResult, Gid, Pid, Uid, execvpe, fork, setgid, setgroups, setsid, setuid};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::chdir;
 
 use super::record::{Containment, Spec};
 
@@ -24,62 +26,144 @@ pub struct Failure {
     pub why: String,
 }
 
-/// How far the child had come when it failed; one byte each through a pipe.
+/// How far the child had come when it failed.
 const STEP_RIGHTS: u8 = 1;
 const STEP_DIRECTORY: u8 = 2;
 const STEP_EXEC: u8 = 3;
 
-/// Starts the command in a session of its own, its output appended to `log`. `late` comes on top of the spec's
-/// environment (what was only known when the barrier opened).
-pub fn spawn(spec: &Spec, log: &Path, late: Vec<(String, String)>) -> Result<Pid, Failure> {
+/// A rank's process on its way to its command.
+pub struct Starting {
+    pub pid: Pid,
+    /// Ends empty once the command runs; carries step and errno when it can't.
+    answer: OwnedFd,
+}
+
+/// What became of a start.
+pub enum Answer {
+    /// The command, or its directory, is not there yet: a network file system can take long.
+    NotYet,
+    Runs,
+    Failed(Failure),
+}
+
+/// Makes the rank's process, in a session of its own, its output appended to `log`. `late` comes on top of the spec's
+/// environment (what was only known when the barrier opened). It does not wait for the command to run: the deadline must
+/// be kept meanwhile.
+pub fn start(spec: &Spec, log: &Path, late: Vec<(String, String)>) -> Result<Starting, Failure> {
     let node = |what: &str| {
         let what = what.to_owned();
         move |error: io::Error| Failure { node_fault: true, why: format!("{what}: {error}") }
     };
-    let program = spec.argv.first().ok_or_else(|| Failure { node_fault: false, why: "argv is empty".into() })?;
-    let out = open_log(spec, log).map_err(node(&format!("log {}", log.display())))?;
-    let err = out.try_clone().map_err(node("log"))?;
-    let (seen, told) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| node("pipe")(e.into()))?;
+    let image = Image::of(spec, late)?;
+    let output = open_log(spec, log).map_err(node(&format!("log {}", log.display())))?;
     let cgroup = open_cgroup(&spec.containment).map_err(node("cgroup"))?;
-
-    let mut command = Command::new(program);
-    command.args(&spec.argv[1..]).env_clear().envs(spec.env.iter().cloned()).envs(late);
-    command.stdin(Stdio::null()).stdout(out).stderr(err);
-    let child = Child { spec: spec.clone(), told, cgroup, cpus: cpu_set(&spec.cpus), groups: groups(spec) };
-    // SAFETY: the closure makes system calls only, on values made before the fork; it allocates nothing.
-    unsafe { command.pre_exec(move || child.prepare()) };
-    let spawned = command.spawn();
-    // Closes the parent's end of the steps' pipe, so that reading it ends.
-    drop(command);
-    match spawned {
-        Ok(child) => Ok(Pid::from_raw(child.id() as i32)),
-        Err(error) => Err(judge(spec, program, last_step(&seen), &error)),
+    let (answer, told) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|e| node("pipe")(e.into()))?;
+    let child = Child { spec, image, output, cgroup, cpus: cpu_set(&spec.cpus), groups: groups(spec) };
+    // SAFETY: this process has one thread.
+    match unsafe { fork() } {
+        Ok(ForkResult::Parent { child }) => Ok(Starting { pid: child, answer }),
+        Ok(ForkResult::Child) => {
+            let (step, errno) = child.become_the_command();
+            let mut bytes = vec![step];
+            bytes.extend((errno as i32).to_ne_bytes());
+            let _ = rustix::io::write(&told, &bytes);
+            // No destructor of the shim's runs here.
+            // SAFETY: ends the process.
+            unsafe { nix::libc::_exit(127) }
+        }
+        Err(errno) => Err(node("fork")(errno.into())),
     }
 }
 
-struct Child {
-    spec: Spec,
-    told: std::os::fd::OwnedFd,
+impl Starting {
+    pub fn answer(&self, spec: &Spec) -> Answer {
+        let mut bytes = [0; 5];
+        match rustix::io::read(&self.answer, &mut bytes) {
+            Ok(0) => Answer::Runs,
+            Ok(_) => {
+                let [step, errno @ ..] = bytes;
+                Answer::Failed(judge(spec, step, Errno::from_raw(i32::from_ne_bytes(errno))))
+            }
+            Err(_) => Answer::NotYet,
+        }
+    }
+}
+
+impl AsFd for Starting {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.answer.as_fd()
+    }
+}
+
+/// The command as the kernel takes it.
+struct Image {
+    argv: Vec<CString>,
+    env: Vec<CString>,
+    path: String,
+}
+
+impl Image {
+    fn of(spec: &Spec, late: Vec<(String, String)>) -> Result<Self, Failure> {
+        let job = |why: &str| Failure { node_fault: false, why: why.to_owned() };
+        let text = |text: String| CString::new(text).map_err(|_| job("command or environment holds a NUL character"));
+        if spec.argv.is_empty() {
+            return Err(job("argv is empty"));
+        }
+        let mut env: BTreeMap<String, String> = spec.env.iter().cloned().collect();
+        env.extend(late);
+        Ok(Self {
+            argv: spec.argv.iter().cloned().map(text).collect::<Result<_, _>>()?,
+            path: env.get("PATH").cloned().unwrap_or_default(),
+            env: env.into_iter().map(|(name, value)| text(format!("{name}={value}"))).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+struct Child<'a> {
+    spec: &'a Spec,
+    image: Image,
+    output: File,
     cgroup: Option<File>,
     cpus: Option<CpuSet>,
     groups: Vec<Gid>,
 }
 
-impl Child {
-    /// Runs between fork and exec.
-    fn prepare(&self) -> io::Result<()> {
-        self.tell(STEP_RIGHTS);
+impl Child<'_> {
+    /// Returns only when it failed.
+    fn become_the_command(&self) -> (u8, Errno) {
+        if let Err(errno) = self.take_rights() {
+            return (STEP_RIGHTS, errno);
+        }
+        if !self.spec.own_cwd
+            && let Err(error) = chdir(&self.spec.cwd)
+        {
+            return (STEP_DIRECTORY, errno(error));
+        }
+        // The search for the command is by the job's PATH.
+        // SAFETY: this process has one thread.
+        unsafe { std::env::set_var("PATH", &self.image.path) };
+        match execvpe(&self.image.argv[0], &self.image.argv, &self.image.env) {
+            Err(errno) => (STEP_EXEC, errno),
+            Ok(never) => match never {},
+        }
+    }
+
+    fn take_rights(&self) -> nix::Result<()> {
         setsid()?;
+        // SAFETY: no handler is installed, the default is.
+        unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
         SigSet::empty().thread_set_mask()?;
-        if let Some(mut procs) = self.cgroup.as_ref() {
-            procs.write_all(b"0")?;
+        rustix::stdio::dup2_stdout(&self.output).map_err(errno)?;
+        rustix::stdio::dup2_stderr(&self.output).map_err(errno)?;
+        if let Some(procs) = &self.cgroup {
+            rustix::io::write(procs, b"0").map_err(errno)?;
         }
         if let Some(cpus) = &self.cpus {
             // Not permitted, or a cpuset without these CPUs: then unpinned.
             let _ = sched_setaffinity(Pid::from_raw(0), cpus);
         }
         if self.spec.own_cwd {
-            std::env::set_current_dir(&self.spec.cwd)?;
+            chdir(&self.spec.cwd).map_err(errno)?;
         }
         if let Some(user) = &self.spec.user {
             setgroups(&self.groups)?;
@@ -89,55 +173,38 @@ impl Child {
         if !matches!(self.spec.containment, Containment::PidNamespace { .. }) {
             prctl::set_pdeathsig(Signal::SIGKILL)?;
         }
-        if !self.spec.own_cwd {
-            self.tell(STEP_DIRECTORY);
-            std::env::set_current_dir(&self.spec.cwd)?;
-        }
-        self.tell(STEP_EXEC);
         Ok(())
     }
-
-    fn tell(&self, step: u8) {
-        let _ = rustix::io::write(&self.told, &[step]);
-    }
 }
 
-fn last_step(seen: impl AsFd) -> u8 {
-    let mut bytes = [0; 8];
-    match rustix::io::read(seen, &mut bytes) {
-        Ok(n) if n > 0 => bytes[n - 1],
-        _ => 0,
-    }
+fn errno(error: rustix::io::Errno) -> Errno {
+    Errno::from_raw(error.raw_os_error())
 }
 
-fn judge(spec: &Spec, program: &str, step: u8, error: &io::Error) -> Failure {
-    let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
+fn judge(spec: &Spec, step: u8, errno: Errno) -> Failure {
+    let program = spec.argv.first().map_or("", String::as_str);
+    let error = io::Error::from(errno);
     let job = |why: String| Failure { node_fault: false, why };
     match (step, errno) {
         (STEP_DIRECTORY, _) => job(format!("directory {}: {error}", spec.cwd.display())),
-        (STEP_EXEC, Errno::ENOENT) => {
+        (STEP_EXEC, Errno::ENOENT | Errno::EACCES) if errno == Errno::ENOENT || !is_in_path(spec, program) => {
             job(format!("command {program:?} not found (or, for a script, the interpreter that it names)"))
         }
         (STEP_EXEC, Errno::E2BIG) => job(format!("arguments and environment of {program:?} are too large: {error}")),
         (
             STEP_EXEC,
-            Errno::EACCES
-            | Errno::EPERM
-            | Errno::ENOTDIR
-            | Errno::EISDIR
-            | Errno::ELOOP
-            | Errno::ENOEXEC
-            | Errno::ENAMETOOLONG
-            | Errno::ETXTBSY
-            | Errno::EINVAL
-            | Errno::ELIBBAD,
+            Errno::EACCES | Errno::EPERM | Errno::ENOTDIR | Errno::EISDIR | Errno::ELOOP | Errno::ENOEXEC
+            | Errno::ENAMETOOLONG | Errno::ETXTBSY | Errno::EINVAL | Errno::ELIBBAD,
         ) => job(format!("command {program:?} can't be executed: {error}")),
-        (_, _) if error.kind() == io::ErrorKind::InvalidInput => {
-            job(format!("command or environment holds a NUL character: {error}"))
-        }
         (STEP_EXEC, _) => Failure { node_fault: true, why: format!("starting {program:?}: {error}") },
         _ => Failure { node_fault: true, why: format!("preparing the rank's process: {error}") },
     }
+}
+
+/// A directory of PATH that may not be searched makes a missing command look forbidden.
+fn is_in_path(spec: &Spec, program: &str) -> bool {
+    let path = spec.env.iter().find(|(name, _)| name == "PATH").map_or("", |(_, path)| path);
+    program.contains('/') || path.split(':').any(|dir| Path::new(dir).join(program).exists())
 }
 
 /// The log belongs to the rank's user, so that a script may write to /dev/stderr by name.

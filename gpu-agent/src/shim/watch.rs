@@ -39,6 +39,7 @@ pub enum Do {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Waiting,
+    /// Its process is there, its command does not run yet.
     Starting,
     Running,
     /// Signalled; killed at `kill_at` or at the deadline.
@@ -85,8 +86,11 @@ impl Watch {
         match seen {
             Seen::Page { deadline, stop, open } => self.page(deadline, stop, open, now),
             Seen::Started => {
-                self.stage = Stage::Running;
-                self.limit_at = (self.limit_ms > 0).then(|| now.saturating_add(self.limit_ms));
+                // One that was killed on its way to its command stays killed.
+                if self.stage == Stage::Starting {
+                    self.stage = Stage::Running;
+                    self.limit_at = (self.limit_ms > 0).then(|| now.saturating_add(self.limit_ms));
+                }
                 Vec::new()
             }
             Seen::RankEnded(exit) => {
@@ -119,7 +123,11 @@ impl Watch {
                 self.stage = Stage::Starting;
                 vec![Do::Start]
             }
-            Stage::Running | Stage::Ending { .. } if now >= deadline => {
+            Stage::Starting if stop.is_some() => {
+                self.blame(Cause::Stopped);
+                self.kill(now)
+            }
+            Stage::Starting | Stage::Running | Stage::Ending { .. } if now >= deadline => {
                 self.blame(Cause::LeaseEnd);
                 self.kill(now)
             }
@@ -286,6 +294,21 @@ mod tests {
         assert_eq!(watch.step(shut(9_000, stop), 5), vec![Do::Record(Outcome::NeverStarted)]);
         let mut late = Watch::new(1_000, 0);
         assert_eq!(late.step(page(9_000), 9_000), vec![Do::Record(Outcome::NeverStarted)]);
+    }
+
+    #[test]
+    fn a_command_that_can_not_be_loaded_in_time_is_killed_before_it_runs() {
+        let mut watch = Watch::new(1_000, 0);
+        watch.step(page(9_000), 0);
+        assert_eq!(watch.next_wake(), Some(9_000));
+        assert_eq!(watch.step(page(9_000), 9_000), vec![Do::KillAll]);
+        assert_eq!(watch.step(Seen::Started, 9_001), vec![]);
+        watch.step(Seen::RankEnded(KILLED), 9_002);
+        let record = Do::Record(Outcome::Exited { exit: KILLED, cause: Cause::LeaseEnd });
+        assert_eq!(watch.step(Seen::AllGone, 9_003), vec![record]);
+        let mut stopped_early = Watch::new(1_000, 0);
+        stopped_early.step(page(9_000), 0);
+        assert_eq!(stopped_early.step(stopped(9_000, 500), 10), vec![Do::KillAll]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use proto::v1::{DesiredLease, report_item::What};
 
 use crate::leader::{Leader, lease, said};
-use crate::site::{Site, is_alive, is_root, signal, until, with_argument};
+use crate::site::{Site, is_alive, signal, until, with_argument};
 use crate::tests;
 
 tests![
@@ -14,6 +14,7 @@ tests![
     an_end_that_was_acknowledged_is_told_again_at_registrations,
     agent_and_shims_killed_is_dead_at_the_next_registration,
     agent_and_shims_killed_without_namespaces_is_dead_once_seen_so,
+    agent_and_shims_killed_under_a_control_group_is_dead_once_seen_so,
     a_shim_that_is_killed_is_told_by_a_registration_and_its_gang_ends,
     what_left_the_process_group_dies_with_its_shim,
     a_damaged_fence_file_is_told,
@@ -100,6 +101,14 @@ async fn agent_and_shims_killed_without_namespaces_is_dead_once_seen_so() {
     killed_together(Site::with("n1", &["root", "weak"]), 105).await;
 }
 
+async fn agent_and_shims_killed_under_a_control_group_is_dead_once_seen_so() {
+    if gpu_agent::shim::contain::own_cgroup().is_none() {
+        eprintln!("SKIPPED: agent_and_shims_killed_under_a_control_group: no control group (v2) may be made here");
+        return;
+    }
+    killed_together(Site::with("n1", &["root", "cgroup"]), 112).await;
+}
+
 async fn killed_together(mut site: Site, token: u64) {
     let leader = Leader::start().await;
     let word = format!("3600.{token}");
@@ -134,12 +143,14 @@ async fn a_shim_that_is_killed_is_told_by_a_registration_and_its_gang_ends() {
 }
 
 async fn what_left_the_process_group_dies_with_its_shim() {
-    if !is_root() {
-        eprintln!("SKIPPED: what_left_the_process_group_dies_with_its_shim: needs PID namespaces (root)");
-        return;
-    }
     let leader = Leader::start().await;
     let mut site = Site::new("n1");
+    site.start(&leader.addr);
+    if leader.registered(1).await.machine.unwrap().kill != "pidns" {
+        eprintln!("SKIPPED: what_left_the_process_group_dies_with_its_shim: PID namespaces are not permitted here");
+        return;
+    }
+    site.kill_agent();
     // A daemon: in a session of its own, without the environment that would tell of its attempt.
     run(&mut site, &leader, lease(107), "setsid env -i sleep 3600.107 & sleep 3600.107").await;
     until("both sleep", || with_argument("3600.107").len() == 2).await;

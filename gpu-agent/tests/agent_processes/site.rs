@@ -50,10 +50,10 @@ impl Site {
 
     /// Its exit code, once it left by itself.
     pub fn left(&mut self) -> Option<i32> {
-        let mut agent = self.agent.take().unwrap();
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(20) {
-            if let Some(status) = agent.try_wait().unwrap() {
+            if let Some(status) = self.agent.as_mut().unwrap().try_wait().unwrap() {
+                self.agent = None;
                 return status.code();
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -162,6 +162,9 @@ pub fn agent_main(args: &[String]) -> i32 {
         match word.as_str() {
             "root" => options.allow_root_jobs = true,
             "weak" => options.containment = Some(Containment::Weak),
+            "cgroup" => {
+                options.containment = gpu_agent::shim::contain::own_cgroup().map(Containment::Cgroup);
+            }
             "keep2" => options.keep_attempts = 2,
             word => match word.split_once('=') {
                 Some(("as", user)) => options.run_as = Some(user.to_owned()),
