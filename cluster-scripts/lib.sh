@@ -1,11 +1,13 @@
 # shellcheck shell=bash
-# What the scripts of a local cluster share: where it lives, which processes are its own, and how they are started and stopped. Sourced, never run.
+# What the scripts of a local cluster share: where it lives, which processes are its own, and how they are started and stopped.
+# Sourced, never run.
 #
 #   DIR/env             to source: addresses, cluster id, join token, PATH
 #   DIR/rN/             a replica: data/ (its own), log, pid
 #   DIR/agents/NAME/    an agent: data/ (its own, with the output of jobs), log, pid, start (how it was started)
 #
-# A pid file holds the process's start time and the machine's boot id beside its number: a number that another process has by now is never signalled.
+# A pid file holds the process's start time and the machine's boot id beside its number: a number that another process has by now
+# is never signalled.
 # The scripts need bash, coreutils, util-linux (setsid, flock) and python3 (for JSON); no root, no network.
 set -euo pipefail
 
@@ -13,7 +15,8 @@ REPO=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 SCRIPTS=$REPO/cluster-scripts
 BOOT=$(</proc/sys/kernel/random/boot_id)
 
-# Below the ephemeral ports (32768 and up), so that no outgoing connection takes a stopped replica's port, and below those of MASTER_PORT (29500 and up).
+# Below the ephemeral ports (32768 and up), so that no outgoing connection takes a stopped replica's port, and below those of
+# MASTER_PORT (29500 and up).
 FIRST_PORT=20000
 LAST_PORT=29499
 
@@ -317,7 +320,8 @@ print(next((node["epoch"] for node in nodes if node["name"] == sys.argv[1] and n
 
 # Starts agent $1 as its file `start` says, and waits until it has registered.
 start_agent() (
-  local home=$AGENTS/$1 before
+  local home=$AGENTS/$1 before offset
+  offset=$(log_size "$home")
   local servers='' token='' mock=''
   local -a options=()
   # shellcheck disable=SC1091
@@ -329,7 +333,7 @@ start_agent() (
     return 0
   fi
   say "Agent $1 did not register; the end of $home/log:"
-  tail -n 5 -- "$home/log" >&2
+  log_since "$home" "$offset" | tail -n 5 >&2
   stop_all 5 "$home"
   return 1
 )
