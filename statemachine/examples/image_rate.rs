@@ -22,7 +22,6 @@ const ALIVE: u64 = 50_000;
 fn main() {
     let options = Options::parse();
     let before = Usage::now();
-    let start = Instant::now();
     let replicas: Vec<_> = (0..options.replicas)
         .map(|number| {
             let options = options.clone();
@@ -30,8 +29,16 @@ fn main() {
         })
         .collect();
     let results: Vec<Tally> = replicas.into_iter().map(|thread| thread.join().expect("a replica's thread")).collect();
-    let seconds = start.elapsed().as_secs_f64();
+    let seconds = results.iter().map(|tally| tally.seconds).fold(0.0, f64::max);
     let after = Usage::now();
+
+    let begin = Instant::now();
+    let last = LogPosition { index: u64::MAX, ..LogPosition::default() };
+    let recovered = storage::open(&options.dir.join("0"), LogBounds { purged: None, last: Some(last) });
+    let restart_ms = begin.elapsed().as_millis() as u64;
+    let mut restored = recovered.expect("a good image").state;
+    assert_eq!(restored.meta.next_job, results[0].jobs, "not the last cut");
+    assert_eq!(restored.digest(), restored.digest_from_scratch());
 
     let slowest = results.iter().map(|tally| tally.jobs).min().unwrap_or(0);
     let jobs: u64 = results.iter().map(|tally| tally.jobs).sum();
@@ -56,13 +63,17 @@ fn main() {
         "longest_cut_ms": results.iter().map(|tally| tally.longest_cut_ms).max(),
         "longest_digest_ms": results.iter().map(|tally| tally.longest_digest_ms).max(),
         "image_mb": results.iter().map(|tally| tally.image_bytes).sum::<u64>() as f64 / 1e6,
-        "resident_mb": after.resident_mb,
+        "peak_resident_mb": after.peak_mb,
+        "restart_ms": restart_ms,
+        "restart_jobs": restored.jobs.len(),
     });
     println!("{report:#}");
 }
 
 #[derive(Default)]
 struct Tally {
+    /// Until the last cut was on disk.
+    seconds: f64,
     jobs: u64,
     cuts: u64,
     records: u64,
@@ -139,6 +150,7 @@ fn replica(options: &Options, number: u64) -> Tally {
     to_image.send(state.cut()).expect("the writer is alive");
     let (persisted, ms) = done.recv().expect("the writer is alive");
     tally.count(&persisted, ms);
+    tally.seconds = start.elapsed().as_secs_f64();
     drop(to_image);
     tally.apply_us = cpu_us("thread-self/stat");
     tally.writer_us = writer.join().expect("the writer's thread");
@@ -297,7 +309,7 @@ impl Drop for Options {
 struct Usage {
     cpu_us: u64,
     written: u64,
-    resident_mb: u64,
+    peak_mb: u64,
 }
 
 impl Usage {
@@ -310,7 +322,7 @@ impl Usage {
         Self {
             cpu_us: cpu_us("self/stat"),
             written: field("io", "write_bytes:"),
-            resident_mb: field("status", "VmRSS:") / 1024,
+            peak_mb: field("status", "VmHWM:") / 1024,
         }
     }
 }
