@@ -511,7 +511,7 @@ impl Assembled {
             stop_server,
         } = self;
         let disk_full = log.disk_full();
-        let parts = Parts { image_writer, stop_server, runtime, home: home };
+        let parts = Parts { image_writer, stop_server, runtime, home };
         let parts = Mutex::new(Some(parts));
         Replica {
             inner: Arc::new(Inner {

@@ -7,11 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use proto::v1::ReadIndexRequest;
+use proto::v1::peer_client::PeerClient;
 use raft_node::door::{COMMAND_BYTES, ProposeError};
 use raft_node::identity::{IdentityError, LOG_DIR};
 use raft_node::members::MemberError;
 use raft_node::replica::{Mode, Replica, StartError};
 use statemachine::{Command, Outcome, Reply};
+use tonic::Code;
+
 use support::{Group, SOON, Wire, request_id, session, until};
 
 fn is_done(outcome: &Outcome) -> bool {
@@ -391,4 +395,27 @@ async fn write_until(replicas: Vec<Replica>, stop: Arc<AtomicBool>, first: u64) 
         request += 1;
     }
     acknowledged
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_from_another_cluster_or_for_another_replica_is_refused() {
+    let group = Group::of(1).await;
+    group.leader().await;
+    let replica = group.replica(0);
+    let url = format!("http://{}", replica.peer().peer_addr);
+    let call = |cluster: String, to: u64| {
+        let url = url.clone();
+        async move {
+            let mut client = PeerClient::connect(url).await.expect("connected");
+            let mut request = tonic::Request::new(ReadIndexRequest {});
+            request.metadata_mut().insert("ares-cluster", cluster.parse().expect("ASCII"));
+            request.metadata_mut().insert("ares-replica", to.into());
+            client.read_index(request).await.map_err(|status| status.code())
+        }
+    };
+    let (cluster, id) = (replica.cluster().to_string(), replica.id());
+    call(cluster.clone(), id).await.expect("the call of a peer");
+    assert_eq!(call("0".repeat(32), id).await.err(), Some(Code::FailedPrecondition));
+    assert_eq!(call(cluster, id ^ 1).await.err(), Some(Code::FailedPrecondition));
+    group.stop_all().await;
 }
