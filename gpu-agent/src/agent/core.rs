@@ -301,7 +301,9 @@ impl Core {
             Event::Launched { token, port, ranks } => {
                 if let Some(part) = self.parts.get_mut(&token) {
                     part.port = port;
-                    part.ranks = ranks;
+                    // A rank can end before the launch of its whole part is told: that stands.
+                    let launching = part.ranks.iter_mut().zip(ranks).filter(|(known, _)| known.is_alive());
+                    launching.for_each(|(known, rank)| *known = rank);
                 }
             }
             Event::Rank { token, local, rank } => {

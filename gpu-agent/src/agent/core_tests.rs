@@ -129,6 +129,22 @@ fn a_lease_is_fetched_launched_started_and_its_end_told() {
 }
 
 #[test]
+fn an_end_that_comes_before_its_launch_is_told_stands() {
+    let mut core = core();
+    core.step(desired(5, vec![v1::DesiredLease { ranks: 2, ..lease(7) }]), 1_000);
+    core.step(Event::Bodies(vec![body(7)]), 1_000);
+    assert_eq!(core.step(Event::Rank { token: 7, local: 0, rank: ended(0) }, 1_100), vec![]);
+    let launched = Event::Launched { token: 7, port: 1, ranks: vec![Rank::Started, Rank::Started] };
+    let told = items(&core.step(launched, 1_200));
+    assert!(matches!(told[0].what, Some(report_item::What::Started(_))), "{told:?}");
+    assert!(matches!(told[1].what, Some(report_item::What::Exited(_))), "{told:?}");
+    core.step(Event::Reported(vec![String::new(); 2]), 1_200);
+    let actions = core.step(Event::Rank { token: 7, local: 1, rank: ended(0) }, 1_300);
+    let Some(report_item::What::Exited(exited)) = items(&actions)[0].what.clone() else { panic!("{actions:?}") };
+    assert!(exited.released);
+}
+
+#[test]
 fn lower_desired_index_is_ignored() {
     let mut core = running(7);
     assert_eq!(core.step(desired(4, vec![]), 1_200), vec![]);
@@ -305,6 +321,10 @@ struct World {
     registering: bool,
 }
 
+fn is_of(event: &Event, of: u64) -> bool {
+    matches!(event, Event::Launched { token, .. } | Event::Rank { token, .. } if *token == of)
+}
+
 impl World {
     fn act(&mut self, actions: Vec<Action>) -> Result<(), TestCaseError> {
         for action in actions {
@@ -318,7 +338,14 @@ impl World {
                         prop_assert!(self.started.contains(&part.token), "said running, but never started");
                     }
                 }
-                Action::Heartbeat { number, .. } => self.beats.push((self.epoch, number, self.now)),
+                Action::Heartbeat { number, tokens } => {
+                    for token in tokens {
+                        let known =
+                            self.alive.contains_key(&token) || self.asked.iter().any(|event| is_of(event, token));
+                        prop_assert!(known, "token {token} is asked for, but gone");
+                    }
+                    self.beats.push((self.epoch, number, self.now));
+                }
                 Action::Fetch(jobs) => self.asked.push(Event::Bodies(jobs.into_iter().map(body).collect())),
                 Action::Launch { launches, .. } => {
                     for launch in launches {

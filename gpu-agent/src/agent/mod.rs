@@ -50,7 +50,8 @@ pub struct Options {
     pub name: Option<String>,
     /// Of the log service; port 0 = any free one.
     pub listen: SocketAddr,
-    /// Host by which others reach this machine; `None` = the address listened on.
+    /// Host by which others reach this machine; `None` = the address listened on, or the host's name when that is every
+    /// address.
     pub advertise: Option<String>,
     /// What `--gpus` said: `sim:NAME`, `sim:FILE`; `None` = what is here.
     pub gpus: Option<String>,

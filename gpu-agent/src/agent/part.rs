@@ -133,6 +133,10 @@ impl Part {
     /// All that the leader has not answered yet, in the order in which it happened.
     pub fn due(&self) -> Vec<Say> {
         let mut says = Vec::new();
+        if self.ranks.contains(&Rank::Launching) {
+            // One rank may have ended while another's shim is still being started: that comes after Started.
+            return says;
+        }
         if let Some((node_fault, why)) = self.failure()
             && !self.told.failed
         {

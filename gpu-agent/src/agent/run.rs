@@ -136,7 +136,11 @@ impl Agent {
         let attempts = Attempts::open(&identity.dir).map_err(Error::io("attempts' directory"))?;
         let cluster = Arc::new(Mutex::new(identity.cluster()));
         let address = serve_logs(&options, attempts.clone(), cluster.clone()).await?;
-        let host = options.advertise.clone().unwrap_or_else(|| options.listen.ip().to_string());
+        let host = options.advertise.clone().unwrap_or_else(|| match options.listen.ip() {
+            // Every address of the machine is no address to reach it by.
+            ip if ip.is_unspecified() => host_name(),
+            ip => ip.to_string(),
+        });
 
         let (events, inbox) = mpsc::unbounded_channel();
         let (told, from_session) = mpsc::channel(INBOX);

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
-use nix::unistd::{ForkResult, Gid, Pid, Uid, execvpe, fork, setgid, setgroups, setsid, setuid};
+use nix::unistd::{ForkResult, Gid, Pid, Uid, execvpe, fork, getppid, setgid, setgroups, setsid, setuid};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::chdir;
 
@@ -58,7 +58,8 @@ pub fn start(spec: &Spec, log: &Path, late: Vec<(String, String)>) -> Result<Sta
     let output = open_log(spec, log).map_err(node(&format!("log {}", log.display())))?;
     let cgroup = open_cgroup(&spec.containment).map_err(node("cgroup"))?;
     let (answer, told) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(|e| node("pipe")(e.into()))?;
-    let child = Child { spec, image, output, cgroup, cpus: cpu_set(&spec.cpus), groups: groups(spec) };
+    let child =
+        Child { spec, shim: Pid::this(), image, output, cgroup, cpus: cpu_set(&spec.cpus), groups: groups(spec) };
     // SAFETY: this process has one thread.
     match unsafe { fork() } {
         Ok(ForkResult::Parent { child }) => Ok(Starting { pid: child, answer }),
@@ -121,6 +122,7 @@ impl Image {
 
 struct Child<'a> {
     spec: &'a Spec,
+    shim: Pid,
     image: Image,
     output: File,
     cgroup: Option<File>,
@@ -172,6 +174,10 @@ impl Child<'_> {
         }
         if !matches!(self.spec.containment, Containment::PidNamespace { .. }) {
             prctl::set_pdeathsig(Signal::SIGKILL)?;
+            if getppid() != self.shim {
+                // The shim died before it could be noticed.
+                return Err(Errno::ESRCH);
+            }
         }
         Ok(())
     }
@@ -193,8 +199,16 @@ fn judge(spec: &Spec, step: u8, errno: Errno) -> Failure {
         (STEP_EXEC, Errno::E2BIG) => job(format!("arguments and environment of {program:?} are too large: {error}")),
         (
             STEP_EXEC,
-            Errno::EACCES | Errno::EPERM | Errno::ENOTDIR | Errno::EISDIR | Errno::ELOOP | Errno::ENOEXEC
-            | Errno::ENAMETOOLONG | Errno::ETXTBSY | Errno::EINVAL | Errno::ELIBBAD,
+            Errno::EACCES
+            | Errno::EPERM
+            | Errno::ENOTDIR
+            | Errno::EISDIR
+            | Errno::ELOOP
+            | Errno::ENOEXEC
+            | Errno::ENAMETOOLONG
+            | Errno::ETXTBSY
+            | Errno::EINVAL
+            | Errno::ELIBBAD,
         ) => job(format!("command {program:?} can't be executed: {error}")),
         (STEP_EXEC, _) => Failure { node_fault: true, why: format!("starting {program:?}: {error}") },
         _ => Failure { node_fault: true, why: format!("preparing the rank's process: {error}") },

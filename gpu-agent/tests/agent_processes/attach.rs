@@ -5,7 +5,7 @@ use std::time::Duration;
 use proto::v1::{DesiredLease, report_item::What};
 
 use crate::leader::{Leader, lease, said};
-use crate::site::{Site, is_alive, signal, until, with_argument};
+use crate::site::{Site, is_alive, signal, until, with_argument, word};
 use crate::tests;
 
 tests![
@@ -111,7 +111,7 @@ async fn agent_and_shims_killed_under_a_control_group_is_dead_once_seen_so() {
 
 async fn killed_together(mut site: Site, token: u64) {
     let leader = Leader::start().await;
-    let word = format!("3600.{token}");
+    let word = word(token);
     run(&mut site, &leader, lease(token), &format!("setsid sleep {word} & sleep {word}")).await;
     until("both sleep", || with_argument(&word).len() == 2).await;
     let shim = site.shim(token, 0);
@@ -131,13 +131,13 @@ async fn a_shim_that_is_killed_is_told_by_a_registration_and_its_gang_ends() {
     let leader = Leader::start().await;
     let mut site = Site::new("n1");
     let gang = DesiredLease { ranks: 2, world_size: 2, ..lease(106) };
-    run(&mut site, &leader, gang, "sleep 3600.106").await;
+    run(&mut site, &leader, gang, &format!("sleep {}", word(106))).await;
     let (first, second) = (site.shim(106, 0), site.shim(106, 1));
     signal(first.number, "KILL");
     let registered = leader.registered(2).await;
     assert_eq!(registered.dead, vec![106]);
     assert!(!second.is_alive());
-    assert_eq!(with_argument("3600.106"), Vec::<i32>::new());
+    assert_eq!(with_argument(&word(106)), Vec::<i32>::new());
     let released = |what: &What| matches!(what, What::Released(_)) || matches!(what, What::Exited(e) if e.released);
     assert!(!said(&leader.state(), 106).any(released), "only the registration may say so");
 }
@@ -152,19 +152,19 @@ async fn what_left_the_process_group_dies_with_its_shim() {
     }
     site.kill_agent();
     // A daemon: in a session of its own, without the environment that would tell of its attempt.
-    run(&mut site, &leader, lease(107), "setsid env -i sleep 3600.107 & sleep 3600.107").await;
-    until("both sleep", || with_argument("3600.107").len() == 2).await;
+    run(&mut site, &leader, lease(107), &format!("setsid env -i sleep {0} & sleep {0}", word(107))).await;
+    until("both sleep", || with_argument(&word(107)).len() == 2).await;
     // Stopped: it can't do the killing, only the kernel can.
     signal(site.agent_pid(), "STOP");
     signal(site.shim(107, 0).number, "KILL");
-    until("the kernel kills them", || with_argument("3600.107").is_empty()).await;
+    until("the kernel kills them", || with_argument(&word(107)).is_empty()).await;
     signal(site.agent_pid(), "CONT");
 }
 
 async fn a_damaged_fence_file_is_told() {
     let leader = Leader::start().await;
     let mut site = Site::new("n1");
-    run(&mut site, &leader, lease(108), "sleep 3600.108").await;
+    run(&mut site, &leader, lease(108), &format!("sleep {}", word(108))).await;
     site.kill_agent();
     let path = site.dir.path().join("fence");
     let mut bytes = std::fs::read(&path).unwrap();
@@ -182,20 +182,20 @@ async fn a_damaged_fence_file_is_told() {
 async fn a_superseded_agent_leaves_its_shims_alone() {
     let leader = Leader::start().await;
     let mut site = Site::new("n1");
-    run(&mut site, &leader, lease(109), "sleep 3600.109").await;
+    run(&mut site, &leader, lease(109), &format!("sleep {}", word(109))).await;
     leader.state().supersede = true;
     assert_eq!(site.left(), Some(0));
     assert!(site.shim(109, 0).is_alive());
-    assert_eq!(with_argument("3600.109").len(), 1);
+    assert_eq!(with_argument(&word(109)).len(), 1);
 }
 
 async fn an_agent_that_is_stopped_leaves_its_jobs_running() {
     let leader = Leader::start().await;
     let mut site = Site::new("n1");
-    run(&mut site, &leader, lease(111), "sleep 3600.111").await;
+    run(&mut site, &leader, lease(111), &format!("sleep {}", word(111))).await;
     signal(site.agent_pid(), "TERM");
     assert_eq!(site.left(), Some(0));
-    assert_eq!(with_argument("3600.111").len(), 1);
+    assert_eq!(with_argument(&word(111)).len(), 1);
     site.start(&leader.addr);
     assert_eq!(leader.registered(2).await.running.len(), 1);
 }
@@ -204,11 +204,11 @@ async fn a_job_outlives_a_leader_that_goes_away() {
     let leader = Leader::start().await;
     let mut site = Site::new("n1");
     let short = DesiredLease { ttl_ms: 4_000, kill_grace_ms: 500, ..lease(110) };
-    run(&mut site, &leader, short, "sleep 3600.110").await;
+    run(&mut site, &leader, short, &format!("sleep {}", word(110))).await;
     leader.state().muted = true;
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     leader.state().muted = false;
     tokio::time::sleep(Duration::from_millis(4_000)).await;
-    assert_eq!(with_argument("3600.110").len(), 1);
+    assert_eq!(with_argument(&word(110)).len(), 1);
     assert_eq!(leader.state().registrations.len(), 1, "no registration was needed");
 }

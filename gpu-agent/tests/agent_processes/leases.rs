@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use proto::v1::DesiredLease;
 
 use crate::leader::{Leader, lease};
-use crate::site::{Site, signal, until, with_argument};
+use crate::site::{Site, signal, until, with_argument, word};
 use crate::tests;
 
 tests![
@@ -26,7 +26,7 @@ fn short(token: u64) -> DesiredLease {
 
 /// Ignores SIGTERM: only SIGKILL ends it.
 async fn deaf(site: &mut Site, leader: &Leader, lease: DesiredLease) -> String {
-    let word = format!("3600.{}", lease.token);
+    let word = word(lease.token);
     let script = format!("trap '' TERM; echo up; while true; do sleep {word}; done");
     site.start(&leader.addr);
     let token = lease.token;
@@ -104,7 +104,7 @@ async fn an_attempt_that_the_set_lacks_is_killed() {
     let leader = Leader::start().await;
     let mut site = Site::new("n1");
     site.start(&leader.addr);
-    leader.grant("n1", lease(205), &["sleep", "3600.205"]);
+    leader.grant("n1", lease(205), &["sleep", &word(205)]);
     leader.started(205).await;
     leader.change("n1", Vec::clear);
     let exits = leader.exits(205).await;
@@ -117,7 +117,7 @@ async fn the_time_limit_ends_a_rank() {
     site.start(&leader.addr);
     let limited = DesiredLease { limit_ms: 500, ..lease(206) };
     let began = Instant::now();
-    leader.grant("n1", limited, &["sleep", "3600.206"]);
+    leader.grant("n1", limited, &["sleep", &word(206)]);
     let exits = leader.exits(206).await;
     assert_eq!((exits[0].exit.as_ref().unwrap().signal, exits[0].cause.as_str()), (15, "TIME_LIMIT"));
     assert!(began.elapsed() >= Duration::from_millis(500));

@@ -114,6 +114,11 @@ pub fn is_alive(pid: i32) -> bool {
         .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or("").trim_start().starts_with(['Z', 'X']))
 }
 
+/// A time to sleep that no other process of this machine sleeps.
+pub fn word(token: u64) -> String {
+    format!("3600.{}{token}", std::process::id())
+}
+
 /// Processes of this machine with this word among their arguments.
 pub fn with_argument(word: &str) -> Vec<i32> {
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
