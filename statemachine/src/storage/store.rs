@@ -124,7 +124,6 @@ fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
 impl Store {
     /// Opens the store in `dir`, or makes it. A panic inside sled becomes an error.
     pub fn open(dir: &Path) -> Result<Self, StorageError> {
-        let is_new = !dir.join("conf").exists();
         remove_unfinished_snapshots(dir)?;
         let opened = catch_unwind(AssertUnwindSafe(|| open_patiently(dir)));
         let (db, tree) = match opened {
@@ -132,9 +131,7 @@ impl Store {
             Err(panic) => return Err(StorageError::damaged(dir, "open the image in", panic_text(&*panic))),
         };
         let store = Self { dir: dir.into(), db, tree };
-        if is_new {
-            store.persist_creation()?;
-        }
+        store.persist_names()?;
         Ok(store)
     }
 
@@ -160,8 +157,9 @@ impl Store {
         self.assert_no_blobs()
     }
 
-    /// What a new store needs once: its configuration file, and the directory entries of all of it.
-    fn persist_creation(&self) -> Result<(), StorageError> {
+    /// What a store needs once: its configuration file, and the directory entries of all of it. Done at each opening,
+    /// because a crash may have come between the creation and this.
+    fn persist_names(&self) -> Result<(), StorageError> {
         self.persist()?;
         let conf = self.dir.join("conf");
         File::open(&conf).and_then(|file| file.sync_all()).at(&conf, "sync")?;
