@@ -400,7 +400,10 @@ impl Told {
     }
 }
 
-fn play(ops: &[Op]) -> (World, Vec<(Revision, BTreeMap<String, Kv>)>) {
+/// All keys as of a revision.
+type List = (Revision, BTreeMap<String, Kv>);
+
+fn play(ops: &[Op]) -> (World, Vec<List>) {
     let settings = Settings { excused_in_row: 4, excused_in_sum: 9, requests: 6, ..Settings::default() };
     let mut world = World::with(settings);
     let (mut told, mut cmds, mut lists) = (Told::default(), Vec::new(), Vec::new());
