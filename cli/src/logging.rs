@@ -7,7 +7,7 @@ use tracing_subscriber::EnvFilter;
 pub fn start(filter: &str, daemon: bool) {
     let fallback = std::env::var("LOG_LEVEL").unwrap_or_default().to_ascii_lowercase();
     let wanted = match (filter, fallback.as_str(), daemon) {
-        ("", "", true) => "info,openraft=warn,h2=warn,hyper=warn,tower=warn",
+        ("", "", true) => "info,openraft=error,h2=warn,hyper=warn,tower=warn",
         ("", "", false) => "error",
         ("", level, _) => level,
         (filter, _, _) => filter,

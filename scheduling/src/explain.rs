@@ -61,13 +61,14 @@ impl<'a> Explainer<'a> {
 
 /// The first thing that binds a shape on these machines.
 ///
-/// A gang gets GPUs of one type, so each acceptable type is its own question; the one that came farthest answers.
+/// A gang gets GPUs of one type, so each acceptable type is its own question, and the one that came farthest answers;
+/// a gang that may mix types asks one question about all.
 pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape) -> Reason {
     if machines.state.nodes.is_empty() {
         return Reason::NoNodes;
     }
     if shape.gpus_per_node() == 0 {
-        return Question::new(machines, shape, None).answer(cache).1;
+        return Question::new(machines, shape, Vec::new()).answer(cache).1;
     }
     let present = present_types(machines.state);
     let mut types: Vec<GpuTypeId> = present.iter().copied().collect();
@@ -75,7 +76,11 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
         types = shape.gpu_types.iter().copied().filter(|gpu_type| present.contains(gpu_type)).collect();
     }
     // max_by_key takes the last of equals: the most preferred type goes last.
-    let answers = types.into_iter().rev().map(|gpu_type| Question::new(machines, shape, Some(gpu_type)).answer(cache));
+    let questions: Vec<Vec<GpuTypeId>> = match shape.mix_types && !types.is_empty() {
+        true => vec![types],
+        false => types.into_iter().rev().map(|gpu_type| vec![gpu_type]).collect(),
+    };
+    let answers = questions.into_iter().map(|types| Question::new(machines, shape, types).answer(cache));
     answers.max_by_key(|(progress, _)| *progress).map_or_else(
         || Reason::NoSuchGpuType {
             wanted: type_names(machines.state, &shape.gpu_types),
@@ -113,17 +118,17 @@ type Progress = (bool, bool, Step, u32, u64);
 
 struct Question<'a> {
     machines: &'a Machines<'a>,
-    /// Accepts `gpu_type` alone.
+    /// Accepts these types alone.
     shape: Shape,
     asked: &'a Shape,
-    /// `None` for a shape without GPUs.
-    gpu_type: Option<GpuTypeId>,
+    /// Any of them will do on a machine; empty for a shape without GPUs.
+    types: Vec<GpuTypeId>,
 }
 
 impl<'a> Question<'a> {
-    fn new(machines: &'a Machines<'a>, asked: &'a Shape, gpu_type: Option<GpuTypeId>) -> Self {
-        let shape = Shape { gpu_types: gpu_type.into_iter().collect(), ..asked.clone() };
-        Self { machines, shape, asked, gpu_type }
+    fn new(machines: &'a Machines<'a>, asked: &'a Shape, types: Vec<GpuTypeId>) -> Self {
+        let shape = Shape { gpu_types: types.clone(), ..asked.clone() };
+        Self { machines, shape, asked, types }
     }
 
     fn answer(&self, cache: &mut Cache) -> (Progress, Reason) {
@@ -216,7 +221,8 @@ impl<'a> Question<'a> {
 
     /// The first step that the machine fails, and how much it has of what is short there.
     fn first_lack(&self, cache: &mut Cache, node: &Node, alloc: &Alloc) -> (Step, u64) {
-        let usable = self.gpu_type.map_or(0, |gpu_type| fit::usable_gpus(node, alloc, &[gpu_type]));
+        let of_type = self.types.iter().map(|gpu_type| fit::usable_gpus(node, alloc, &[*gpu_type]));
+        let usable = of_type.max_by_key(|usable| usable.count_ones()).unwrap_or(0);
         if usable.count_ones() < self.shape.gpus_per_node() {
             return (Step::Gpus, usable.count_ones().into());
         }
@@ -236,10 +242,9 @@ impl<'a> Question<'a> {
 
     /// GPUs of the type that are idle only because they are not healthy.
     fn unhealthy(&self, node: &Node, alloc: &Alloc) -> u32 {
-        let Some(gpu_type) = self.gpu_type else { return 0 };
         let slots = node.gpus.iter().take(fit::MAX_GPUS).enumerate();
         let sick = slots.filter(|(slot, gpu)| {
-            gpu.gpu_type == gpu_type && gpu.health != GpuHealth::Ok && alloc.free_gpus & (1 << slot) != 0
+            self.types.contains(&gpu.gpu_type) && gpu.health != GpuHealth::Ok && alloc.free_gpus & (1 << slot) != 0
         });
         sick.count() as u32
     }

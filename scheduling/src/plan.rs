@@ -159,8 +159,8 @@ impl<'a> Cycle<'a> {
         self.steps += seats.refresh(&self.machines, self.cache);
         let no_avoid = VecDeque::new();
         let picked = seats.pick(record.map_or(&no_avoid, |task| &task.avoid));
-        let parts = picked.and_then(|(gpu_type, nodes)| {
-            nodes.into_iter().map(|node| self.machines.part(self.cache, node, shape, gpu_type)).collect()
+        let parts = picked.and_then(|nodes| {
+            nodes.into_iter().map(|(node, gpu_type)| self.machines.part(self.cache, node, shape, gpu_type)).collect()
         });
         match parts {
             Some(parts) => Ok(Place { task, attempt: next_attempt(record), parts }),

@@ -63,30 +63,58 @@ impl<'a> Seats<'a> {
         }
     }
 
-    /// Machines for the whole gang, all with GPUs of one type, by node number; `None` when too few have room.
+    /// Machines for the whole gang with the type of their GPUs, by node number; `None` when too few have room.
     ///
-    /// Types go in the shape's order of preference; a shape that accepts any gets the one that fits best. Nodes on the
-    /// list to avoid are taken only where others don't suffice.
-    pub(crate) fn pick(&self, avoid: &VecDeque<NodeId>) -> Option<(Option<GpuTypeId>, Vec<NodeId>)> {
+    /// All get GPUs of one type where that is possible, in the shape's order of preference; a shape that accepts any
+    /// gets the type that fits best. Types are mixed only where the shape allows it and no single one suffices. Nodes
+    /// on the list to avoid are taken only where others don't suffice.
+    pub(crate) fn pick(&self, avoid: &VecDeque<NodeId>) -> Option<Vec<(NodeId, Option<GpuTypeId>)>> {
         let of = |gpu_type: &Option<GpuTypeId>| Some((*gpu_type, self.pick_type(gpu_type, avoid)?));
-        let (gpu_type, seats) = if self.shape.gpus_per_node() == 0 {
-            of(&None)?
+        let of_one_type = if self.shape.gpus_per_node() == 0 {
+            of(&None)
         } else if self.shape.gpu_types.is_empty() {
-            self.by_type.keys().filter_map(of).min_by_key(|(_, seats)| fit_of(seats))?
+            self.by_type.keys().filter_map(of).min_by_key(|(_, seats)| fit_of(seats))
         } else {
-            self.shape.gpu_types.iter().find_map(|gpu_type| of(&Some(*gpu_type)))?
+            self.shape.gpu_types.iter().find_map(|gpu_type| of(&Some(*gpu_type)))
         };
-        let mut nodes: Vec<NodeId> = seats.into_iter().map(|seat| seat.node).collect();
+        let mut nodes: Vec<(NodeId, Option<GpuTypeId>)> = match of_one_type {
+            Some((gpu_type, seats)) => seats.into_iter().map(|seat| (seat.node, gpu_type)).collect(),
+            None if self.shape.mix_types => self.pick_mixed(avoid)?,
+            None => return None,
+        };
         nodes.sort();
-        Some((gpu_type, nodes))
+        Some(nodes)
     }
 
     fn pick_type(&self, gpu_type: &Option<GpuTypeId>, avoid: &VecDeque<NodeId>) -> Option<Vec<Seat>> {
-        let seats = self.by_type.get(gpu_type)?;
+        let seats = self.by_type.get(gpu_type)?.iter().copied();
+        let picked = self.first(seats.map(|seat| (seat, ())), avoid)?;
+        Some(picked.into_iter().map(|(seat, ())| seat).collect())
+    }
+
+    /// The best seat of each machine, whatever its type.
+    fn pick_mixed(&self, avoid: &VecDeque<NodeId>) -> Option<Vec<(NodeId, Option<GpuTypeId>)>> {
+        let best = self.of_node.values().filter_map(|seats| seats.iter().min_by_key(|(_, seat)| *seat));
+        let sorted: BTreeSet<(Seat, Option<GpuTypeId>)> = best.map(|(gpu_type, seat)| (*seat, *gpu_type)).collect();
+        let picked = self.first(sorted.into_iter(), avoid)?;
+        Some(picked.into_iter().map(|(seat, gpu_type)| (seat.node, gpu_type)).collect())
+    }
+
+    /// As many seats as the gang has machines, from the front; those to avoid come last.
+    fn first<T>(
+        &self,
+        seats: impl Iterator<Item = (Seat, T)>,
+        avoid: &VecDeque<NodeId>,
+    ) -> Option<Vec<(Seat, T)>> {
         let needed = usize::from(self.shape.nodes);
-        let welcome = seats.iter().filter(|seat| !avoid.contains(&seat.node));
-        let avoided = seats.iter().filter(|seat| avoid.contains(&seat.node));
-        let picked: Vec<Seat> = welcome.chain(avoided).take(needed).copied().collect();
+        let (mut picked, mut avoided) = (Vec::with_capacity(needed), Vec::new());
+        for (seat, what) in seats {
+            if picked.len() == needed {
+                break;
+            }
+            if avoid.contains(&seat.node) { avoided.push((seat, what)) } else { picked.push((seat, what)) }
+        }
+        picked.extend(avoided.into_iter().take(needed - picked.len()));
         (picked.len() == needed).then_some(picked)
     }
 }

@@ -70,6 +70,28 @@ fn gang_of_two_nodes_takes_one_gpu_type() {
 }
 
 #[test]
+fn a_gang_that_may_mix_types_prefers_one_and_takes_several_where_it_must() {
+    let mut site = Site::default();
+    site.join("a1", hgx("a100"));
+    site.join("h1", hgx("h100"));
+    let mixing = |nodes| Shape { mix_types: true, ..shape(nodes, 2, 1) };
+    let job = site.submit(mixing(2), 0, &[]);
+    let plan = site.plan();
+    let nodes: Vec<String> = site.placed(&plan, job).unwrap().into_iter().map(|(node, _)| node).collect();
+    assert_eq!(nodes, ["a1", "h1"]);
+    assert_eq!(site.grant(&plan).len(), 1);
+
+    site.join("h2", hgx("h100"));
+    let job = site.submit(mixing(2), 0, &[]);
+    let plan = site.plan();
+    let nodes: Vec<String> = site.placed(&plan, job).unwrap().into_iter().map(|(node, _)| node).collect();
+    assert_eq!(nodes, ["h1", "h2"]);
+
+    let many = site.submit(mixing(4), 0, &[]);
+    assert_eq!(site.reason(many).code(), "NEVER");
+}
+
+#[test]
 fn a_gang_starts_whole_or_not_at_all() {
     let mut site = Site::default();
     site.join("n01", mock_v100());

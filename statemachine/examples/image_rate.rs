@@ -206,6 +206,7 @@ fn job(id: JobId, request: RequestId, state: &State) -> Job {
         gpu_types: vec![GpuTypeId(7)],
         cores_per_rank: 0,
         mem_mib_per_rank: 0,
+        mix_types: false,
         min_bandwidth_mbps: 0,
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: Vec::new() };

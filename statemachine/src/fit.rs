@@ -278,6 +278,7 @@ mod tests {
             gpu_types: Vec::new(),
             cores_per_rank: 0,
             mem_mib_per_rank: 0,
+            mix_types: false,
             min_bandwidth_mbps: 0,
         }
     }

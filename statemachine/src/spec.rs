@@ -33,8 +33,10 @@ pub struct Shape {
     pub ranks_per_node: u16,
     /// GPUs of each process; 0 = none.
     pub gpus_per_rank: u16,
-    /// Acceptable GPU types in order of preference, at most 4; empty = any. A gang gets one type.
+    /// Acceptable GPU types in order of preference, at most 4; empty = any.
     pub gpu_types: Vec<GpuTypeId>,
+    /// Machines of a gang may have GPUs of different types; otherwise all have one type.
+    pub mix_types: bool,
     /// Cores of each process; 0 = the default (the machine's share beside GPUs, 1 without).
     pub cores_per_rank: u16,
     /// Memory of each process in MiB; 0 = the default (the machine's share beside GPUs, 1 GiB without).

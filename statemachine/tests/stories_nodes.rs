@@ -4,6 +4,7 @@ mod world;
 
 use statemachine::command::*;
 use statemachine::record::*;
+use statemachine::spec::Shape;
 use statemachine::*;
 use world::*;
 
@@ -84,6 +85,18 @@ fn gang_is_leased_whole_or_not_at_all() {
     assert_eq!(world.shown(gang), "PENDING");
     assert_eq!(code(world.place(gang, &[a])), Some(Code::NoFit));
     assert_eq!(code(world.place(gang, &[a, a])), Some(Code::NoFit));
+}
+
+#[test]
+fn a_gang_gets_one_gpu_type_unless_it_may_mix() {
+    let mut world = World::new();
+    let mut other = machine("b", 2, 1);
+    other.gpus[0].gpu_type = "a100".into();
+    let nodes = [world.register(machine("a", 1, 1)).0, world.register(other).0];
+    let pure = world.submit(job(shape(2, 1, 1)));
+    assert_eq!(code(world.place(pure, &nodes)), Some(Code::NoFit));
+    let mixed = world.submit(job(Shape { mix_types: true, ..shape(2, 1, 1) }));
+    assert!(world.place(mixed, &nodes).is_ok());
 }
 
 #[test]

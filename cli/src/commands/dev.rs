@@ -87,6 +87,7 @@ impl Dev {
             peer_listen: Some("127.0.0.1:0".to_owned()),
             advertise: None,
             insecure: false,
+            snapshot_entries: None,
         };
         let running = server::start(options).await.map_err(super::server::failure)?;
         let root = rustix::process::getuid().is_root();

@@ -38,6 +38,9 @@ pub struct Args {
     /// Listen beyond loopback without TLS
     #[arg(long)]
     insecure: bool,
+    /// Make a snapshot after so many entries of log: lets tests purge a short log
+    #[arg(long, hide = true, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    snapshot_entries: Option<u64>,
 }
 
 pub fn run(args: Args, _global: Global) -> Outcome {
@@ -53,6 +56,7 @@ pub fn run(args: Args, _global: Global) -> Outcome {
         peer_listen: args.peer_listen,
         advertise: args.advertise,
         insecure: args.insecure,
+        snapshot_entries: args.snapshot_entries,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

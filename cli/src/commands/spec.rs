@@ -28,6 +28,9 @@ pub struct JobArgs {
     /// Acceptable GPU types in order of preference, such as h100,a100
     #[arg(long, value_delimiter = ',', value_name = "TYPE")]
     gpu_type: Vec<String>,
+    /// Let the machines of a gang have GPUs of different types
+    #[arg(long)]
+    mix_types: bool,
     /// Cores of each process [default: the machine's share beside GPUs, else 1]
     #[arg(long, short = 'c', default_value_t = 0, hide_default_value = true, value_name = "N")]
     cores: u32,
@@ -156,6 +159,7 @@ impl JobArgs {
                 ranks_per_node,
                 gpus_per_rank: gpus_per_node / ranks_per_node,
                 gpu_types: self.gpu_type.clone(),
+                mix_types: self.mix_types,
                 cores_per_rank: self.cores,
                 mem_mib_per_rank: if self.mem.is_empty() { 0 } else { size_mib("--mem", &self.mem)? },
                 min_bandwidth_mbps: if self.min_bandwidth.is_empty() { 0 } else { rate_mbps(&self.min_bandwidth)? },

@@ -7,17 +7,18 @@ use std::time::Duration;
 
 use futures::Stream;
 use proto::{error, reason, v1};
+use scheduling::explain::Explainer;
+use scheduling::plan::Cache;
 use statemachine::command::Command;
 use statemachine::record::{Phase, StoredReply};
 use statemachine::state::{QueueKey, TimerKind};
 use statemachine::storage::{HistoryKey, Image, StorageError};
-use statemachine::{JobId, State, TaskKey, Token};
+use statemachine::{JobId, NodeId, State, TaskKey, Token};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::view::{self, Reasons};
-use super::{Api, requests};
+use super::{Api, requests, view};
 
 /// Jobs of one page: by default, and at most (a job with its command is ~1 KiB; the message limit is 4 MiB).
 const PAGE: usize = 1_000;
@@ -66,7 +67,8 @@ impl v1::jobs_server::Jobs for Api {
         let request = request.into_inner();
         let state = self.read(request.read).await?;
         let limit = if request.limit == 0 { PAGE } else { (request.limit as usize).min(PAGE) };
-        let mut reasons = self.reasons(&state);
+        let (unheard, mut cache) = (self.unheard(&state), Cache::default());
+        let mut reasons = Explainer::new(&state, &mut cache, &unheard);
         let mut at = Cursor::parse(&request.page)?;
         let mut jobs = Vec::new();
         while jobs.len() < limit && at != Cursor::End {
@@ -131,7 +133,8 @@ async fn watch(api: Api, id: JobId, first: v1::Job, out: mpsc::Sender<Result<v1:
 impl Api {
     /// The job from memory, or from history.
     fn job(&self, state: &State, id: JobId) -> Result<v1::Job, Status> {
-        if let Some(job) = view::live(state, id, &mut self.reasons(state)) {
+        let (unheard, mut cache) = (self.unheard(state), Cache::default());
+        if let Some(job) = view::live(state, id, &mut Explainer::new(state, &mut cache, &unheard)) {
             return Ok(job);
         }
         match self.image()?.history(state, id).map_err(|error| unreadable(&error))? {
@@ -146,8 +149,9 @@ impl Api {
         self.replica.image().ok_or_else(|| error::refusal(reason::STOPPING, reason))
     }
 
-    fn reasons(&self, state: &State) -> Reasons {
-        Reasons::new(self.board.desk().map(|desk| desk.unheard(state)).unwrap_or_default())
+    /// Nodes that the leader finds silent; a follower can't know.
+    fn unheard(&self, state: &State) -> BTreeSet<NodeId> {
+        self.board.desk().map(|desk| desk.unheard(state)).unwrap_or_default()
     }
 
     /// One section of the list from the cursor on: appends jobs and says where to go on.
@@ -156,7 +160,7 @@ impl Api {
         state: &State,
         at: Cursor,
         limit: usize,
-        reasons: &mut Reasons,
+        reasons: &mut Explainer<'_>,
         jobs: &mut Vec<v1::Job>,
     ) -> Result<Cursor, Status> {
         let room = limit - jobs.len();

@@ -62,7 +62,11 @@ impl v1::keyspace_server::Keyspace for Api {
 }
 
 /// A row that left memory. A read error shows as a missing key in a list and is logged: the other keys are still good.
-fn history(image: Option<&Image>, state: &State, id: JobId) -> Option<std::sync::Arc<statemachine::record::HistoryRow>> {
+fn history(
+    image: Option<&Image>,
+    state: &State,
+    id: JobId,
+) -> Option<std::sync::Arc<statemachine::record::HistoryRow>> {
     match image?.history(state, id) {
         Ok(row) => row,
         Err(error) => {

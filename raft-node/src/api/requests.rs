@@ -94,6 +94,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
             ranks_per_node: fields.narrow("shape.ranks_per_node", shape.ranks_per_node.max(1), 1_024),
             gpus_per_rank: fields.narrow("shape.gpus_per_rank", shape.gpus_per_rank, 112),
             gpu_types: Vec::new(),
+            mix_types: shape.mix_types,
             cores_per_rank: fields.narrow("shape.cores_per_rank", shape.cores_per_rank, 4_096),
             mem_mib_per_rank: shape.mem_mib_per_rank,
             min_bandwidth_mbps: shape.min_bandwidth_mbps,

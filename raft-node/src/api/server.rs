@@ -10,6 +10,7 @@ use proto::v1::keyspace_server::KeyspaceServer;
 use proto::v1::locks_server::LocksServer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
@@ -43,9 +44,13 @@ impl Served {
 pub fn serve(listener: TcpListener, api: Api) -> std::io::Result<Served> {
     let addr = listener.local_addr()?;
     let (stop, stopped) = oneshot::channel::<()>();
-    let incoming = TcpListenerStream::new(listener);
+    // tonic's own option does nothing for connections that it did not accept itself.
+    let incoming = TcpListenerStream::new(listener).inspect(|accepted| {
+        if let Ok(stream) = accepted {
+            let _ = stream.set_nodelay(true);
+        }
+    });
     let server = Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .add_service(JobsServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))

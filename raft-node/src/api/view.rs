@@ -1,15 +1,12 @@
 //! A job as the wire shows it, from records in memory or from a row of history.
 
-use std::collections::BTreeSet;
-
 use proto::v1;
 use scheduling::bandwidth::BandwidthTable;
-use scheduling::explain::reason_with;
-use scheduling::plan::Cache;
+use scheduling::explain::Explainer;
 use scheduling::predict::{gbps, network_mbps, predict};
 use statemachine::record::*;
 use statemachine::view::ShownState;
-use statemachine::{GpuTypeId, JobId, NodeId, RequestId, State, TaskKey, UserId};
+use statemachine::{GpuTypeId, JobId, RequestId, State, TaskKey, UserId};
 
 use super::words;
 use crate::leader::desired::gpu_uuids;
@@ -22,26 +19,8 @@ pub fn gpu_type(state: &State, id: GpuTypeId) -> String {
     state.gpu_type_name(id).to_owned()
 }
 
-/// Why jobs wait, by the planner's own words; what it learns of machines serves the next job of the same call.
-pub struct Reasons {
-    unheard: BTreeSet<NodeId>,
-    cache: Cache,
-}
-
-impl Reasons {
-    /// `unheard` are the nodes that a leader finds silent; a follower can't know.
-    pub fn new(unheard: BTreeSet<NodeId>) -> Self {
-        Self { unheard, cache: Cache::default() }
-    }
-
-    fn of(&mut self, state: &State, id: JobId) -> String {
-        let reason = reason_with(state, &mut self.cache, TaskKey::from(id), &self.unheard);
-        reason.map(|reason| reason.to_string()).unwrap_or_default()
-    }
-}
-
-/// A job in memory.
-pub fn live(state: &State, id: JobId, reasons: &mut Reasons) -> Option<v1::Job> {
+/// A job in memory; why it waits is in the planner's own words.
+pub fn live(state: &State, id: JobId, reasons: &mut Explainer<'_>) -> Option<v1::Job> {
     let job = state.jobs.get(&id)?;
     let view = state.job_view(id)?;
     let task = state.tasks.get(&TaskKey::from(id)).map(|task| &task.value);
@@ -51,7 +30,7 @@ pub fn live(state: &State, id: JobId, reasons: &mut Reasons) -> Option<v1::Job> 
     shown.ending = view.task.ending.map(|kind| words::verdict(kind).to_owned()).unwrap_or_default();
     shown.attempt = view.task.attempt;
     if matches!(view.task.state, ShownState::Pending | ShownState::Retrying) {
-        shown.reason = reasons.of(state, id);
+        shown.reason = reasons.reason_for(TaskKey::from(id)).map(|reason| reason.to_string()).unwrap_or_default();
     }
     if let Some((token, lease)) = task.and_then(|task| live_lease(state, task)) {
         shown.token = token;
@@ -127,6 +106,7 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             cores_per_rank: u32::from(shape.cores_per_rank),
             mem_mib_per_rank: shape.mem_mib_per_rank,
             min_bandwidth_mbps: shape.min_bandwidth_mbps,
+            mix_types: shape.mix_types,
         }),
         limit_ms: spec.limit_ms,
         lease_ttl_ms: spec.lease_ttl_ms,

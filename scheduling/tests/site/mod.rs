@@ -35,6 +35,7 @@ pub fn shape(nodes: u16, ranks_per_node: u16, gpus_per_rank: u16) -> Shape {
         gpu_types: Vec::new(),
         cores_per_rank: 0,
         mem_mib_per_rank: 0,
+        mix_types: false,
         min_bandwidth_mbps: 0,
     }
 }

@@ -92,7 +92,7 @@ fn check_parts(state: &State, shape: &crate::spec::Shape, parts: &[PlacePart]) -
         }
         let (mask, gpu_type) = check_part(state, shape, part)?;
         let first = *of_type.get_or_insert(gpu_type);
-        if gpu_type != first {
+        if gpu_type != first && !shape.mix_types {
             return Err(Rejection::new(Code::NoFit, "the parts' GPUs are of different types"));
         }
         masks.push(mask);

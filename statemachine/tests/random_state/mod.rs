@@ -198,6 +198,7 @@ fn job(random: &mut Random, request: RequestId) -> Job {
         gpu_types: vec![GpuTypeId(3)],
         cores_per_rank: 0,
         mem_mib_per_rank: random.next(),
+        mix_types: false,
         min_bandwidth_mbps: 0,
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 9, on_exit: vec![1, 137] };
