@@ -40,6 +40,8 @@ pub struct Options {
     pub advertise: Option<String>,
     /// Allows addresses beyond loopback, in the clear.
     pub insecure: bool,
+    /// A snapshot after so many entries of log; `None`: the default.
+    pub snapshot_entries: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,6 +132,7 @@ async fn start_replica(options: &Options, peer_listen: &str, api: &str, token: &
     for mode in modes {
         let mut start = replica::Options::new(options.dir.clone(), peer_listen, api, mode);
         start.insecure = options.insecure;
+        start.snapshot_entries = options.snapshot_entries.unwrap_or(start.snapshot_entries);
         start.peer_advertise = options.advertise.as_ref().map(|host| with_host(host, peer_listen));
         match Replica::start(start).await {
             Ok(replica) => return Ok(replica),
