@@ -38,6 +38,7 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
         "ranks_per_node": shape.ranks_per_node,
         "gpus_per_rank": shape.gpus_per_rank,
         "gpu_types": types,
+        "mix_types": shape.mix_types,
         "cores_per_rank": shape.cores_per_rank,
         "mem_mib_per_rank": shape.mem_mib_per_rank,
         "min_bandwidth_mbps": shape.min_bandwidth_mbps,
