@@ -6,7 +6,8 @@ use std::path::Path;
 const FILES: [&str; 8] = ["common", "jobs", "keyspace", "locks", "cluster", "agents", "agentlogs", "peer"];
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = std::env::var("CARGO_MANIFEST_DIR")?;
+    let root = Path::new(&root);
     let files: Vec<_> = FILES.iter().map(|name| root.join("ares/v1").join(format!("{name}.proto"))).collect();
     for file in &files {
         println!("cargo:rerun-if-changed={}", file.display());
