@@ -77,6 +77,7 @@ fn spec() -> JobSpec {
         gpu_types: vec![GpuTypeId(1), GpuTypeId(300)],
         cores_per_rank: 8,
         mem_mib_per_rank: 65_536,
+        mix_types: false,
         min_bandwidth_mbps: 20_000,
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: vec![1, 137] };
