@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures::StreamExt;
 use proto::v1::agents_server::AgentsServer;
 use proto::v1::cluster_server::ClusterServer;
 use proto::v1::jobs_server::JobsServer;
@@ -10,7 +11,6 @@ use proto::v1::keyspace_server::KeyspaceServer;
 use proto::v1::locks_server::LocksServer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio_stream::StreamExt;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
