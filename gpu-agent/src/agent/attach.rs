@@ -102,7 +102,7 @@ fn part(site: &Site, token: u64, kept: &Kept) -> io::Result<Option<Part>> {
         } else {
             Ended::read(&dir)?.map_or(Rank::Vanished, |ended| Rank::Ended(ended.outcome))
         };
-        let gone = state != Rank::Vanished || kept.boot != site.boot || sweep(&dir, &containment, token);
+        let gone = state != Rank::Vanished || kept.boot != site.boot || sweep(site, token, &dir, &containment);
         if !gone {
             tracing::error!(token, rank, "processes of an attempt whose shim is gone can't be killed");
             return Ok(None);
@@ -124,9 +124,9 @@ fn await_shim(dir: &Path) {
 }
 
 /// The shim is gone: true when its lock is free and nothing of the rank is left.
-fn sweep(dir: &Path, containment: &Containment, token: u64) -> bool {
+fn sweep(site: &Site, token: u64, dir: &Path, containment: &Containment) -> bool {
     let began = Instant::now();
-    while is_held(dir) || !contain::sweep(containment, token) {
+    while is_held(dir) || !contain::sweep(containment, &site.attempts.dir(token)) {
         if began.elapsed() > SWEEP_LIMIT {
             return false;
         }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use proto::v1;
 
+use crate::shim::contain::ATTEMPT_DIR;
 use crate::shim::record::User;
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -21,6 +22,8 @@ pub struct Machine<'a> {
     /// Where other ranks reach rank 0 when it runs here.
     pub host: &'a str,
     pub user: Option<&'a User>,
+    /// The attempt's directory here.
+    pub attempt_dir: &'a str,
     /// The agent's own environment.
     pub inherited: &'a dyn Fn(&str) -> Option<String>,
 }
@@ -45,6 +48,7 @@ pub fn of_rank(
         ("ARES_ATTEMPT", lease.attempt.to_string()),
         ("ARES_FENCING_TOKEN", lease.token.to_string()),
         ("ARES_NODE", machine.name.to_owned()),
+        (ATTEMPT_DIR, machine.attempt_dir.to_owned()),
         ("ARES_LEASE_TTL_MS", lease.ttl_ms.to_string()),
         ("ARES_LIMIT_MS", lease.limit_ms.to_string()),
         ("ARES_KILL_GRACE_MS", lease.kill_grace_ms.to_string()),
@@ -143,7 +147,7 @@ mod tests {
 
     fn env(local: u32, job: &[(&str, &str)], user: Option<&User>, port: u32) -> BTreeMap<String, String> {
         let inherited = |name: &str| (name == "HOME" || name == "LANG").then(|| format!("agent's {name}"));
-        let machine = Machine { name: "n1", host: "10.0.0.1", user, inherited: &inherited };
+        let machine = Machine { name: "n1", host: "10.0.0.1", user, attempt_dir: "/d", inherited: &inherited };
         of_rank(&machine, &lease(), &body(job), local, port).into_iter().collect()
     }
 
@@ -179,7 +183,7 @@ mod tests {
 
     #[test]
     fn a_job_without_gpus_sees_none() {
-        let machine = Machine { name: "n", host: "h", user: None, inherited: &|_| None };
+        let machine = Machine { name: "n", host: "h", user: None, attempt_dir: "/d", inherited: &|_| None };
         let lease = v1::DesiredLease { ranks: 1, ..Default::default() };
         let env: BTreeMap<_, _> = of_rank(&machine, &lease, &body(&[]), 0, 1).into_iter().collect();
         assert_eq!(env["CUDA_VISIBLE_DEVICES"], "");

@@ -193,10 +193,12 @@ impl Launcher {
         let token = lease.token;
         let rank = lease.first_rank + local;
         let inherited = |name: &str| std::env::var(name).ok();
+        let attempt_dir = self.attempts.dir(token).display().to_string();
         let machine = environment::Machine {
             name: &setup.node_name,
             host: &setup.host,
             user: setup.user.as_ref(),
+            attempt_dir: &attempt_dir,
             inherited: &inherited,
         };
         let known_port = if launch.open { port } else { 0 };

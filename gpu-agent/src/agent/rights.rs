@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 
 use nix::unistd::{Uid, geteuid, getgrouplist};
 
+use super::identity::{Identity, hex};
 use super::{Error, Options};
 use crate::shim::PROBE;
 use crate::shim::contain::own_cgroup;
@@ -50,7 +51,7 @@ fn find(name: &str) -> Result<User, Error> {
 }
 
 /// The strongest containment that works here, tried by the shim itself.
-pub fn containment(options: &Options) -> Containment {
+pub fn containment(options: &Options, identity: &Identity) -> Containment {
     if let Some(chosen) = &options.containment {
         return chosen.clone();
     }
@@ -59,7 +60,7 @@ pub fn containment(options: &Options) -> Containment {
         return Containment::PidNamespace { user_namespace };
     }
     match own_cgroup() {
-        Some(base) => Containment::Cgroup(base),
+        Some(base) => Containment::Cgroup(base.join(format!("ares-{}", hex(&identity.machine)))),
         None => Containment::Weak,
     }
 }

@@ -128,7 +128,7 @@ impl Agent {
         if let Some(why) = &refusal {
             tracing::warn!("{why}");
         }
-        let containment = rights::containment(&options);
+        let containment = rights::containment(&options, &identity);
         say_containment(&containment);
 
         let boot = hex(&identity.boot);

@@ -90,7 +90,8 @@ impl Shims {
                 Ok(Some(ended)) => break Rank::Ended(ended.outcome),
                 Ok(None) => {
                     // Only a process seen dead is dead.
-                    while !contain::sweep(&shim.containment, key.0) {
+                    let attempt = shim.dir.parent().unwrap_or(&shim.dir);
+                    while !contain::sweep(&shim.containment, attempt) {
                         tokio::time::sleep(SWEEP).await;
                     }
                     break Rank::Vanished;

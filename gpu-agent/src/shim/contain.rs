@@ -100,8 +100,9 @@ fn parent(pid: i32) -> Option<i32> {
     stat.rsplit(')').next()?.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
-/// Kills what a shim that is gone left behind; true = nothing was found. The kernel has done it in a PID namespace.
-pub fn sweep(containment: &Containment, token: u64) -> bool {
+/// Kills what a shim that is gone left behind of the attempt with this directory; true = nothing was found. The kernel
+/// has done it in a PID namespace.
+pub fn sweep(containment: &Containment, attempt: &Path) -> bool {
     match containment {
         Containment::PidNamespace { .. } => true,
         Containment::Cgroup(path) => match fs::read_to_string(path.join("cgroup.procs")) {
@@ -115,7 +116,7 @@ pub fn sweep(containment: &Containment, token: u64) -> bool {
             }
         },
         Containment::Weak => {
-            let left = processes_with_token(token);
+            let left = processes_of(attempt);
             for pid in &left {
                 let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             }
@@ -124,10 +125,13 @@ pub fn sweep(containment: &Containment, token: u64) -> bool {
     }
 }
 
-/// Processes of this machine whose environment names the token: what a killed shim without a namespace left behind. A job
-/// that clears its environment is not found; such a node says `weak`.
-fn processes_with_token(token: u64) -> Vec<i32> {
-    let wanted = format!("ARES_FENCING_TOKEN={token}");
+/// The variable that names an attempt's directory: unlike a token, it is unique among all agents of a machine.
+pub const ATTEMPT_DIR: &str = "ARES_ATTEMPT_DIR";
+
+/// Processes of this machine whose environment names the attempt: what a killed shim without a namespace left behind. A
+/// job that clears its environment is not found; such a node says `weak`.
+fn processes_of(attempt: &Path) -> Vec<i32> {
+    let wanted = format!("{ATTEMPT_DIR}={}", attempt.display());
     let names_it = |pid: &i32| {
         fs::read(format!("/proc/{pid}/environ"))
             .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|entry| entry == wanted.as_bytes()))

@@ -52,7 +52,8 @@ pub enum Containment {
         /// Made inside a user namespace, for an agent that is not root.
         user_namespace: bool,
     },
-    /// A control group (v2) of the rank's own (of the machine: the group in which they are made), killed as a whole.
+    /// A control group (v2) of the rank's own, killed as a whole. Of an agent: the beginning of their paths, which no
+    /// other agent of the machine has.
     Cgroup(PathBuf),
     /// The process group, and descendants found through the child subreaper: a shim that is killed leaves some behind.
     Weak,
@@ -62,7 +63,11 @@ impl Containment {
     /// That of one rank.
     pub fn of_rank(&self, token: u64, rank: u32) -> Self {
         match self {
-            Containment::Cgroup(base) => Containment::Cgroup(base.join(format!("ares-{token}-{rank}"))),
+            Containment::Cgroup(prefix) => {
+                let mut path = prefix.clone().into_os_string();
+                path.push(format!("-{token}-{rank}"));
+                Containment::Cgroup(path.into())
+            }
             other => other.clone(),
         }
     }

@@ -15,6 +15,7 @@ tests![
     agent_and_shims_killed_is_dead_at_the_next_registration,
     agent_and_shims_killed_without_namespaces_is_dead_once_seen_so,
     agent_and_shims_killed_under_a_control_group_is_dead_once_seen_so,
+    what_an_agent_sweeps_is_its_own,
     a_shim_that_is_killed_is_told_by_a_registration_and_its_gang_ends,
     what_left_the_process_group_dies_with_its_shim,
     a_damaged_fence_file_is_told,
@@ -125,6 +126,25 @@ async fn killed_together(mut site: Site, token: u64) {
     assert_eq!(with_argument(&word), Vec::<i32>::new(), "dead is said only of what is dead");
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(lives(&site), 1);
+}
+
+async fn what_an_agent_sweeps_is_its_own() {
+    // Two agents of one machine have parts of one attempt: the same token.
+    let leader = Leader::start().await;
+    let (mut a, mut b) = (Site::with("a", &["root", "weak"]), Site::with("b", &["root", "weak"]));
+    let (first, second) = (word(1131), word(1132));
+    run(&mut a, &leader, lease(113), &format!("setsid sleep {first} & sleep {first}")).await;
+    b.start(&leader.addr);
+    leader.grant("b", DesiredLease { job_id: 114, ..lease(113) }, &["sleep", &second]);
+    until("the other one sleeps", || with_argument(&second).len() == 1).await;
+    let shim = a.shim(113, 0);
+    a.kill_agent();
+    signal(shim.number, "KILL");
+    a.start(&leader.addr);
+    let registered = leader.registered(3).await;
+    assert_eq!(registered.dead, vec![113]);
+    assert_eq!(with_argument(&first), Vec::<i32>::new());
+    assert_eq!(with_argument(&second).len(), 1, "another agent's process was killed");
 }
 
 async fn a_shim_that_is_killed_is_told_by_a_registration_and_its_gang_ends() {

@@ -168,7 +168,8 @@ pub fn agent_main(args: &[String]) -> i32 {
             "root" => options.allow_root_jobs = true,
             "weak" => options.containment = Some(Containment::Weak),
             "cgroup" => {
-                options.containment = gpu_agent::shim::contain::own_cgroup().map(Containment::Cgroup);
+                options.containment = gpu_agent::shim::contain::own_cgroup()
+                    .map(|base| Containment::Cgroup(base.join(format!("ares-test-{}", std::process::id()))));
             }
             "keep2" => options.keep_attempts = 2,
             word => match word.split_once('=') {
