@@ -1,80 +1,134 @@
-//! A cluster of real processes in a temporary directory: replicas, agents, and a client.
+//! A cluster of real processes in a temporary directory: replicas, agents, and clients of them.
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use proto::{Client, Identity, Patience, v1};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::process::Process;
+use crate::disk::Disk;
+use crate::process::{self, Process};
+
+/// How long anything may take to become true on a busy machine.
+pub const SOON: Duration = Duration::from_secs(40);
+/// Between two looks at something that must become true.
+const LOOK: Duration = Duration::from_millis(20);
+/// Clusters that run at once in one test program: more would starve each other.
+const AT_ONCE: usize = 2;
+
+/// What kind of cluster.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub replicas: usize,
+    /// Flags of every start of a replica.
+    pub flags: Vec<String>,
+    /// Environment of every replica.
+    pub env: Vec<(String, String)>,
+    /// Size of a disk of each replica's own, in MiB; `None`: all share the machine's.
+    pub disk_mib: Option<u64>,
+}
+
+impl Setup {
+    pub fn of(replicas: usize) -> Self {
+        Self { replicas, flags: Vec::new(), env: Vec::new(), disk_mib: None }
+    }
+}
 
 /// Replicas and agents, all on loopback; everything ends when it is dropped.
 pub struct Cluster {
-    dir: TempDir,
+    setup: Setup,
     replicas: BTreeMap<usize, Process>,
     agents: BTreeMap<String, Process>,
     /// API address of each replica, kept over restarts.
     pub addresses: Vec<String>,
     cluster_id: String,
     join_token: String,
+    /// By replica; empty without disks of their own. Before `dir`, for they are mounted in it.
+    disks: Vec<Disk>,
+    dir: TempDir,
 }
-
-/// How long anything may take to become true on a busy machine.
-pub const SOON: Duration = Duration::from_secs(30);
 
 impl Cluster {
     /// Starts `replicas` replicas that form one group, all voters when it returns.
     pub async fn start(replicas: usize) -> Self {
-        let dir = tempfile::Builder::new().prefix("ares test ").tempdir().expect("a temporary directory");
+        Self::with(Setup::of(replicas)).await.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    pub async fn with(setup: Setup) -> Result<Self, String> {
+        let dir = tempfile::Builder::new().prefix("ares test ").tempdir().map_err(|error| error.to_string())?;
+        let replicas = setup.replicas;
         let mut cluster = Self {
-            dir,
+            setup,
             replicas: BTreeMap::new(),
             agents: BTreeMap::new(),
             addresses: Vec::new(),
             cluster_id: String::new(),
             join_token: String::new(),
+            disks: Vec::new(),
+            dir,
         };
-        for at in 0..replicas {
-            cluster.found_or_join(at).await;
+        if let Some(mib) = cluster.setup.disk_mib {
+            for at in 0..replicas {
+                let image = cluster.path().join(format!("r{at}.image"));
+                cluster.disks.push(Disk::make(&image, &cluster.replica_dir(at), mib)?);
+            }
         }
-        cluster.until("all replicas are voters", async |cluster| {
-            let Ok(status) = cluster.status(0).await else { return false };
-            status.members.iter().filter(|member| member.voter).count() == replicas
-        })
-        .await;
-        cluster
+        for at in 0..replicas {
+            cluster.found_or_join(at).await?;
+        }
+        cluster.until_voters(replicas).await?;
+        Ok(cluster)
     }
 
-    async fn found_or_join(&mut self, at: usize) {
-        let dir = self.replica_dir(at);
-        let dir_text = dir.to_str().expect("a plain path");
-        let mut args = vec!["server", "--dir", dir_text, "--listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0"];
+    async fn until_voters(&self, voters: usize) -> Result<(), String> {
+        self.try_until(&format!("{voters} replicas are voters"), SOON, async |cluster| {
+            let Ok(status) = cluster.status(0).await else { return false };
+            status.members.iter().filter(|member| member.voter).count() == voters
+        })
+        .await
+    }
+
+    /// Starts replica `at`: the first founds the group, others join through it.
+    pub async fn found_or_join(&mut self, at: usize) -> Result<(), String> {
+        let mut flags = vec!["--listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0"];
         let (first, token);
         if at == 0 {
-            args.push("--bootstrap");
+            flags.push("--bootstrap");
         } else {
-            first = self.addresses[0].clone();
-            token = self.join_token.clone();
-            args.extend(["--join", &first, "--join-token", &token]);
+            (first, token) = (self.addresses[0].clone(), self.join_token.clone());
+            flags.extend(["--join", &first, "--join-token", &token]);
         }
-        let process = Process::start(&args, &[], &self.log(&format!("r{at}")));
-        self.replicas.insert(at, process);
-        let env = dir.join("env");
-        wait_for(|| env.is_file(), || format!("replica {at} did not start:\n{}", self.replica_log(at)));
+        self.start_replica(at, &flags);
+        let env = self.replica_dir(at).join("env");
+        self.try_until("its env file is there", SOON, async |_| env.is_file())
+            .await
+            .map_err(|error| format!("replica {at} did not start: {error}\n{}", self.replica_log(at)))?;
         let env = read_env(&env);
+        self.addresses.truncate(at);
         self.addresses.push(env["ARES_SERVER"].clone());
         self.cluster_id = env["ARES_CLUSTER"].clone();
         self.join_token = env["ARES_JOIN_TOKEN"].clone();
+        Ok(())
+    }
+
+    fn start_replica(&mut self, at: usize, flags: &[&str]) {
+        let dir = self.replica_dir(at);
+        let mut args = vec!["server", "--dir", dir.to_str().expect("a plain path")];
+        args.extend(flags);
+        args.extend(self.setup.flags.iter().map(String::as_str));
+        let process = Process::start(&args, &self.setup.env, &self.log(&format!("r{at}")));
+        self.replicas.insert(at, process);
     }
 
     pub fn path(&self) -> &Path {
         self.dir.path()
     }
 
-    fn replica_dir(&self, at: usize) -> PathBuf {
+    pub fn replica_dir(&self, at: usize) -> PathBuf {
         self.dir.path().join(format!("r{at}"))
     }
 
@@ -84,6 +138,10 @@ impl Cluster {
 
     pub fn replica_log(&self, at: usize) -> String {
         std::fs::read_to_string(self.log(&format!("r{at}"))).unwrap_or_default()
+    }
+
+    pub fn disk(&self, at: usize) -> &Disk {
+        &self.disks[at]
     }
 
     // ------------------------------------------------------------------------------------------------------ clients
@@ -101,37 +159,57 @@ impl Cluster {
     fn client_of(&self, servers: Vec<String>) -> Client {
         let identity = Identity::new(&self.cluster_id, "").expect("a hex id");
         Client::new(servers, identity)
-            .with_patience(Patience { call: Duration::from_secs(20), attempt: Duration::from_secs(3) })
+            .with_patience(Patience { call: Duration::from_secs(30), attempt: Duration::from_secs(5) })
+    }
+
+    /// Runs a command of the command line against all replicas: exit code, and both outputs as text.
+    pub fn ares(&self, args: &[&str]) -> (i32, String, String) {
+        let servers = self.addresses.join(",");
+        let output = process::run(&[args, &["-s", &servers]].concat(), SOON);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
     }
 
     pub async fn status(&self, at: usize) -> Result<v1::StatusReply, proto::Error> {
         let client = self.client_at(at);
         client
-            .with_patience(Patience { call: Duration::from_secs(1), attempt: Duration::from_secs(1) })
+            .with_patience(Patience { call: Duration::from_secs(2), attempt: Duration::from_secs(2) })
             .status(v1::StatusRequest {})
             .await
     }
 
-    /// The replica that says it leads, and its term.
+    /// The replica that says it leads, and its term; of several the one with the highest.
     pub async fn leader(&self) -> Option<(usize, u64)> {
+        let mut found = None;
         for at in self.replicas.keys() {
             if let Ok(status) = self.status(*at).await
                 && status.role == "LEADER"
+                && found.is_none_or(|(_, term)| term < status.term)
             {
-                return Some((*at, status.term));
+                found = Some((*at, status.term));
             }
         }
-        None
+        found
     }
 
-    pub async fn wait_for_leader(&self) -> (usize, u64) {
-        let deadline = Instant::now() + SOON;
+    pub async fn wait_for_leader(&mut self) -> (usize, u64) {
+        self.find_leader(0, SOON).await.unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Waits for a leader of a higher term than `above`; an error also when a replica ends by itself meanwhile.
+    pub async fn find_leader(&mut self, above: u64, within: Duration) -> Result<(usize, u64), String> {
+        let deadline = Instant::now() + within;
         loop {
-            if let Some(leader) = self.leader().await {
-                return leader;
+            if let Some((at, process)) = self.replicas.iter_mut().find_map(|(at, process)| (!process.is_running()).then_some((at, process))) {
+                return Err(format!("replica {at} ended by itself; its log ends with:\n{}", tail(&process.log_text())));
             }
-            assert!(Instant::now() < deadline, "no leader within {SOON:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            if let Some(leader) = self.leader().await.filter(|(_, term)| *term > above) {
+                return Ok(leader);
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("no leader of a term above {above} within {within:?}"));
+            }
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -142,19 +220,30 @@ impl Cluster {
     }
 
     /// SIGTERM: hands leadership over and drains; its exit code.
-    pub fn stop_replica(&mut self, at: usize) -> i32 {
-        self.replicas.remove(&at).expect("it runs").terminate(Duration::from_secs(15))
+    pub fn stop_replica(&mut self, at: usize) -> Result<i32, String> {
+        self.replicas.remove(&at).expect("it runs").terminate(SOON)
     }
 
-    /// Starts it again in its directory, without flags.
+    /// Starts it again in its directory, as it was.
     pub fn restart_replica(&mut self, at: usize) {
-        let dir = self.replica_dir(at);
-        let args = ["server", "--dir", dir.to_str().expect("a plain path")];
-        self.replicas.insert(at, Process::start(&args, &[], &self.log(&format!("r{at}"))));
+        self.start_replica(at, &[]);
+    }
+
+    /// Starts it again and waits until it ends by itself, as one that must not run does: its exit code, and what it
+    /// printed since.
+    pub fn restart_and_end(&mut self, at: usize) -> Result<(i32, String), String> {
+        let before = self.replica_log(at).len();
+        self.start_replica(at, &[]);
+        let code = self.replicas.remove(&at).expect("it was started").ended(SOON)?;
+        Ok((code, self.replica_log(at)[before..].to_owned()))
     }
 
     pub fn signal_replica(&self, at: usize, signal: Signal) {
         self.replicas[&at].signal(signal);
+    }
+
+    pub fn replica(&self, at: usize) -> &Process {
+        &self.replicas[&at]
     }
 
     pub fn running_replicas(&self) -> Vec<usize> {
@@ -207,21 +296,29 @@ impl Cluster {
         processes(|args| args.iter().any(|arg| arg == "shim") && args.iter().any(|arg| arg.starts_with(&below)))
     }
 
+    /// Kills a node's agent and all its shims; how many shims there were.
+    pub fn kill_agent_and_shims(&mut self, name: &str) -> usize {
+        self.kill_agent(name);
+        let shims = self.shims(name);
+        for pid in &shims {
+            let _ = kill_process(*pid, Signal::KILL);
+        }
+        shims.len()
+    }
+
     // --------------------------------------------------------------------------------------------------------- jobs
 
     /// Submits a shell command.
     pub async fn submit(&self, script: &str, change: impl FnOnce(&mut v1::JobSpec)) -> u64 {
-        let mut job = v1::JobSpec {
-            body: Some(v1::Body {
-                argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
-                ..Default::default()
-            }),
-            lease_ttl_ms: 10_000,
-            ..Default::default()
-        };
+        let mut job = shell_job(script);
         change(&mut job);
-        let request = v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job), user: "test".into() };
+        let request = v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job), user: USER.into() };
         self.client().submit_job(request).await.expect("the job is accepted").job_id
+    }
+
+    pub async fn cancel(&self, id: u64) {
+        let cancel = v1::CancelJobRequest { request_id: proto::request_id(), job_id: id, user: USER.into() };
+        self.client().cancel_job(cancel).await.expect("the cancel is accepted");
     }
 
     pub async fn job(&self, id: u64) -> v1::Job {
@@ -237,42 +334,60 @@ impl Cluster {
                 return job;
             }
             assert!(Instant::now() < deadline, "job {id} is not {what} within {within:?}: {job:#?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(LOOK).await;
         }
+    }
+
+    pub async fn job_running(&self, id: u64) -> v1::Job {
+        self.job_until(id, "running", SOON, |job| job.state == "RUNNING").await
     }
 
     pub async fn job_ended(&self, id: u64, within: Duration) -> v1::Job {
         self.job_until(id, "ended", within, |job| job.result.is_some()).await
     }
 
+    // ------------------------------------------------------------------------------------------------------- waiting
+
     /// Waits until something holds.
     pub async fn until<F>(&self, what: &str, holds: F)
     where
         F: AsyncFn(&Self) -> bool,
     {
-        let deadline = Instant::now() + SOON;
-        while !holds(self).await {
-            assert!(Instant::now() < deadline, "not within {SOON:?}: {what}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        self.try_until(what, SOON, holds).await.unwrap_or_else(|error| panic!("{error}"));
     }
 
-    /// Waits until all running replicas have applied the same index, and returns it.
-    pub async fn settled(&self) -> u64 {
+    pub async fn try_until<F>(&self, what: &str, within: Duration, holds: F) -> Result<(), String>
+    where
+        F: AsyncFn(&Self) -> bool,
+    {
+        let deadline = Instant::now() + within;
+        while !holds(self).await {
+            if Instant::now() >= deadline {
+                return Err(format!("not within {within:?}: {what}"));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Waits until all running replicas have applied the same index, and nothing moves any more.
+    pub async fn try_settle(&self) -> Result<(), String> {
         let deadline = Instant::now() + SOON;
+        let mut before = Vec::new();
         loop {
             let mut indexes = Vec::new();
             for at in self.running_replicas() {
                 indexes.push(self.status(at).await.map(|status| status.applied_index).unwrap_or_default());
             }
-            if let [first, rest @ ..] = indexes.as_slice()
-                && *first > 0
-                && rest.iter().all(|index| index == first)
-            {
-                return *first;
+            let met = indexes.first().is_some_and(|first| *first > 0 && indexes.iter().all(|index| index == first));
+            if met && indexes == before {
+                return Ok(());
             }
-            assert!(Instant::now() < deadline, "the replicas do not meet: {indexes:?}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            if Instant::now() >= deadline {
+                return Err(format!("the replicas do not meet within {SOON:?}: they applied up to {indexes:?}"));
+            }
+            before = indexes;
+            tokio::time::sleep(10 * LOOK).await;
         }
     }
 }
@@ -289,10 +404,41 @@ impl Drop for Cluster {
     }
 }
 
-/// Runs a future to its end on a runtime of its own: the body of a test.
+/// Whose jobs these are.
+pub const USER: &str = "test";
+
+/// A job of one process without GPUs, with the shortest lease.
+pub fn shell_job(script: &str) -> v1::JobSpec {
+    let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
+    v1::JobSpec { body: Some(v1::Body { argv, ..Default::default() }), lease_ttl_ms: 10_000, ..Default::default() }
+}
+
+/// Runs a future to its end on a runtime of its own: the body of a test. Waits for its turn.
 pub fn block_on<F: Future>(future: F) -> F::Output {
+    let _turn = Turn::take();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.expect("a runtime").block_on(future)
+}
+
+static RUNNING: Mutex<usize> = Mutex::new(0);
+static ENDED: Condvar = Condvar::new();
+
+/// One of [`AT_ONCE`] places; given back also when the test fails.
+struct Turn;
+
+impl Turn {
+    fn take() -> Self {
+        let running = RUNNING.lock().expect("nobody panics with it");
+        *ENDED.wait_while(running, |running| *running >= AT_ONCE).expect("nobody panics with it") += 1;
+        Self
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *RUNNING.lock().expect("nobody panics with it") -= 1;
+        ENDED.notify_one();
+    }
 }
 
 /// Live processes by their command line.
@@ -311,12 +457,9 @@ pub fn processes(wanted: impl Fn(&[String]) -> bool) -> Vec<Pid> {
     found
 }
 
-fn wait_for(holds: impl Fn() -> bool, what: impl Fn() -> String) {
-    let deadline = Instant::now() + SOON;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{}", what());
-        std::thread::sleep(Duration::from_millis(10));
-    }
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(5)..].join("\n")
 }
 
 /// `export NAME=VALUE` lines.

@@ -1,6 +1,14 @@
-//! Real processes under faults: the harness that starts, kills, freezes and restarts them, and the load that remembers
-//! what was acknowledged. What must hold afterwards is in `tests/`.
+//! Real processes under faults: the harness that starts, kills, freezes and restarts them and cuts their power, the load
+//! that remembers what was acknowledged, and the checks of what must hold afterwards. Single stories are in `tests/`;
+//! the long runs, `powercut` and `nemesis`, are started by `run`.
 
+pub mod checks;
 pub mod cluster;
+pub mod disk;
+pub mod history;
+pub mod ledger;
 pub mod load;
+pub mod nemesis;
+pub mod powercut;
 pub mod process;
+pub mod verdict;

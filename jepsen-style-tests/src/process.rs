@@ -1,23 +1,37 @@
-//! One process of the cluster: started in a directory, its output in a file, ended by signals.
+//! One process of the cluster: started in a directory, its output in a file, ended by signals. Builds the binary first.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// The `ares` binary that was built beside this test.
-pub fn ares() -> PathBuf {
-    if let Some(named) = std::env::var_os("ARES_BIN") {
-        return named.into();
+/// The `ares` binary: what ARES_BIN names, or built as the sources are now, in the profile and directory of this
+/// program. Cargo builds no binary of another package for a test, so the test asks for it.
+pub fn ares() -> &'static Path {
+    static ARES: LazyLock<PathBuf> = LazyLock::new(|| match std::env::var_os("ARES_BIN") {
+        Some(named) => named.into(),
+        None => build(),
+    });
+    &ARES
+}
+
+fn build() -> PathBuf {
+    let me = std::env::current_exe().expect("a program knows its own path");
+    // target/PROFILE/deps/NAME of a test, target/PROFILE/NAME of a program.
+    let profile = me.ancestors().skip(1).find(|dir| !dir.ends_with("deps")).expect("it lies in a directory");
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["build", "--quiet", "--package", "cli", "--bin", "ares"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo.arg("--target-dir").arg(profile.parent().expect("a target directory"));
+    if profile.ends_with("release") {
+        cargo.arg("--release");
     }
-    let test = std::env::current_exe().expect("a test knows its own path");
-    let profile = test.ancestors().find(|dir| dir.join("ares").is_file());
-    profile
-        .map(|dir| dir.join("ares"))
-        .unwrap_or_else(|| panic!("no ares binary beside {}: run `cargo build -p cli` first, or set ARES_BIN", test.display()))
+    let built = cargo.status().expect("cargo starts");
+    assert!(built.success(), "the ares binary could not be built");
+    profile.join("ares")
 }
 
 /// A running `ares` process; killed when dropped.
@@ -29,11 +43,11 @@ pub struct Process {
 
 impl Process {
     /// Starts `ares` with the arguments; what it prints is appended to `log`.
-    pub fn start(args: &[&str], env: &[(&str, &str)], log: &Path) -> Self {
+    pub fn start(args: &[&str], env: &[(String, String)], log: &Path) -> Self {
         let open = || -> File { OpenOptions::new().create(true).append(true).open(log).expect("the log opens") };
         let child = Command::new(ares())
             .args(args)
-            .envs(env.iter().copied())
+            .envs(env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(open())
             .stderr(open())
@@ -57,21 +71,34 @@ impl Process {
         let _ = self.child.wait();
     }
 
-    /// SIGTERM, and its exit code when it ends in time.
-    pub fn terminate(mut self, within: Duration) -> i32 {
+    /// SIGTERM, and its exit code (128 + signal if one ended it) when it ends in time.
+    pub fn terminate(mut self, within: Duration) -> Result<i32, String> {
         self.signal(Signal::TERM);
+        self.ended(within)
+    }
+
+    /// Its exit code once it ends by itself.
+    pub fn ended(&mut self, within: Duration) -> Result<i32, String> {
         let deadline = Instant::now() + within;
         loop {
             if let Some(status) = self.child.try_wait().expect("its status can be read") {
-                return status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+                return Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()));
             }
-            assert!(Instant::now() < deadline, "it did not end within {within:?}; its log:\n{}", self.log_text());
+            if Instant::now() >= deadline {
+                return Err(format!("it did not end within {within:?}; its log:\n{}", self.log_text()));
+            }
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// State letter in /proc: `T` is stopped.
+    pub fn state(&self) -> Option<char> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
     }
 
     pub fn log_text(&self) -> String {
@@ -84,4 +111,26 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Runs `ares` to its end, at most `within`, and returns what it printed.
+pub fn run(args: &[&str], within: Duration) -> Output {
+    let mut child = Command::new(ares())
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{}: {error}", ares().display()));
+    let deadline = Instant::now() + within;
+    // What these commands print fits the pipes.
+    while child.try_wait().expect("its status can be read").is_none() {
+        if Instant::now() >= deadline {
+            let _ = child.kill();
+            let output = child.wait_with_output().expect("its output");
+            panic!("ares {args:?} did not end within {within:?}: {output:?}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.wait_with_output().expect("its output")
 }

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use jepsen_style_tests::cluster::{Cluster, block_on};
+use jepsen_style_tests::cluster::{Cluster, SOON, block_on};
 use proto::v1;
-use rustix::process::{Signal, kill_process};
+use rustix::process::Signal;
 
 /// Appends a line at the start of an attempt, then beats each 100 ms.
 fn recording(file: &Path, seconds: u32) -> String {
@@ -36,7 +36,7 @@ fn the_leader_is_killed_during_the_digits_gang_which_ends_once_in_attempt_1() {
         }
         let digits = example("digits");
         let result = cluster.path().join("result.json");
-        let script = format!("exec python3 '{}/train.py' --epochs 12 --min-seconds 6", digits.display());
+        let script = format!("exec python3 '{}/train.py' --epochs 30 --min-seconds 8", digits.display());
         let id = cluster
             .submit(&script, |job| {
                 job.shape = Some(v1::Shape { nodes: 2, ranks_per_node: 2, gpus_per_rank: 1, ..Default::default() });
@@ -44,22 +44,21 @@ fn the_leader_is_killed_during_the_digits_gang_which_ends_once_in_attempt_1() {
                 env.insert("ARES_RESULT_FILE".into(), result.display().to_string());
             })
             .await;
-        let running = cluster.job_until(id, "running", Duration::from_secs(30), |job| job.state == "RUNNING").await;
+        let running = cluster.job_running(id).await;
         assert_eq!(running.parts.len(), 2);
         assert!(running.parts.iter().all(|part| part.gpu_slots.len() == 2), "{:?}", running.parts);
         assert_eq!(running.placement_why.len(), 2, "each part says why");
 
         let (leader, term) = cluster.wait_for_leader().await;
         cluster.kill_replica(leader);
-        let (_, next_term) = cluster.wait_for_leader().await;
-        assert!(next_term > term);
+        cluster.find_leader(term, SOON).await.expect("another leads");
         let job = cluster.job_ended(id, Duration::from_secs(90)).await;
         let committed = job.result.expect("it has ended");
         assert_eq!((committed.outcome.as_str(), committed.attempt), ("SUCCEEDED", 1));
         assert_eq!(committed.token, running.token);
         let report: serde_json::Value =
             serde_json::from_str(&std::fs::read_to_string(&result).expect("rank 0 wrote it")).expect("JSON");
-        assert!(report["accuracy"].as_f64().is_some_and(|accuracy| accuracy >= 0.9), "{report}");
+        assert!(report["accuracy"].as_f64().is_some_and(|accuracy| accuracy >= 0.95), "{report}");
         assert_eq!(report["token"].as_u64(), Some(committed.token));
     });
 }
@@ -71,11 +70,11 @@ fn a_killed_agent_comes_back_and_takes_its_job_up_again() {
         cluster.agent("n1", "").await;
         let file = cluster.path().join("record");
         let id = cluster.submit(&recording(&file, 5), |_| {}).await;
-        let before = cluster.job_until(id, "running", Duration::from_secs(20), |job| job.state == "RUNNING").await;
+        let before = cluster.job_running(id).await;
         cluster.kill_agent("n1");
         tokio::time::sleep(Duration::from_secs(1)).await;
         cluster.start_agent("n1", "");
-        let job = cluster.job_ended(id, Duration::from_secs(40)).await;
+        let job = cluster.job_ended(id, Duration::from_secs(60)).await;
         let result = job.result.expect("it has ended");
         assert_eq!((result.outcome.as_str(), result.attempt, result.token), ("SUCCEEDED", 1, before.token));
         assert_eq!(lines(&file, "start").len(), 1, "nothing ran twice");
@@ -90,20 +89,15 @@ fn agent_and_shims_are_killed_and_the_next_attempt_has_a_higher_token() {
         cluster.agent("n1", "").await;
         let file = cluster.path().join("record");
         let id = cluster.submit(&recording(&file, 3), |_| {}).await;
-        let before = cluster.job_until(id, "running", Duration::from_secs(20), |job| job.state == "RUNNING").await;
-        cluster.kill_agent("n1");
-        let shims = cluster.shims("n1");
-        assert!(!shims.is_empty(), "a shim outlives its agent");
-        for pid in shims {
-            let _ = kill_process(pid, Signal::KILL);
-        }
+        let before = cluster.job_running(id).await;
+        assert_eq!(cluster.kill_agent_and_shims("n1"), 1, "the shim outlived its agent");
         tokio::time::sleep(Duration::from_millis(300)).await;
         let beats = lines(&file, "beat").len();
         tokio::time::sleep(Duration::from_millis(500)).await;
         assert_eq!(lines(&file, "beat").len(), beats, "the job died with its shim");
 
         cluster.start_agent("n1", "");
-        let job = cluster.job_ended(id, Duration::from_secs(40)).await;
+        let job = cluster.job_ended(id, Duration::from_secs(60)).await;
         let result = job.result.expect("it has ended");
         assert_eq!(result.outcome, "SUCCEEDED");
         assert!(result.attempt == 2 && result.token > before.token, "{result:?}");
@@ -120,11 +114,11 @@ fn an_agent_stopped_past_its_lease_loses_its_job_and_its_late_report_is_refused(
         let file = cluster.path().join("record");
         // Longer than lease, drift, margin: attempt 1 can't end by itself.
         let id = cluster.submit(&recording(&file, 40), |_| {}).await;
-        let before = cluster.job_until(id, "running", Duration::from_secs(20), |job| job.state == "RUNNING").await;
+        let before = cluster.job_running(id).await;
         cluster.signal_agent("n1", Signal::STOP);
         cluster.agent("n2", "").await;
         let second = cluster
-            .job_until(id, "running again", Duration::from_secs(40), |job| job.attempt == 2 && job.state == "RUNNING")
+            .job_until(id, "running again", Duration::from_secs(60), |job| job.attempt == 2 && job.state == "RUNNING")
             .await;
         assert!(second.token > before.token);
         // The shim killed attempt 1 although its agent was stopped: it does not beat while attempt 2 runs.
@@ -135,9 +129,8 @@ fn an_agent_stopped_past_its_lease_loses_its_job_and_its_late_report_is_refused(
         tokio::time::sleep(Duration::from_secs(3)).await;
         let job = cluster.job(id).await;
         assert_eq!((job.state.as_str(), job.attempt, job.token), ("RUNNING", 2, second.token), "the late report changed it");
-        let cancel = v1::CancelJobRequest { request_id: proto::request_id(), job_id: id, user: String::new() };
-        cluster.client().cancel_job(cancel).await.expect("accepted");
-        let job = cluster.job_ended(id, Duration::from_secs(20)).await;
+        cluster.cancel(id).await;
+        let job = cluster.job_ended(id, SOON).await;
         assert_eq!(job.result.expect("it has ended").outcome, "CANCELLED");
     });
 }
@@ -150,11 +143,10 @@ fn a_cancelled_job_is_dead_with_all_its_children() {
         let file = cluster.path().join("pid");
         let script = format!("sh -c 'trap \"\" TERM; echo $$ > \"{}\"; while :; do sleep 1; done' & wait", file.display());
         let id = cluster.submit(&script, |job| job.kill_grace_ms = 500).await;
-        cluster.job_until(id, "running", Duration::from_secs(20), |job| job.state == "RUNNING").await;
+        cluster.job_running(id).await;
         cluster.until("the child wrote its pid", async |_| file.is_file()).await;
-        let cancel = v1::CancelJobRequest { request_id: proto::request_id(), job_id: id, user: String::new() };
-        cluster.client().cancel_job(cancel).await.expect("accepted");
-        let job = cluster.job_ended(id, Duration::from_secs(20)).await;
+        cluster.cancel(id).await;
+        let job = cluster.job_ended(id, SOON).await;
         assert_eq!(job.result.expect("it has ended").outcome, "CANCELLED");
         assert!(cluster.shims("n1").is_empty(), "its shim is gone");
     });

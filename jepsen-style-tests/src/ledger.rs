@@ -1,0 +1,269 @@
+//! What jobs did, as they wrote it themselves into a file outside all faults: `start`, a `beat` each 200 ms, `end`. The
+//! sink records all and refuses nothing, so that it shows two attempts that were alive at once. The checks are pure.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// A shell script that writes the ledger for `beats` x 200 ms. One line is one append, below the size up to which
+/// appends don't mix.
+pub fn script(ledger: &Path, beats: u32) -> String {
+    format!(
+        "f='{}'; say() {{ read -r up _ < /proc/uptime; \
+         echo \"$1 $ARES_JOB_ID $ARES_ATTEMPT $RANK $ARES_FENCING_TOKEN $up\" >> \"$f\"; }}; \
+         say start; i=0; while [ $i -lt {beats} ]; do sleep 0.2; say beat; i=$((i+1)); done; say end",
+        ledger.display()
+    )
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    Start,
+    Beat,
+    End,
+}
+
+/// One line of a rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line {
+    pub what: What,
+    pub job: u64,
+    pub attempt: u32,
+    pub rank: u32,
+    pub token: u64,
+    /// Of the machine's uptime, read just before the line was written.
+    pub at_ms: u64,
+}
+
+/// One attempt of a job, over all its ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Life {
+    token: u64,
+    first_ms: u64,
+    last_ms: u64,
+    ends: u32,
+}
+
+/// A result that the cluster committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Committed {
+    pub attempt: u32,
+    pub token: u64,
+}
+
+/// All lines of a run.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    lives: BTreeMap<u64, BTreeMap<u32, Life>>,
+    /// Two ranks of one attempt must carry the same token.
+    mixed: Vec<String>,
+}
+
+impl Ledger {
+    pub fn read(path: &Path) -> Result<Self, String> {
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(format!("{}: {error}", path.display())),
+        };
+        let lines: Result<Vec<Line>, String> = text.lines().map(parse).collect();
+        Ok(Self::of(&lines?))
+    }
+
+    pub fn of(lines: &[Line]) -> Self {
+        let mut ledger = Self::default();
+        for line in lines {
+            let new = Life { token: line.token, first_ms: line.at_ms, last_ms: line.at_ms, ends: 0 };
+            let life = ledger.lives.entry(line.job).or_default().entry(line.attempt).or_insert(new);
+            if life.token != line.token {
+                ledger.mixed.push(format!(
+                    "attempt {} of job {} ran with tokens {} and {}",
+                    line.attempt, line.job, life.token, line.token
+                ));
+            }
+            life.first_ms = life.first_ms.min(line.at_ms);
+            life.last_ms = life.last_ms.max(line.at_ms);
+            life.ends += u32::from(line.what == What::End);
+        }
+        ledger
+    }
+
+    /// Attempts that wrote anything.
+    pub fn attempts(&self) -> usize {
+        self.lives.values().map(BTreeMap::len).sum()
+    }
+
+    /// `one_attempt_alive`: no attempt writes before the last line of an earlier one of the same job.
+    pub fn one_attempt_alive(&self) -> Result<(), String> {
+        self.each_next(|job, (before, old), (after, new)| {
+            (new.first_ms < old.last_ms).then(|| {
+                format!(
+                    "one_attempt_alive: attempt {after} of job {job} began at {} ms, attempt {before} still wrote at {} ms",
+                    new.first_ms, old.last_ms
+                )
+            })
+        })
+    }
+
+    /// `token_grows`: a later attempt has a higher token, an attempt has one token, and no two attempts share one.
+    pub fn token_grows(&self) -> Result<(), String> {
+        if let Some(mixed) = self.mixed.first() {
+            return Err(format!("token_grows: {mixed}"));
+        }
+        let mut owners = BTreeMap::new();
+        for (job, attempts) in &self.lives {
+            for (attempt, life) in attempts {
+                if let Some((other, its)) = owners.insert(life.token, (*job, *attempt)) {
+                    return Err(format!(
+                        "token_grows: token {} was of attempt {its} of job {other} and of attempt {attempt} of job {job}",
+                        life.token
+                    ));
+                }
+            }
+        }
+        self.each_next(|job, (before, old), (after, new)| {
+            (new.token <= old.token).then(|| {
+                format!(
+                    "token_grows: attempt {after} of job {job} has token {}, attempt {before} had {}",
+                    new.token, old.token
+                )
+            })
+        })
+    }
+
+    /// `result_once`: the success that was committed is that of an attempt whose ranks all wrote their end with the
+    /// token of the result, and nothing ran after it.
+    pub fn committed_ran(&self, job: u64, ranks: u32, committed: Committed) -> Result<(), String> {
+        let lives = self.lives.get(&job);
+        let life = lives.and_then(|lives| lives.get(&committed.attempt));
+        let life = life.ok_or_else(|| {
+            format!("result_once: attempt {} of job {job} was committed and never ran", committed.attempt)
+        })?;
+        if life.token != committed.token || life.ends != ranks {
+            return Err(format!(
+                "result_once: job {job} was committed with token {}, its attempt {} ran with token {} and wrote {} of {ranks} ends",
+                committed.token, committed.attempt, life.token, life.ends
+            ));
+        }
+        match lives.and_then(|lives| lives.last_key_value()) {
+            Some((last, _)) if *last > committed.attempt => {
+                Err(format!("result_once: job {job} was committed by attempt {}, attempt {last} ran too", committed.attempt))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The first finding over neighbouring attempts of a job.
+    fn each_next(&self, wrong: impl Fn(u64, (u32, Life), (u32, Life)) -> Option<String>) -> Result<(), String> {
+        for (job, attempts) in &self.lives {
+            let mut before: Option<(u32, Life)> = None;
+            for (attempt, life) in attempts {
+                if let Some(found) = before.and_then(|before| wrong(*job, before, (*attempt, *life))) {
+                    return Err(found);
+                }
+                // The widest reach of all earlier attempts counts, not only the last one's.
+                let reach = before.map_or(0, |(_, old)| old.last_ms).max(life.last_ms);
+                before = Some((*attempt, Life { last_ms: reach, ..*life }));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn parse(line: &str) -> Result<Line, String> {
+    let wrong = || format!("a line of the ledger is no line: {line:?}");
+    let words: Vec<&str> = line.split(' ').collect();
+    let &[what, job, attempt, rank, token, at] = words.as_slice() else { return Err(wrong()) };
+    let what = match what {
+        "start" => What::Start,
+        "beat" => What::Beat,
+        "end" => What::End,
+        _ => return Err(wrong()),
+    };
+    let (seconds, hundredths) = at.split_once('.').ok_or_else(wrong)?;
+    let number = |text: &str| text.parse::<u64>().map_err(|_| wrong());
+    let small = |text: &str| text.parse::<u32>().map_err(|_| wrong());
+    Ok(Line {
+        what,
+        job: number(job)?,
+        attempt: small(attempt)?,
+        rank: small(rank)?,
+        token: number(token)?,
+        at_ms: number(seconds)? * 1_000 + number(hundredths)? * 10,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn life(job: u64, attempt: u32, token: u64, times_ms: std::ops::RangeInclusive<u64>, end: bool) -> Vec<Line> {
+        let line = |what, at_ms| Line { what, job, attempt, rank: 0, token, at_ms };
+        let mut lines = vec![line(What::Start, *times_ms.start())];
+        lines.extend(times_ms.clone().step_by(200).map(|at| line(What::Beat, at)));
+        lines.push(line(if end { What::End } else { What::Beat }, *times_ms.end()));
+        lines
+    }
+
+    fn good() -> Vec<Line> {
+        let mut lines = life(1, 1, 10, 1_000..=3_000, false);
+        lines.extend(life(2, 1, 11, 1_500..=2_500, true));
+        lines.extend(life(1, 2, 12, 3_010..=5_000, true));
+        lines
+    }
+
+    #[test]
+    fn a_good_ledger_passes() {
+        let ledger = Ledger::of(&good());
+        assert_eq!(ledger.attempts(), 3);
+        ledger.one_attempt_alive().expect("apart");
+        ledger.token_grows().expect("grows");
+        ledger.committed_ran(1, 1, Committed { attempt: 2, token: 12 }).expect("it ran");
+    }
+
+    #[test]
+    fn two_attempts_at_once_are_found_whichever_wrote_first() {
+        for late in [life(1, 1, 10, 3_020..=3_020, false), life(1, 1, 10, 4_900..=9_000, false)] {
+            let mut lines = good();
+            lines.extend(late);
+            let found = Ledger::of(&lines).one_attempt_alive().expect_err("attempt 1 lives on");
+            assert!(found.contains("attempt 2 of job 1"), "{found}");
+        }
+        // An attempt that outlives its successor still counts against the one after that.
+        let mut lines = good();
+        lines.extend(life(2, 2, 13, 2_600..=2_700, false));
+        lines.extend(life(2, 3, 14, 2_800..=2_900, false));
+        Ledger::of(&lines).one_attempt_alive().expect("apart");
+        lines.extend(life(2, 1, 11, 2_850..=2_850, false));
+        Ledger::of(&lines).one_attempt_alive().expect_err("attempt 1 lives on");
+    }
+
+    #[test]
+    fn a_token_that_does_not_grow_or_is_used_twice_is_found() {
+        let with = |more: Vec<Line>| Ledger::of(&[good(), more].concat()).token_grows();
+        with(life(2, 2, 9, 4_000..=4_100, true)).expect_err("lower than before");
+        with(life(2, 2, 12, 4_000..=4_100, true)).expect_err("another job's");
+        with(life(2, 1, 13, 2_000..=2_100, true)).expect_err("a second one in an attempt");
+    }
+
+    #[test]
+    fn a_commit_that_did_not_run_is_found() {
+        let ledger = Ledger::of(&good());
+        ledger.committed_ran(1, 1, Committed { attempt: 1, token: 10 }).expect_err("it wrote no end, and 2 ran later");
+        ledger.committed_ran(1, 1, Committed { attempt: 2, token: 10 }).expect_err("another token");
+        ledger.committed_ran(1, 2, Committed { attempt: 2, token: 12 }).expect_err("one rank of two");
+        ledger.committed_ran(2, 1, Committed { attempt: 2, token: 12 }).expect_err("it never ran");
+        ledger.committed_ran(3, 1, Committed { attempt: 1, token: 13 }).expect_err("no such job");
+        let after = [good(), life(2, 2, 13, 6_000..=6_100, false)].concat();
+        Ledger::of(&after).committed_ran(2, 1, Committed { attempt: 1, token: 11 }).expect_err("attempt 2 ran after it");
+    }
+
+    #[test]
+    fn lines_are_read_as_the_script_writes_them() {
+        let line = parse("beat 7 2 1 99 123.45").expect("a line");
+        let wanted = Line { what: What::Beat, job: 7, attempt: 2, rank: 1, token: 99, at_ms: 123_450 };
+        assert_eq!(line, wanted);
+        for wrong in ["", "beat 7 2 1 99", "beat 7 2 1 99 123", "stop 7 2 1 99 1.00", "beat 7 2 1 99 1.00 x"] {
+            parse(wrong).expect_err("no line");
+        }
+    }
+}
