@@ -441,3 +441,19 @@ fn a_plan_made_before_a_registration_is_refused() {
     wrong.attempt = 2;
     assert_eq!(code(world.plan(vec![wrong]).remove(0)), Some(Code::AttemptMoved));
 }
+
+#[test]
+fn an_agent_can_not_free_a_part_that_its_registration_did_not_name() {
+    let mut world = World::new();
+    let (node, _) = world.register(machine("n1", 1, 1));
+    let id = world.submit(one_gpu());
+    let token = world.place(id, &[node]).unwrap();
+    world.report(node, token, PartReport::Started { port: 1 }).unwrap();
+    let (_, epoch) = world.register(machine("n1", 1, 1));
+    for what in [PartReport::Released, ended(0, 1, 0)] {
+        assert_eq!(code(world.report(node, token, what)), Some(Code::TokenStale));
+    }
+    assert_eq!(world.state.allocs.get(&node).unwrap().free_gpus, 0);
+    world.run(Command::NodeSilent { node, epoch, tokens: vec![token] });
+    assert_eq!(world.state.allocs.get(&node).unwrap().free_gpus, 1);
+}

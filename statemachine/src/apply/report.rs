@@ -27,12 +27,16 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, report: &Report) -> Re
             _ => Err(rejection),
         };
     }
-    Ok(Reply::Report(report.items.iter().map(|item| one(state, ctx, report.node, item)).collect()))
+    Ok(Reply::Report(report.items.iter().map(|item| one(state, ctx, report.node, report.epoch, item)).collect()))
 }
 
-fn one(state: &mut State, ctx: &mut Ctx<'_>, node: NodeId, item: &ReportItem) -> Result<(), Rejection> {
+fn one(state: &mut State, ctx: &mut Ctx<'_>, node: NodeId, epoch: u64, item: &ReportItem) -> Result<(), Rejection> {
     let token = item.token;
     let Some(part) = live_part(state, token, node) else { return orphan_gone(state, ctx, node, item) };
+    if part.epoch != epoch {
+        // The agent's registration did not name it, so it can't know what became of it: the part is left to silence.
+        return Err(stale(token));
+    }
     check(part, &item.what)?;
     let lease = &state.leases.get(&token).ok_or_else(|| stale(token))?.value;
     if let (PartReport::Started { .. }, LeasePhase::Prepare) = (&item.what, lease.phase) {
