@@ -38,9 +38,15 @@ pub fn attach_all(site: &Site, fence: &mut Fence, cores: &mut Cores, core: &mut 
     tokens.dedup();
     let mut running = 0;
     for token in &tokens {
-        let Some(kept) = kept(site, fence, *token) else { continue };
+        let Some(kept) = kept(site, fence, *token) else {
+            core.leave_alone(*token);
+            continue;
+        };
         let settled = site.found == Found::Intact && !fence.content.live.contains_key(token);
-        let Some(part) = part(site, *token, &kept)? else { continue };
+        let Some(part) = part(site, *token, &kept)? else {
+            core.leave_alone(*token);
+            continue;
+        };
         if part.is_alive() {
             running += 1;
             cores.adopt(*token, kept.cpus.clone());

@@ -1,7 +1,7 @@
 //! The agent's whole behaviour as one pure step: `step(event, now) -> actions`. No socket, no file, no process, no clock:
 //! `now` is ms of CLOCK_BOOTTIME. The shell (`run`) turns actions into IO and IO into events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proto::{reason, v1};
 
@@ -152,6 +152,8 @@ pub struct Core {
     desired: Option<Vec<v1::DesiredLease>>,
     parts: BTreeMap<u64, Part>,
     finished: BTreeMap<u64, Finished>,
+    /// Attempts of which something may be alive that can't be killed or read: never taken up, and never told as gone.
+    left_alone: BTreeSet<u64>,
     bodies: BTreeMap<u64, v1::JobBody>,
     fetching: Vec<u64>,
     fetch_retry: Retry,
@@ -181,6 +183,7 @@ impl Core {
             desired: None,
             parts: BTreeMap::new(),
             finished: BTreeMap::new(),
+            left_alone: BTreeSet::new(),
             bodies: BTreeMap::new(),
             fetching: Vec::new(),
             fetch_retry: Retry::NOW,
@@ -199,6 +202,11 @@ impl Core {
             self.keeper.adopt(token, part.ttl_ms, deadline);
             self.parts.insert(token, part);
         }
+    }
+
+    /// An attempt found on disk of which something may still be alive: the leader must not hear that its part is free.
+    pub fn leave_alone(&mut self, token: u64) {
+        self.left_alone.insert(token);
     }
 
     pub fn node_id(&self) -> u32 {
@@ -371,7 +379,8 @@ impl Core {
                 actions.extend(moved.into_iter().map(|(token, deadline)| Action::Extend { token, deadline }));
             }
             Some(What::Desired(set)) => self.desired(set),
-            Some(What::Reregister(why)) if why.superseded => {
+            // While our own registration is under way, the later one may be ours, its answer still to come.
+            Some(What::Reregister(why)) if why.superseded && self.registration == Registration::Done => {
                 self.over = true;
                 actions.push(Action::Leave(why.reason));
             }
@@ -432,6 +441,11 @@ impl Core {
         }
     }
 
+    /// Never to be taken up, or declined, again.
+    fn is_closed(&self, token: u64) -> bool {
+        self.finished.contains_key(&token) || self.left_alone.contains(&token)
+    }
+
     fn want_registration(&mut self) {
         if self.registration == Registration::Done {
             self.registration = Registration::Due;
@@ -475,7 +489,7 @@ impl Core {
     fn reconcile(&mut self, now: u64, actions: &mut Vec<Action>) {
         let Some(desired) = self.desired.take() else { return };
         let mut launches = Vec::new();
-        for step in reconcile(&desired, &self.parts, |token| self.finished.contains_key(&token)) {
+        for step in reconcile(&desired, &self.parts, |token| self.is_closed(token)) {
             let lease = |token: u64| desired.iter().find(|lease| lease.token == token);
             match step {
                 Step::Launch { token, open } => launches.extend(lease(token).and_then(|l| self.launch(l, open, now))),
@@ -529,7 +543,7 @@ impl Core {
             lease.stop.is_empty()
                 && !self.bodies.contains_key(&lease.job_id)
                 && !self.parts.contains_key(&lease.token)
-                && !self.finished.contains_key(&lease.token)
+                && !self.is_closed(lease.token)
         };
         let mut jobs: Vec<u64> = self.desired.iter().flatten().filter(unknown).map(|lease| lease.job_id).collect();
         jobs.sort_unstable();

@@ -284,6 +284,33 @@ fn a_superseded_agent_does_nothing_more() {
 }
 
 #[test]
+fn an_agent_is_not_superseded_by_its_own_registration() {
+    let mut core = running(7);
+    let actions = core.step(Event::Rank { token: 7, local: 0, rank: Rank::Vanished }, 2_000);
+    assert!(registers(&actions).is_some());
+    // It was committed, and a heartbeat of before it is answered sooner than the registration itself.
+    let why = v1::Reregister { reason: "epoch 1 is over".into(), superseded: true };
+    assert_eq!(core.step(message(What::Reregister(why)), 2_010), vec![]);
+    let actions = core.step(registered(2), 2_020);
+    assert!(actions.contains(&Action::Connect), "{actions:?}");
+    assert_eq!(core.epoch(), 2);
+}
+
+#[test]
+fn an_attempt_that_may_be_alive_is_neither_taken_up_nor_told_as_gone() {
+    let mut core = Core::new((1, 0));
+    core.leave_alone(7);
+    let listing = registers(&core.step(Event::Tick, 0)).unwrap();
+    assert_eq!(listing, super::core::Listing::default());
+    core.step(registered(1), 0);
+    core.step(Event::Connected, 0);
+    core.step(ack(1, 1, &[]), 0);
+    let to_end = v1::DesiredLease { stop: "LOST".into(), ..lease(7) };
+    assert_eq!(core.step(desired(5, vec![to_end]), 10), vec![]);
+    assert_eq!(core.step(desired(6, vec![lease(7)]), 20), vec![]);
+}
+
+#[test]
 fn a_cluster_that_went_back_to_an_older_incarnation_is_left() {
     let mut core = Core::new((2, 5));
     core.step(Event::Tick, 0);

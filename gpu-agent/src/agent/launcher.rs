@@ -19,7 +19,8 @@ use super::environment;
 use super::fence::{Fence, Live, Refusal};
 use super::part::Rank;
 use super::ports::Ports;
-use super::shims::Shims;
+use super::shims::{SWEEP, Shims};
+use crate::shim::contain;
 use crate::shim::control::Control;
 use crate::shim::record::{self, Containment, Outcome, Spec, User};
 
@@ -240,7 +241,13 @@ impl Launcher {
                         let ended = child.wait();
                         let attached = shims.attach((token, local as u32), &dir, contained);
                         attached.map_err(Fault::node("shim")).map(|rank| match rank {
-                            Rank::Vanished => failure(Fault { node: true, why: format!("the shim ended: {ended:?}") }),
+                            Rank::Vanished => {
+                                // It may have started its rank before it died: only a process seen dead is dead.
+                                while !contain::sweep(&containment.of_rank(token, number), &attempts.dir(token)) {
+                                    std::thread::sleep(SWEEP);
+                                }
+                                failure(Fault { node: true, why: format!("the shim ended: {ended:?}") })
+                            }
                             rank => rank,
                         })
                     }
