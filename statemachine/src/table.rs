@@ -101,6 +101,11 @@ impl<K: Ord + Clone, V: Clone> Table<K, V> {
         self.rows.len()
     }
 
+    /// True when nothing was changed between the two clones, in O(1); false may also mean "changed back".
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.rows.ptr_eq(&other.rows)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
     }

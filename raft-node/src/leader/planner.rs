@@ -1,14 +1,21 @@
 //! The planning loop: wakes when something changed that could start a job, plans on an O(1) snapshot, and proposes the
 //! plan. Policy never runs inside apply: a slow plan can't stall the log, and apply re-checks every placement.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use scheduling::plan::{Cache, Limits, plan};
-use statemachine::{Cmd, Command};
+use scheduling::plan::{Cache, Limits, Plan, plan};
+use statemachine::event::Change;
+use statemachine::record::{Alloc, Node, Versioned};
+use statemachine::spec::Shape;
+use statemachine::table::Table;
+use statemachine::{Cmd, Command, NodeId, Revision, State};
+use tokio::sync::watch;
 
 use super::Desk;
 use super::duties::ACTOR;
+use crate::replica::Applied;
 
 /// Changes within this time are one cycle.
 const COALESCE: Duration = Duration::from_millis(1);
@@ -21,45 +28,108 @@ pub(super) async fn run(desk: Arc<Desk>) {
     let mut applied = desk.replica.applied();
     let mut cache = Cache::default();
     let mut limits = Limits::default();
+    let mut settled: Option<Settled> = None;
     loop {
+        // Before the clone is taken: what is applied after it wakes the loop again.
+        applied.mark_unchanged();
         let state = desk.replica.state();
         if state.index.queue.is_empty() {
             if applied.changed().await.is_err() {
                 return;
             }
             tokio::time::sleep(COALESCE).await;
-            applied.mark_unchanged();
             continue;
         }
-        applied.mark_unchanged();
         let unheard = desk.unheard(&state);
+        if settled.as_mut().is_some_and(|settled| settled.still_holds(&state, &unheard)) {
+            if !changed(&desk, &mut applied).await {
+                return;
+            }
+            tokio::time::sleep(COALESCE).await;
+            continue;
+        }
         let began = Instant::now();
         let within = limits.clone();
         let planned = tokio::task::spawn_blocking(move || {
             let plan = plan(&state, &mut cache, &within, &unheard);
-            (plan, cache)
+            let settled = Settled::after(&plan, &within, &state, unheard);
+            (plan, cache, settled)
         })
         .await;
         let took = began.elapsed();
-        let Ok((plan, kept)) = planned else {
+        let Ok((plan, kept, nothing_more)) = planned else {
             tracing::error!("the planner panicked; it begins anew with an empty cache");
             cache = Cache::default();
             tokio::time::sleep(IDLE).await;
             continue;
         };
         cache = kept;
+        settled = nothing_more;
         let unfinished = plan.unfinished;
         let placed = propose(&desk, plan.commands()).await;
         // A cycle that ran out of steps goes on behind its last look; one that placed something begins anew in front.
         limits.after = if unfinished && placed == 0 { plan.last } else { None };
-        if placed == 0 && !unfinished {
-            tokio::select! {
-                changed = applied.changed() => if changed.is_err() { return },
-                () = desk.heard.notified() => {}
-                () = tokio::time::sleep(IDLE) => {}
-            }
+        if placed == 0 && !unfinished && !changed(&desk, &mut applied).await {
+            return;
         }
         tokio::time::sleep(COALESCE.max(took * REST)).await;
+    }
+}
+
+/// Waits for something that may matter; false when the replica stops.
+async fn changed(desk: &Desk, applied: &mut watch::Receiver<Applied>) -> bool {
+    tokio::select! {
+        changed = applied.changed() => changed.is_ok(),
+        () = desk.heard.notified() => true,
+        () = tokio::time::sleep(IDLE) => true,
+    }
+}
+
+/// A complete cycle that could place nothing: while the machines stay as they were, only a shape that it did not look
+/// at can start. So a stream of submissions that wait costs a look at each, not at the whole queue.
+struct Settled {
+    nodes: Table<NodeId, Versioned<Node>>,
+    allocs: Table<NodeId, Alloc>,
+    unheard: BTreeSet<NodeId>,
+    /// Shapes that find no room.
+    waiting: BTreeSet<Shape>,
+    seen: Revision,
+}
+
+impl Settled {
+    fn after(plan: &Plan, limits: &Limits, state: &State, unheard: BTreeSet<NodeId>) -> Option<Self> {
+        if plan.unfinished || limits.after.is_some() || !plan.places.is_empty() {
+            return None;
+        }
+        let mut waiting = BTreeSet::new();
+        for (task, _) in &plan.reasons {
+            let shape = &state.jobs.get(&task.job)?.value.spec.shape;
+            if !waiting.contains(shape) {
+                waiting.insert(shape.clone());
+            }
+        }
+        Some(Self {
+            nodes: state.nodes.clone(),
+            allocs: state.allocs.clone(),
+            unheard,
+            waiting,
+            seen: state.meta.rev,
+        })
+    }
+
+    fn still_holds(&mut self, state: &State, unheard: &BTreeSet<NodeId>) -> bool {
+        if *unheard != self.unheard || !state.nodes.is_same(&self.nodes) || !state.allocs.is_same(&self.allocs) {
+            return false;
+        }
+        let Ok(mut events) = state.events_since(self.seen) else { return false };
+        let new_shape = events.any(|event| match &event.what {
+            Change::Queued { place } => {
+                state.jobs.get(&place.task.job).is_some_and(|job| !self.waiting.contains(&job.value.spec.shape))
+            }
+            _ => false,
+        });
+        self.seen = state.meta.rev;
+        !new_shape
     }
 }
 
@@ -68,7 +138,7 @@ async fn propose(desk: &Desk, plans: Vec<statemachine::command::Plan>) -> usize 
     let mut placed = 0;
     for plan in plans {
         let cmd = Cmd { request: None, actor: ACTOR.to_owned(), body: Command::Plan(plan) };
-        match desk.replica.propose(cmd).await {
+        match desk.replica.propose_in(cmd, desk.office.term).await {
             Ok((statemachine::Outcome::Done(statemachine::Reply::Plan(answers)), _)) => {
                 for refusal in answers.iter().filter_map(|answer| answer.as_ref().err()) {
                     tracing::debug!(code = refusal.code.name(), detail = refusal.detail, "a placement was refused");
