@@ -8,6 +8,11 @@ mod json;
 mod logging;
 mod logs;
 mod output;
+mod signals;
+
+/// Half of a busy replica's cost was the C library's allocator; this one is made for many threads.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -16,7 +21,8 @@ use commands::Command;
 
 /// A self-contained, Raft-replicated scheduler for GPU clusters.
 #[derive(Debug, Parser)]
-#[command(name = "ares", version, about, disable_help_subcommand = true, max_term_width = 100)]
+#[command(name = "ares", bin_name = "ares", version, disable_help_subcommand = true, max_term_width = 100)]
+#[command(after_help = "ares help exit-codes, environment or a COMMAND says more.")]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -26,21 +32,27 @@ struct Cli {
 
 /// Options that every command understands.
 #[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Options of every command")]
 pub struct Global {
-    /// Replicas to ask, host:port, comma-separated; any one is enough
+    /// Replicas to ask, host:port, comma-separated; any one is enough [default: 127.0.0.1:7401]
     #[arg(long, short = 's', env = "ARES_SERVER", value_delimiter = ',', global = true, value_name = "HOST:PORT")]
+    #[arg(hide_env_values = true)]
     server: Vec<String>,
-    /// Refuse to talk to another cluster than this one (hex id)
-    #[arg(long, env = "ARES_CLUSTER", global = true, hide_env_values = true, default_value = "", value_name = "ID")]
+    /// Refuse to talk to another cluster than this one (32 hex digits)
+    #[arg(long, env = "ARES_CLUSTER", global = true, value_name = "ID", default_value = "")]
+    #[arg(hide_env_values = true, hide_default_value = true)]
     cluster_id: String,
-    /// How long a call may take with all its retries, in seconds
+    /// How long a call may take with all its retries
     #[arg(long, env = "ARES_TIMEOUT", global = true, default_value_t = 15, value_name = "SECONDS")]
+    #[arg(hide_env_values = true, allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
-    /// Output format
+    /// table for people, json, jsonl (a document a line), or name (ids and keys alone)
     #[arg(long, short = 'o', env = "ARES_OUTPUT", global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(hide_env_values = true, hide_possible_values = true)]
     output: output::Format,
-    /// What to log to stderr (tracing filter, such as info or raft_node=debug)
-    #[arg(long, env = "ARES_LOG", global = true, default_value = "", value_name = "FILTER")]
+    /// What to log to stderr: a tracing filter, such as info or raft_node=debug
+    #[arg(long, env = "ARES_LOG", global = true, value_name = "FILTER", default_value = "")]
+    #[arg(hide_env_values = true, hide_default_value = true)]
     log: String,
 }
 
@@ -52,8 +64,13 @@ fn main() -> ExitCode {
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
+        // Help and version are no errors; the rest is exit code 2.
         Err(error) => {
-            // Help and version are no errors; the rest is exit code 2, which clap's own exit gives as well.
+            if forgot_dashes(&error, &args) {
+                let _ = error.print();
+                eprintln!("ares: the command of a job goes behind --, such as: ares run -- python3 train.py");
+                return ExitCode::from(exit::USAGE);
+            }
             error.exit()
         }
     };
@@ -63,4 +80,12 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(failure) => failure.report(),
     }
+}
+
+/// The likeliest slip: `ares run python3 train.py`.
+fn forgot_dashes(error: &clap::Error, args: &[std::ffi::OsString]) -> bool {
+    let takes_command = ["submit", "run", "dev"];
+    error.kind() == clap::error::ErrorKind::UnknownArgument
+        && args.iter().any(|arg| takes_command.iter().any(|verb| arg == verb))
+        && !args.iter().any(|arg| arg == "--")
 }
