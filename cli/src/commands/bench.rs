@@ -41,6 +41,11 @@ enum Verb {
         #[arg(long)]
         no_check: bool,
     },
+    /// From the submission of a job to its RUNNING, one job after the other, on an idle cluster
+    Start {
+        #[arg(long, default_value_t = 50)]
+        jobs: usize,
+    },
 }
 
 /// Clients that share one connection.
@@ -49,7 +54,10 @@ const CLIENTS_PER_CONNECTION: usize = 32;
 const NO_SUCH_GPU: &str = "bench-none";
 
 pub fn run(args: Args, global: Global) -> Outcome {
-    let Verb::Submit { servers: named, clients, seconds, bytes, no_check } = args.verb;
+    let (named, clients, seconds, bytes, no_check) = match args.verb {
+        Verb::Submit { servers, clients, seconds, bytes, no_check } => (servers, clients, seconds, bytes, no_check),
+        Verb::Start { jobs } => return start(&global, jobs),
+    };
     let named = match named.is_empty() {
         true => servers(&global)?,
         false => named.iter().map(|server| address(server)).collect::<Result<_, _>>()?,
@@ -78,8 +86,11 @@ pub fn run(args: Args, global: Global) -> Outcome {
     })
 }
 
+/// An acknowledgement: the job, and when it came, in us since the load began.
+type Acknowledged = (u64, u64);
+
 struct Load {
-    acknowledged: Vec<u64>,
+    acknowledged: Vec<Acknowledged>,
     latency_us: Histogram<u64>,
     errors: u64,
     first_error: Option<String>,
@@ -100,10 +111,20 @@ impl Load {
             "p99_ms": ms(0.99),
             "p999_ms": ms(0.999),
             "max_ms": self.latency_us.max() as f64 / 1_000.0,
+            "longest_gap_ms": self.longest_gap_us() as f64 / 1_000.0,
             "errors": self.errors,
             "first_error": self.first_error,
             "cpu": (self.cpu.as_secs_f64() / seconds * 100.0).round() / 100.0,
         })
+    }
+}
+
+impl Load {
+    /// The longest time in which no client got an acknowledgement: what a killed leader costs.
+    fn longest_gap_us(&self) -> u64 {
+        let mut times: Vec<u64> = self.acknowledged.iter().map(|(_, at_us)| *at_us).collect();
+        times.sort_unstable();
+        times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
     }
 }
 
@@ -132,7 +153,8 @@ async fn submit_load(
     let cpu_before = cpu_time();
     let began = Instant::now();
     for at in 0..clients {
-        workers.spawn(closed_loop(connections[at % connections.len()].clone(), request.clone(), stop.clone()));
+        let client = connections[at % connections.len()].clone();
+        workers.spawn(closed_loop(client, request.clone(), stop.clone(), began));
     }
     tokio::time::sleep(duration).await;
     stop.store(true, Ordering::Relaxed);
@@ -177,20 +199,25 @@ fn histogram() -> Histogram<u64> {
 }
 
 struct Worker {
-    acknowledged: Vec<u64>,
+    acknowledged: Vec<Acknowledged>,
     latency_us: Histogram<u64>,
     errors: u64,
     first_error: Option<String>,
 }
 
-async fn closed_loop(client: Client, mut request: v1::SubmitJobRequest, stop: Arc<AtomicBool>) -> Worker {
+async fn closed_loop(
+    client: Client,
+    mut request: v1::SubmitJobRequest,
+    stop: Arc<AtomicBool>,
+    load_began: Instant,
+) -> Worker {
     let mut worker = Worker { acknowledged: Vec::new(), latency_us: histogram(), errors: 0, first_error: None };
     while !stop.load(Ordering::Relaxed) {
         request.request_id = proto::request_id();
         let began = Instant::now();
         match client.submit_job(request.clone()).await {
             Ok(reply) => {
-                worker.acknowledged.push(reply.job_id);
+                worker.acknowledged.push((reply.job_id, load_began.elapsed().as_micros() as u64));
                 worker.latency_us.saturating_record(began.elapsed().as_micros() as u64);
             }
             Err(error) => {
@@ -203,12 +230,12 @@ async fn closed_loop(client: Client, mut request: v1::SubmitJobRequest, stop: Ar
 }
 
 /// Acknowledged ids that a replica's own read does not have, by replica.
-async fn check(global: &Global, servers: &[String], acknowledged: &[u64]) -> Result<Vec<(String, usize)>, Failure> {
+async fn check(global: &Global, servers: &[String], acknowledged: &[Acknowledged]) -> Result<Vec<(String, usize)>, Failure> {
     let mut checked = Vec::new();
     for server in servers {
         let client = fresh_client(global, std::slice::from_ref(server))?;
         let found = all_jobs(&client).await?;
-        checked.push((server.clone(), acknowledged.iter().filter(|id| !found.contains(id)).count()));
+        checked.push((server.clone(), acknowledged.iter().filter(|(id, _)| !found.contains(id)).count()));
     }
     Ok(checked)
 }
@@ -230,6 +257,55 @@ async fn all_jobs(client: &Client) -> Result<BTreeSet<u64>, Failure> {
         match reply.kvs.last() {
             Some(last) if reply.more => after = last.key.clone(),
             _ => return Ok(found),
+        }
+    }
+}
+
+/// Submits `true` again and again, and watches for its RUNNING: the time includes the report that it runs.
+fn start(global: &Global, jobs: usize) -> Outcome {
+    let named = servers(global)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let latency_us = runtime.block_on(async {
+        let client = fresh_client(global, &named)?;
+        let watch = v1::WatchRequest { key: "/state/".to_owned(), prefix: true, ..Default::default() };
+        let mut states = client.watch(watch).await?;
+        let mut latency_us = histogram();
+        for _ in 0..jobs {
+            let began = Instant::now();
+            let body = v1::Body { argv: vec!["true".to_owned()], ..Default::default() };
+            let job = v1::JobSpec { name: "bench".to_owned(), body: Some(body), ..Default::default() };
+            let request =
+                v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job), user: "bench".to_owned() };
+            let id = client.submit_job(request).await?.job_id;
+            wait_for_start(&mut states, &format!("/state/{id}")).await?;
+            latency_us.saturating_record(began.elapsed().as_micros() as u64);
+        }
+        Ok::<_, Failure>(latency_us)
+    })?;
+    let ms = |quantile: f64| latency_us.value_at_quantile(quantile) as f64 / 1_000.0;
+    let report = json!({ "jobs": jobs, "p50_ms": ms(0.5), "p99_ms": ms(0.99), "max_ms": ms(1.0) });
+    match global.output {
+        Format::Json | Format::Jsonl => output::json(&report),
+        _ => print(&report),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn wait_for_start(states: &mut tonic::Streaming<v1::WatchReply>, key: &str) -> Result<(), Failure> {
+    use tokio_stream::StreamExt;
+    let patience = Duration::from_secs(30);
+    let running = |event: &v1::KeyEvent| {
+        let state = serde_json::from_str::<Value>(&event.value).unwrap_or_default();
+        let word = state["state"].as_str().unwrap_or_default();
+        event.key == key && !matches!(word, "PENDING" | "STARTING")
+    };
+    loop {
+        match tokio::time::timeout(patience, states.next()).await {
+            Ok(Some(Ok(reply))) if reply.events.iter().any(running) => return Ok(()),
+            Ok(Some(Ok(_))) => {}
+            Ok(Some(Err(status))) => return Err(proto::Error::from(proto::Failure::from(status)).into()),
+            Ok(None) => return Err(Failure::new(FAILURE, "the watch ended")),
+            Err(_) => return Err(Failure::new(FAILURE, format!("no job ran within {} s", patience.as_secs()))),
         }
     }
 }
