@@ -30,7 +30,7 @@ pub enum Action {
 
 /// First wait of a round without an answer, in ms; doubles up to the maximum.
 const WAIT_FIRST_MS: u64 = 10;
-const WAIT_MAX_MS: u64 = 400;
+const WAIT_MAX_MS: u64 = 80;
 /// Leader hints followed in a row without a wait: two replicas may name each other during an election.
 const HINTS_IN_ROW: u32 = 3;
 
