@@ -207,7 +207,9 @@ impl Cluster {
                 return Ok(leader);
             }
             if Instant::now() >= deadline {
-                return Err(format!("no leader of a term above {above} within {within:?}"));
+                let logs = self.replicas.iter().map(|(at, process)| format!("replica {at}:\n{}", tail(&process.log_text())));
+                let logs = logs.collect::<Vec<_>>().join("\n");
+                return Err(format!("no leader of a term above {above} within {within:?}; the logs end with\n{logs}"));
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -275,6 +277,13 @@ impl Cluster {
 
     pub async fn node(&self, name: &str) -> Option<v1::Node> {
         let nodes = self.client().list_nodes(v1::ListNodesRequest::default()).await.ok()?.nodes;
+        nodes.into_iter().find(|node| node.name == name)
+    }
+
+    /// The leader's view of a node: it alone knows who is silent.
+    pub async fn node_as_the_leader_sees_it(&self, name: &str) -> Option<v1::Node> {
+        let (leader, _) = self.leader().await?;
+        let nodes = self.client_at(leader).list_nodes(v1::ListNodesRequest::default()).await.ok()?.nodes;
         nodes.into_iter().find(|node| node.name == name)
     }
 

@@ -37,13 +37,13 @@ impl Disk {
     }
 
     fn mount(&self) -> Result<(), String> {
-        run(Command::new("mount").args(["-o", "loop"]).arg(&self.image).arg(&self.mounted_at))
+        run(Command::new("mount").args(["-o", "loop"]).arg(&self.image).arg(&self.mounted_at)).map(|_| ())
     }
 
     fn unmount(&self) -> Result<(), String> {
         let mut tried = Err("never tried".to_owned());
         for _ in 0..100 {
-            tried = run(Command::new("umount").arg(&self.mounted_at));
+            tried = run(Command::new("umount").arg(&self.mounted_at)).map(|_| ());
             if tried.is_ok() {
                 break;
             }
@@ -66,18 +66,49 @@ impl Disk {
         Ok(before)
     }
 
-    /// Power is back: what was synced is there. Nobody may use the file system.
+    /// Power is back: what was synced is there. Nobody may use the file system. An error when it can't be had without
+    /// what was lost: another mount namespace, of a container or a job, that was made meanwhile holds the old one.
     pub fn power_on(&self) -> Result<(), String> {
         self.unmount()?;
-        self.mount()
+        for _ in 0..100 {
+            if self.loop_devices()?.is_empty() {
+                return self.mount();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Err(format!("{} is mounted in another mount namespace too: {}", self.image.display(), self.loop_devices()?))
     }
 
-    /// Takes all free space but about `left` bytes, until [`Disk::empty`].
-    pub fn fill(&self, left: u64) -> Result<(), String> {
+    /// Devices that still stand for the image.
+    fn loop_devices(&self) -> Result<String, String> {
+        run(Command::new("losetup").arg("--associated").arg(&self.image))
+    }
+
+    /// Takes all free space, as a disk fills: most of it, the rest a moment later, then what others give back. Returns when
+    /// there was none for a while; [`Disk::empty`] gives it back.
+    pub fn fill(&self) -> Result<(), String> {
+        const NEARLY: u64 = 10 << 20;
         let ballast = File::create(self.ballast()).map_err(|error| error.to_string())?;
         let disk = statvfs(&self.mounted_at).map_err(|error| error.to_string())?;
-        let bytes = (disk.f_bavail * disk.f_frsize).saturating_sub(left);
-        fallocate(&ballast, FallocateFlags::empty(), 0, bytes).map_err(|error| error.to_string())
+        let mut taken = (disk.f_bavail * disk.f_frsize).saturating_sub(NEARLY);
+        fallocate(&ballast, FallocateFlags::empty(), 0, taken.max(1)).map_err(|error| error.to_string())?;
+        std::thread::sleep(Duration::from_secs(2));
+        let mut full_since = Instant::now();
+        while full_since.elapsed() < Duration::from_secs(1) {
+            let disk = statvfs(&self.mounted_at).map_err(|error| error.to_string())?;
+            let free = disk.f_bavail * disk.f_frsize;
+            // Space for the file's own extents is needed beside it: the last kilobytes go block by block.
+            let bytes = if free > 1 << 20 { free - (1 << 19) } else { 4096 };
+            match fallocate(&ballast, FallocateFlags::empty(), taken, bytes) {
+                Ok(()) => {
+                    taken += bytes;
+                    full_since = Instant::now();
+                }
+                Err(rustix::io::Errno::NOSPC) => std::thread::sleep(Duration::from_millis(10)),
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        Ok(())
     }
 
     pub fn empty(&self) -> Result<(), String> {
@@ -97,11 +128,12 @@ impl Drop for Disk {
     }
 }
 
-fn run(command: &mut Command) -> Result<(), String> {
+/// What it printed, if it succeeded.
+fn run(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|error| format!("{program}: {error}"))?;
     if output.status.success() {
-        return Ok(());
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim()))
 }

@@ -210,7 +210,8 @@ async fn strike(cluster: &mut Cluster, fault: Fault, rng: &mut StdRng) -> Result
             cluster.signal_agent(node, Signal::STOP);
             // The lease, its drift bound and margin, and a look of the leader.
             tokio::time::sleep(LEASE + Duration::from_secs(4)).await;
-            let silent = cluster.node(node).await.is_some_and(|node| node.state == "SILENT");
+            let seen = cluster.node_as_the_leader_sees_it(node).await;
+            let silent = seen.is_some_and(|node| node.state == "SILENT");
             cluster.signal_agent(node, Signal::CONT);
             Ok(Struck { target: node.to_owned(), took_effect: silent })
         }

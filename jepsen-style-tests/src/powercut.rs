@@ -16,7 +16,7 @@ use crate::verdict::Verdict;
 const ACKS_BEFORE_A_CUT: usize = 100;
 const CLIENTS: usize = 8;
 const DISK_MIB: u64 = 512;
-/// All replicas lose their power within this time, or they were not cut together.
+/// All shutdowns begin within this time, or the replicas were not cut together.
 const TOGETHER: Duration = Duration::from_millis(50);
 /// Submissions of each cut that are sent again.
 const SENT_AGAIN: usize = 20;
@@ -85,22 +85,21 @@ async fn one_cut(cluster: &mut Cluster, promised: &mut Promised, rng: &mut StdRn
     tokio::time::sleep(Duration::from_micros(rng.random_range(0..20_000))).await;
 
     let replicas = cluster.running_replicas();
-    let mut first = None;
-    for at in &replicas {
-        let before = cluster.disk(*at).cut_power()?;
-        first.get_or_insert(before);
-    }
-    let first = first.ok_or("no replica runs")?;
-    let apart = first.elapsed();
+    let cuts: Vec<Instant> = std::thread::scope(|scope| {
+        let cuts: Vec<_> = replicas.iter().map(|at| cluster.disk(*at)).map(|disk| scope.spawn(|| disk.cut_power())).collect();
+        cuts.into_iter().map(|cut| cut.join().expect("it does not panic")).collect::<Result<_, _>>()
+    })?;
+    let (first, last) = (cuts.iter().min(), cuts.iter().max());
+    let (first, last) = first.zip(last).ok_or("no replica runs")?;
     for at in &replicas {
         cluster.kill_replica(*at);
     }
     let acks = load.abandon().await;
     enough?;
-    if apart > TOGETHER {
-        return Err(format!("the replicas were cut {apart:?} apart, not within {TOGETHER:?}"));
+    if *last - *first > TOGETHER {
+        return Err(format!("the replicas were cut {:?} apart, not within {TOGETHER:?}", *last - *first));
     }
-    let before = acks.into_iter().filter(|ack| ack.at < first).collect::<Vec<_>>();
+    let before = acks.into_iter().filter(|ack| ack.at < *first).collect::<Vec<_>>();
     if before.len() < ACKS_BEFORE_A_CUT {
         return Err(format!("only {} acknowledgements came before it", before.len()));
     }

@@ -2,10 +2,12 @@
 //! apply what only the others have synced), writes it, and takes the next one only then. What a cut is, `statemachine::storage` knows.
 
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::fs::statvfs;
 use statemachine::storage::CUT_MS;
 use tokio::sync::watch;
 
@@ -13,6 +15,9 @@ use super::machine::Shared;
 
 /// A replica that ends waits so long for its log to be durable; a full disk may never let it.
 const FINISH: Duration = Duration::from_secs(5);
+/// No cut is begun with less than this free, in bytes. The image's store can't go on after a write that found the disk full, but it can
+/// wait: the log, which has a reserve for that, tells the group that the disk is full, and the replica goes on when there is space.
+const ROOM: u64 = 16 << 20;
 
 /// What the thread is told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,12 +111,18 @@ impl Drop for Writer {
 
 fn run(shared: &Shared, durable: watch::Receiver<Option<u64>>) {
     let mut next = Instant::now() + Duration::from_millis(CUT_MS);
+    let mut waits_for_room = false;
     loop {
         let order = shared.bell.wait(next);
         if order == Order::Abort {
             return;
         }
-        if let Err(reason) = write_cut(shared, &durable) {
+        let waited = std::mem::replace(&mut waits_for_room, !has_room(shared.dir()));
+        if waits_for_room {
+            if !waited {
+                tracing::warn!(dir = %shared.dir().display(), "less than {ROOM} bytes are free: the image waits for more");
+            }
+        } else if let Err(reason) = write_cut(shared, &durable) {
             shared.fail(reason);
             return;
         }
@@ -120,6 +131,11 @@ fn run(shared: &Shared, durable: watch::Receiver<Option<u64>>) {
         }
         next = Instant::now() + Duration::from_millis(CUT_MS);
     }
+}
+
+/// True also where free space can't be asked for.
+fn has_room(dir: &Path) -> bool {
+    statvfs(dir).map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= ROOM)
 }
 
 /// One cut, if anything was applied since the last one.

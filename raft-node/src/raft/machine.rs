@@ -167,6 +167,11 @@ impl Shared {
         self.image_behind.subscribe()
     }
 
+    /// Where the image lies.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The image, for history; another one after a snapshot was installed, none meanwhile. Do not keep it longer than a read lasts.
     pub fn image(&self) -> Option<Arc<Image>> {
         self.image_slot().clone()
