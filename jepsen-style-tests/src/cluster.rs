@@ -200,14 +200,17 @@ impl Cluster {
     pub async fn find_leader(&mut self, above: u64, within: Duration) -> Result<(usize, u64), String> {
         let deadline = Instant::now() + within;
         loop {
-            if let Some((at, process)) = self.replicas.iter_mut().find_map(|(at, process)| (!process.is_running()).then_some((at, process))) {
+            if let Some((at, process)) =
+                self.replicas.iter_mut().find_map(|(at, process)| (!process.is_running()).then_some((at, process)))
+            {
                 return Err(format!("replica {at} ended by itself; its log ends with:\n{}", tail(&process.log_text())));
             }
             if let Some(leader) = self.leader().await.filter(|(_, term)| *term > above) {
                 return Ok(leader);
             }
             if Instant::now() >= deadline {
-                let logs = self.replicas.iter().map(|(at, process)| format!("replica {at}:\n{}", tail(&process.log_text())));
+                let logs =
+                    self.replicas.iter().map(|(at, process)| format!("replica {at}:\n{}", tail(&process.log_text())));
                 let logs = logs.collect::<Vec<_>>().join("\n");
                 return Err(format!("no leader of a term above {above} within {within:?}; the logs end with\n{logs}"));
             }

@@ -145,9 +145,10 @@ impl Ledger {
             ));
         }
         match lives.and_then(|lives| lives.last_key_value()) {
-            Some((last, _)) if *last > committed.attempt => {
-                Err(format!("result_once: job {job} was committed by attempt {}, attempt {last} ran too", committed.attempt))
-            }
+            Some((last, _)) if *last > committed.attempt => Err(format!(
+                "result_once: job {job} was committed by attempt {}, attempt {last} ran too",
+                committed.attempt
+            )),
             _ => Ok(()),
         }
     }
@@ -254,7 +255,9 @@ mod tests {
         ledger.committed_ran(2, 1, Committed { attempt: 2, token: 12 }).expect_err("it never ran");
         ledger.committed_ran(3, 1, Committed { attempt: 1, token: 13 }).expect_err("no such job");
         let after = [good(), life(2, 2, 13, 6_000..=6_100, false)].concat();
-        Ledger::of(&after).committed_ran(2, 1, Committed { attempt: 1, token: 11 }).expect_err("attempt 2 ran after it");
+        Ledger::of(&after)
+            .committed_ran(2, 1, Committed { attempt: 1, token: 11 })
+            .expect_err("attempt 2 ran after it");
     }
 
     #[test]

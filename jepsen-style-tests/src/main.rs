@@ -78,7 +78,8 @@ fn main() -> ExitCode {
 }
 
 fn short(seed: u64) -> Vec<Verdict> {
-    let faults = vec![Fault::KillLeader, Fault::KillAll, Fault::KillAgent, Fault::KillAgentAndShims, Fault::FreezeAgent];
+    let faults =
+        vec![Fault::KillLeader, Fault::KillAll, Fault::KillAgent, Fault::KillAgentAndShims, Fault::FreezeAgent];
     let mut runs = vec![under_faults(Duration::from_secs(40), seed, faults, None)];
     match Disk::available() {
         Ok(()) => runs.push(power_cuts(3, 3, seed, None)),
@@ -97,7 +98,7 @@ fn power_cuts(cuts: usize, replicas: usize, seed: u64, planted: Option<String>) 
 
 fn under_faults(duration: Duration, seed: u64, faults: Vec<Fault>, out: Option<PathBuf>) -> Verdict {
     let target = jepsen_style_tests::process::ares().parent().map(PathBuf::from).unwrap_or_default();
-    let out = out.unwrap_or_else(|| target.join("faults").join(format!("nemesis-{seed}")));
+    let out = out.unwrap_or_else(|| target.join("fault-runs").join(format!("nemesis-{seed}")));
     let title = format!("nemesis for {} s, seed {seed}; history and ledger in {}", duration.as_secs(), out.display());
     told(&title, cluster::block_on(nemesis::run(&nemesis::Plan { duration, seed, faults, out })))
 }

@@ -133,7 +133,13 @@ async fn strike_in_turns(plan: &Plan, cluster: &mut Cluster, history: &History) 
         tokio::time::sleep(Duration::from_millis(rng.random_range(500..2_000))).await;
         history.add("nemesis", "invoke", &format!("{fault:?}"), "", json!(null));
         let struck = strike(cluster, fault, &mut rng).await.map_err(|error| format!("{fault:?}: {error}"))?;
-        history.add("nemesis", "info", &format!("{fault:?}"), &struck.target, json!({ "took_effect": struck.took_effect }));
+        history.add(
+            "nemesis",
+            "info",
+            &format!("{fault:?}"),
+            &struck.target,
+            json!({ "took_effect": struck.took_effect }),
+        );
         eprintln!("{fault:?} of {}{}", struck.target, if struck.took_effect { "" } else { ": without effect" });
         let (strikes, took) = effects.entry(fault).or_default();
         *strikes += 1;
@@ -345,7 +351,9 @@ async fn all_end(cluster: &Cluster, jobs: &[Accepted], verdict: &mut Verdict) ->
                     break;
                 }
                 other if Instant::now() >= deadline => {
-                    verdict.violations.push(format!("liveness: job {id} has not ended {DRAIN:?} after the last fault: {other:?}"));
+                    verdict
+                        .violations
+                        .push(format!("liveness: job {id} has not ended {DRAIN:?} after the last fault: {other:?}"));
                     return ended;
                 }
                 _ => tokio::time::sleep(Duration::from_millis(100)).await,
@@ -377,13 +385,7 @@ async fn result_once(cluster: &Cluster) -> Result<(), String> {
 }
 
 /// Whether the run is evidence at all.
-fn weigh(
-    plan: &Plan,
-    effects: &Result<Effects, String>,
-    jobs: &[Accepted],
-    ended: &[v1::Job],
-    verdict: &mut Verdict,
-) {
+fn weigh(plan: &Plan, effects: &Result<Effects, String>, jobs: &[Accepted], ended: &[v1::Job], verdict: &mut Verdict) {
     let Ok(effects) = effects else { return };
     for fault in &plan.faults {
         let (strikes, took) = effects.get(fault).copied().unwrap_or_default();

@@ -86,7 +86,8 @@ async fn one_cut(cluster: &mut Cluster, promised: &mut Promised, rng: &mut StdRn
 
     let replicas = cluster.running_replicas();
     let cuts: Vec<Instant> = std::thread::scope(|scope| {
-        let cuts: Vec<_> = replicas.iter().map(|at| cluster.disk(*at)).map(|disk| scope.spawn(|| disk.cut_power())).collect();
+        let cuts: Vec<_> =
+            replicas.iter().map(|at| cluster.disk(*at)).map(|disk| scope.spawn(|| disk.cut_power())).collect();
         cuts.into_iter().map(|cut| cut.join().expect("it does not panic")).collect::<Result<_, _>>()
     })?;
     let (first, last) = (cuts.iter().min(), cuts.iter().max());

@@ -41,7 +41,8 @@ fn a_watch_goes_on_over_killed_leaders_without_a_gap_or_a_repeat() {
             };
             text.lines().filter_map(event).collect::<Vec<_>>()
         };
-        let arrived = cluster.try_until("the last job is seen", SOON, async |_| seen().iter().any(|(job, _)| *job == last));
+        let arrived =
+            cluster.try_until("the last job is seen", SOON, async |_| seen().iter().any(|(job, _)| *job == last));
         let arrived = arrived.await;
         watch.kill().expect("killed");
         watch.wait().expect("ended");
@@ -62,7 +63,8 @@ fn a_lock_goes_to_the_next_waiter_when_its_session_ends_and_the_old_token_is_no_
         let mut cluster = Cluster::start(3).await;
         let client = cluster.client();
         let open = |ttl_ms| v1::OpenSessionRequest { request_id: proto::request_id(), owner: "test".into(), ttl_ms };
-        let acquire = |session_id| v1::AcquireRequest { request_id: proto::request_id(), session_id, name: "train".into() };
+        let acquire =
+            |session_id| v1::AcquireRequest { request_id: proto::request_id(), session_id, name: "train".into() };
         let validate = |token| v1::ValidateRequest { name: "train".into(), token };
         let first = client.open_session(open(3_000)).await.expect("opened").session_id;
         let second = client.open_session(open(60_000)).await.expect("opened").session_id;

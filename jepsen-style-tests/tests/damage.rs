@@ -34,7 +34,8 @@ fn a_flipped_byte_in_the_log_stops_that_replica_with_file_and_offset_and_the_oth
         cluster.kill_replica(leader);
         // In the middle of what was durable: an entry that this replica acknowledged.
         let segments = fs::read_dir(cluster.replica_dir(leader).join("log")).expect("listed").flatten();
-        let mut segments: Vec<PathBuf> = segments.map(|entry| entry.path()).filter(|path| path.extension().is_some()).collect();
+        let mut segments: Vec<PathBuf> =
+            segments.map(|entry| entry.path()).filter(|path| path.extension().is_some()).collect();
         segments.sort();
         let segment = segments.first().expect("there is a segment").clone();
         let bytes = fs::read(&segment).expect("read");

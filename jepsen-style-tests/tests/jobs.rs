@@ -128,7 +128,11 @@ fn an_agent_stopped_past_its_lease_loses_its_job_and_its_late_report_is_refused(
         cluster.signal_agent("n1", Signal::CONT);
         tokio::time::sleep(Duration::from_secs(3)).await;
         let job = cluster.job(id).await;
-        assert_eq!((job.state.as_str(), job.attempt, job.token), ("RUNNING", 2, second.token), "the late report changed it");
+        assert_eq!(
+            (job.state.as_str(), job.attempt, job.token),
+            ("RUNNING", 2, second.token),
+            "the late report changed it"
+        );
         cluster.cancel(id).await;
         let job = cluster.job_ended(id, SOON).await;
         assert_eq!(job.result.expect("it has ended").outcome, "CANCELLED");
@@ -141,7 +145,8 @@ fn a_cancelled_job_is_dead_with_all_its_children() {
         let mut cluster = Cluster::start(1).await;
         cluster.agent("n1", "").await;
         let file = cluster.path().join("pid");
-        let script = format!("sh -c 'trap \"\" TERM; echo $$ > \"{}\"; while :; do sleep 1; done' & wait", file.display());
+        let script =
+            format!("sh -c 'trap \"\" TERM; echo $$ > \"{}\"; while :; do sleep 1; done' & wait", file.display());
         let id = cluster.submit(&script, |job| job.kill_grace_ms = 500).await;
         cluster.job_running(id).await;
         cluster.until("the child wrote its pid", async |_| file.is_file()).await;

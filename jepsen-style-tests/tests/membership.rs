@@ -138,7 +138,10 @@ fn a_directory_without_its_identity_or_without_its_log_is_refused() {
 
         std::fs::rename(dir.join("log"), dir.join("log-aside")).expect("moved");
         let (code, error) = cluster.restart_and_end(0).expect("it ends");
-        assert!(code == 1 && error.contains("are gone") && error.contains("join again"), "never silently empty: {error}");
+        assert!(
+            code == 1 && error.contains("are gone") && error.contains("join again"),
+            "never silently empty: {error}"
+        );
         let _ = std::fs::remove_dir_all(dir.join("log"));
         std::fs::rename(dir.join("log-aside"), dir.join("log")).expect("moved back");
         cluster.restart_replica(0);
