@@ -20,9 +20,9 @@ use raft_node::log::{Done, EntryId, Log, LogError, LogReader, Options, Record, V
 /// Longer than any test: no mark is written but at the end.
 const NEVER: Duration = Duration::from_secs(3600);
 
-/// Nothing in the background: no reserve, no marks.
+/// Nothing in the background: no reserve, no marks. Segments that are quick to copy.
 fn quiet() -> Options {
-    Options { reserve_bytes: 4096, mark_after: NEVER, ..Options::default() }
+    Options { segment_bytes: 1 << 20, reserve_bytes: 4096, mark_after: NEVER, ..Options::default() }
 }
 
 fn id(index: u64, term: u64) -> EntryId {
@@ -82,6 +82,28 @@ fn segments(dir: &Path) -> Vec<PathBuf> {
 
 fn last_segment(dir: &Path) -> PathBuf {
     segments(dir).pop().expect("a segment")
+}
+
+/// Where the frames of a segment end: what comes then is room for more.
+fn frames_end(segment: &Path) -> u64 {
+    let bytes = std::fs::read(segment).expect("read");
+    let word = |at: usize| bytes.get(at..at + 4).map(|word| u32::from_le_bytes(word.try_into().expect("four bytes")));
+    let mut end = 16;
+    while word(end) == Some(0x5EC0_A7E5) {
+        end += 12 + word(end + 4).expect("a length") as usize;
+    }
+    end as u64
+}
+
+/// Whether there is nothing but zeros behind the frames of a segment.
+fn ends_clean(segment: &Path) -> bool {
+    std::fs::read(segment).expect("read")[frames_end(segment) as usize..].iter().all(|byte| *byte == 0)
+}
+
+/// Leaves the segment without room behind its frames, as one that was made when space was short.
+fn cut_room(segment: &Path) {
+    let file = std::fs::OpenOptions::new().write(true).open(segment).expect("open");
+    file.set_len(frames_end(segment)).expect("cut");
 }
 
 /// A copy of the store as a crash at this moment would leave it, all writes kept.

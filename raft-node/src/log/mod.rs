@@ -5,6 +5,7 @@
 //! | file | what it is |
 //! |---|---|
 //! | `000000000001.log` ... | segments of 16 MiB, see frame.rs |
+//! | `spare` | the next segment's file, made ahead, see spare.rs |
 //! | `vote-a`, `vote-b` | the vote, twice, see vote.rs |
 //! | `durable` | how far the log was synced, see witness.rs |
 //! | `reserve` | space kept for handing over leadership on a full disk, see reserve.rs |
@@ -18,6 +19,8 @@ mod planted;
 mod recovery;
 mod reserve;
 mod segment;
+mod space;
+mod spare;
 pub mod storage;
 mod view;
 mod vote;
@@ -74,7 +77,7 @@ pub struct LogState {
 /// Sizes and times. The defaults are what a replica runs with; tests make them small.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// A segment is closed when it has reached this size.
+    /// A segment is closed when it has reached this size. It has it from the start, in zeros, if there is space.
     pub segment_bytes: u64,
     /// Bound of the RAM copy of the log's end. Entries that are not durable yet are kept beyond it.
     pub tail_bytes: usize,
@@ -162,5 +165,6 @@ impl From<LogError> for io::Error {
     }
 }
 
-/// Called once, from the IO thread, when what was asked is durable or has failed.
+/// Called once, from the IO thread, when what was asked is durable or has failed. What became durable at once is answered
+/// newest first.
 pub type Done = Box<dyn FnOnce(Result<(), LogError>) + Send>;

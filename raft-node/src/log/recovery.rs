@@ -4,6 +4,7 @@
 //!
 //! The rule: a bad frame in a closed segment is damage. In the last segment it is damage if any valid frame behind it
 //! says that more was durable when that frame was written; else nobody was ever told of it, or of anything behind it.
+//! Nothing but zeros up to the end of the last segment is no frame at all, but room for the next.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,7 +16,8 @@ use bytes::Bytes;
 use rustix::fs::{FlockOperation, flock};
 
 use super::frame::{self, Base, Frame, Kind};
-use super::segment::{SegmentFile, sync_dir};
+use super::segment::{Segment, SegmentFile, sync_dir};
+use super::space::is_zero;
 use super::view::{Place, View};
 use super::vote::{Found, VoteFiles};
 use super::witness::{Known, Witness};
@@ -35,18 +37,6 @@ pub(super) struct Recovered {
     pub lock: File,
 }
 
-/// A segment, and what decides when it may go.
-#[derive(Clone, Debug)]
-pub(super) struct Segment {
-    pub file: Arc<SegmentFile>,
-    /// Bytes of valid frames.
-    pub len: u64,
-    /// `synced` of its last frame.
-    pub recorded: u64,
-    /// Highest index of an entry in it.
-    pub max_index: Option<u64>,
-}
-
 pub(super) fn open(dir: &Path, options: &Options) -> Result<Recovered, LogError> {
     std::fs::create_dir_all(dir).map_err(LogError::io("create", dir))?;
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -57,7 +47,7 @@ pub(super) fn open(dir: &Path, options: &Options) -> Result<Recovered, LogError>
     let vote = find_vote(dir, !kept.is_empty())?;
     let plan = replay(dir, &kept, vote, options)?;
     check_witness(dir, &plan)?;
-    commit(dir, plan, orphans, vote, lock)
+    commit(dir, options, plan, orphans, vote, lock)
 }
 
 /// Only one process may write here. Asks for a while: the last holder may be on its way out, and a process that it
@@ -129,7 +119,7 @@ fn replay(dir: &Path, numbers: &[u32], vote: Option<Vote>, options: &Options) ->
         let file = Arc::new(file);
         plan.view.segments.insert(number, file.clone());
         let segment = replay_segment(&mut plan.view, file, &bytes, newest)?;
-        plan.cut = segment.len < bytes.len() as u64;
+        plan.cut = segment.size < bytes.len() as u64;
         plan.segments.push_back(segment);
     }
     if let (Some(index), Some(first)) = (plan.view.missing_place(), plan.segments.front()) {
@@ -176,11 +166,15 @@ fn replay_segment(view: &mut View, file: Arc<SegmentFile>, bytes: &Bytes, newest
         Some(found) => return Err(LogError::Format { path: file.path.clone(), found, known: frame::VERSION }),
         None => return Err(LogError::damaged(&file.path, 0, "its header is not valid")),
     }
-    let mut segment = Segment { len: frame::FILE_HEADER as u64, recorded: 0, max_index: None, file };
-    while segment.len < bytes.len() as u64 {
+    let size = bytes.len() as u64;
+    let mut segment = Segment { len: frame::FILE_HEADER as u64, size, recorded: 0, max_index: None, file };
+    while segment.len < size {
         let at = segment.len;
         let Some(found) = Frame::decode(&bytes[at as usize..], segment.file.number, at) else {
-            judge_bad_frame(&segment.file, bytes, at, newest)?;
+            if !newest || !is_zero(&bytes[at as usize..]) {
+                judge_bad_frame(&segment.file, bytes, at, newest)?;
+                segment.size = at;
+            }
             break;
         };
         let place = Place { segment: segment.file.number, offset: at as u32 };
@@ -263,6 +257,7 @@ fn apply_base(view: &mut View, found: &Frame<'_>) -> Result<(), String> {
 /// Makes the disk agree, and durable: after a kill, what was read may be in the page cache only.
 fn commit(
     dir: &Path,
+    options: &Options,
     plan: Plan,
     orphans: Vec<PathBuf>,
     vote: Option<Vote>,
@@ -285,12 +280,13 @@ fn commit(
         }
         None => {
             let base = Base { first: 0, last: None };
-            let (file, len) =
-                SegmentFile::create(dir, 1, None, base).map_err(LogError::io("create the first segment in", dir))?;
-            let file = Arc::new(file);
-            view.segments.insert(1, file.clone());
-            segments.push_back(Segment { file, len, recorded: 0, max_index: None });
+            let first = Segment::create(dir, 1, None, base, None);
+            let first = first.map_err(LogError::io("create the first segment in", dir))?;
+            view.segments.insert(1, first.file.clone());
+            segments.push_back(first);
         }
     }
+    let last = segments.back_mut().expect("made if there was none");
+    last.extend(dir, options.segment_bytes).map_err(LogError::io("extend the last segment in", dir))?;
     Ok(Recovered { view, segments, votes, lock })
 }

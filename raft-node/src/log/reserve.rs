@@ -4,10 +4,11 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::fs::{FallocateFlags, fallocate};
+
+use super::space::{is_ample, is_full, write_zeros};
 
 pub(super) struct Reserve {
     path: PathBuf,
@@ -38,8 +39,7 @@ impl Reserve {
     /// turns, and leadership would wander with it.
     pub(super) fn take_again(&mut self) -> io::Result<()> {
         let dir = self.path.parent().expect("the reserve lies in a directory");
-        let disk = statvfs(dir)?;
-        if disk.f_bavail * disk.f_frsize < 2 * self.bytes {
+        if !is_ample(dir, self.bytes)? {
             return Err(io::ErrorKind::StorageFull.into());
         }
         self.take()
@@ -51,7 +51,7 @@ impl Reserve {
             Ok(()) => Ok(()),
             Err(error) if is_full(&error.into()) => Err(error.into()),
             // A file system that cannot reserve: zeros take the space as well.
-            Err(_) => write_zeros(&file, self.bytes),
+            Err(_) => write_zeros(&file, 0..self.bytes),
         }
     }
 
@@ -59,20 +59,4 @@ impl Reserve {
     pub(super) fn give_up(&mut self) -> bool {
         std::mem::take(&mut self.held) && std::fs::remove_file(&self.path).is_ok()
     }
-}
-
-fn write_zeros(file: &std::fs::File, bytes: u64) -> io::Result<()> {
-    let zeros = vec![0; 1 << 20];
-    let mut at = 0;
-    while at < bytes {
-        let n = (bytes - at).min(zeros.len() as u64);
-        file.write_all_at(&zeros[..n as usize], at)?;
-        at += n;
-    }
-    Ok(())
-}
-
-/// Whether an error says that the disk, or the user's share of it, is full.
-pub(super) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

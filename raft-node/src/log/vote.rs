@@ -78,7 +78,7 @@ impl VoteFiles {
         let bytes = encode(vote);
         for (path, file) in &self.copies {
             file.write_all_at(&bytes, 0).map_err(LogError::io("write", path))?;
-            file.sync_all().map_err(LogError::io("sync", path))?;
+            file.sync_data().map_err(LogError::io("sync", path))?;
         }
         Ok(())
     }

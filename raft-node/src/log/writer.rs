@@ -2,7 +2,7 @@
 //! the log is open; leaves what readers see to the view.
 //!
 //! Order of syncs. Append: write, sync, answer. Vote: all before it is synced first. A new segment: sync the old one,
-//! create the next, write its base frame, sync it, sync the directory, only then append. Purge: its frame is synced
+//! take the next (the spare file, or a new one), write its base frame, sync it, sync the directory, only then append. Purge: its frame is synced
 //! before the first segment is removed.
 //!
 //! A full disk is waited out: nothing is acknowledged, nothing later overtakes. Any other error, a failed sync above
@@ -11,7 +11,6 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,9 +19,11 @@ use std::time::{Duration, Instant};
 
 use super::engine::{Request, Shared};
 use super::frame::{Base, Frame, Kind};
-use super::recovery::{Recovered, Segment};
-use super::reserve::{Reserve, is_full};
-use super::segment::{SegmentFile, sync_dir};
+use super::recovery::Recovered;
+use super::reserve::Reserve;
+use super::segment::{Segment, sync_dir};
+use super::space::is_full;
+use super::spare::Spare;
 use super::view::Place;
 use super::vote::VoteFiles;
 use super::witness::{Known, Witness};
@@ -32,6 +33,9 @@ use super::{Done, EntryId, LogError, Options, Record, Vote, planted};
 const BUFFER_BYTES: usize = 1 << 20;
 /// Data taken from the queue before a sync, so that the first in it do not wait for ever.
 const BATCH_BYTES: usize = 16 << 20;
+/// Bytes a second that the log may grow by for a spare segment to be of use: beyond, the disk is busy with the data, and
+/// zeros ahead would double it.
+const SPARE_PACE: u64 = 32 << 20;
 /// How often a full disk is tried again.
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -44,9 +48,11 @@ pub(super) struct Writer {
     witness: Witness,
     reserve: Reserve,
     next_reserve_try: Instant,
+    spare: Spare,
     /// Closed segments, oldest first.
     closed: VecDeque<Segment>,
     current: Segment,
+    current_since: Instant,
     /// Offset in the current segment below which everything is durable.
     synced: u64,
     /// Encoded frames that belong at the current segment's end.
@@ -98,16 +104,19 @@ impl Writer {
         };
         let committed = view.committed;
         let reserve = Reserve::new(&dir, options.reserve_bytes);
+        let spare = Spare::new(&dir, options.segment_bytes);
         shared.begin(view);
         let witness = Witness::open(&dir);
         let mut writer = Writer {
             synced: current.len,
             closed: segments,
             current,
+            current_since: Instant::now(),
             votes,
             witness,
             reserve,
             next_reserve_try: Instant::now(),
+            spare,
             buffer: Vec::new(),
             disk,
             committed,
@@ -309,7 +318,8 @@ impl Writer {
             self.sync()?;
         }
         self.shared.settle(self.disk.end, self.disk.generation);
-        for done in self.waiting.drain(..) {
+        // Newest first: openraft keeps only the newest it was told of, so the older ones wake nobody.
+        for done in self.waiting.drain(..).rev() {
             done(Ok(()));
         }
         if std::mem::take(&mut self.purged_since_sync) {
@@ -323,21 +333,29 @@ impl Writer {
     fn write(&mut self) -> Result<(), LogError> {
         loop {
             match self.try_write() {
-                Ok(()) => return Ok(()),
+                Ok(()) => break,
                 Err(error) if is_full(&error) => self.wait_for_space()?,
                 Err(error) => return Err(LogError::io("write", &self.current.file.path)(error)),
             }
         }
+        if self.spare_is_due() {
+            self.spare.prepare();
+        }
+        Ok(())
+    }
+
+    /// Not at the segment's beginning, for a log that hardly grows need not take the space; not at its end, for it takes
+    /// a moment to make.
+    fn spare_is_due(&self) -> bool {
+        let pace_allows = self.current_since.elapsed().as_secs_f64() * SPARE_PACE as f64;
+        self.reserve.held()
+            && self.current.len >= self.options.segment_bytes / 4
+            && self.current.len as f64 <= pace_allows
     }
 
     /// Writes the gathered frames, or leaves the file as it was.
     fn try_write(&mut self) -> io::Result<()> {
-        let file = &self.current.file.file;
-        if let Err(error) = file.write_all_at(&self.buffer, self.current.len) {
-            file.set_len(self.current.len)?;
-            return Err(error);
-        }
-        self.current.len += self.buffer.len() as u64;
+        self.current.write(&self.buffer)?;
         self.buffer.clear();
         Ok(())
     }
@@ -358,10 +376,12 @@ impl Writer {
     fn roll(&mut self) -> Result<(), LogError> {
         self.write()?;
         self.sync()?;
+        self.current.close().map_err(LogError::io("cut", &self.current.file.path))?;
         let next = self.create_next()?;
         self.shared.view().segments.insert(next.file.number, next.file.clone());
         self.synced = next.len;
         let full = std::mem::replace(&mut self.current, next);
+        self.current_since = Instant::now();
         self.closed.push_back(full);
         self.note_durable();
         Ok(())
@@ -371,8 +391,8 @@ impl Writer {
         let number = self.current.file.number + 1;
         let base = Base { first: self.disk.first, last: self.disk.last };
         loop {
-            match SegmentFile::create(&self.dir, number, self.disk.purged, base) {
-                Ok((file, len)) => return Ok(Segment { file: Arc::new(file), len, recorded: 0, max_index: None }),
+            match Segment::create(&self.dir, number, self.disk.purged, base, self.spare.take()) {
+                Ok(segment) => return Ok(segment),
                 Err(error) if is_full(&error) => self.wait_for_space()?,
                 Err(error) => return Err(LogError::io("create a segment in", &self.dir)(error)),
             }
@@ -395,10 +415,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Gives up the reserve the first time, then waits a while. Fails only if the log was told to stop waiting.
+    /// Gives up what space it can the first time, then waits a while. Fails only if the log was told to stop waiting.
     fn wait_for_space(&mut self) -> Result<(), LogError> {
         self.shared.disk_full(true);
-        if self.reserve.give_up() {
+        if self.reserve.give_up() | self.spare.give_up() {
             tracing::warn!(path = %self.dir.display(), "the disk is full; the log's reserve is given up to finish its work");
             self.next_reserve_try = Instant::now() + RETRY;
             return Ok(());

@@ -36,11 +36,14 @@ fn synced_store(batches: u64) -> tempfile::TempDir {
 fn one_flipped_bit_far_from_the_end_is_refused_with_file_and_offset() {
     let dir = synced_store(60);
     let segment = last_segment(dir.path());
-    let len = std::fs::metadata(&segment).expect("the segment").len();
+    let len = frames_end(&segment);
     let limit = (len - 45_000) * 8;
-    assert!(len > 300_000);
+    assert!(len > 300_000 && std::fs::metadata(&segment).expect("the segment").len() > len + 300_000);
     std::fs::remove_file(dir.path().join("durable")).expect("remove");
     for round in 0..84 {
+        if round == 42 {
+            cut_room(&segment);
+        }
         // Odd steps reach all parts of a frame; the first ones reach the header and the base frame.
         let bit = if round < 20 { round * 53 } else { (round * 7_919 * 307) % limit };
         flip(&segment, bit);
@@ -58,10 +61,10 @@ fn damage_in_the_newest_batch_is_seen_once_the_log_was_quiet() {
     let log = open(dir.path(), &options);
     save_vote(&log, 1);
     append(&log, records(0..10, 1, 300));
-    let end = std::fs::metadata(last_segment(dir.path())).expect("the segment").len();
+    let end = frames_end(&last_segment(dir.path()));
     let marked = (0..2000).any(|_| {
         std::thread::sleep(Duration::from_millis(5));
-        std::fs::metadata(last_segment(dir.path())).expect("the segment").len() > end
+        frames_end(&last_segment(dir.path())) > end
     });
     assert!(marked, "no mark after a pause");
     let crashed = copy(dir.path());
@@ -76,7 +79,7 @@ fn an_orderly_end_closes_the_same_window() {
     let log = open(dir.path(), &quiet());
     save_vote(&log, 1);
     append(&log, records(0..10, 1, 300));
-    let end = std::fs::metadata(last_segment(dir.path())).expect("the segment").len();
+    let end = frames_end(&last_segment(dir.path()));
     drop(log);
     std::fs::remove_file(dir.path().join("durable")).expect("remove");
     flip(&last_segment(dir.path()), (end - 100) * 8);
@@ -88,10 +91,13 @@ fn a_last_segment_cut_short_or_damaged_at_its_end_or_lost_is_refused() {
     let dir = synced_store(3);
     let segment = last_segment(dir.path());
     let whole = std::fs::read(&segment).expect("read");
-    let len = whole.len() as u64;
-    for cut in [0, 1, 16, 60, 400, len / 2, len - 400, len - 1] {
-        std::fs::write(&segment, &whole[..cut as usize]).expect("write");
-        assert_names(&refused(dir.path(), &quiet()), &segment, cut, 400);
+    let len = frames_end(&segment);
+    // Not where the bytes cut off were zeros anyway.
+    for cut in [0, 1, 16, 30, 400, len / 2, len - 400, len - 9] {
+        for zeros in [0, 1, 4096, whole.len() - cut as usize] {
+            std::fs::write(&segment, [&whole[..cut as usize], &vec![0; zeros]].concat()).expect("write");
+            assert_names(&refused(dir.path(), &quiet()), &segment, cut, 400);
+        }
     }
     std::fs::write(&segment, &whole).expect("write");
     flip(&segment, (len - 3) * 8);
@@ -109,6 +115,19 @@ fn a_bad_note_of_what_was_durable_is_no_reason_to_stop() {
         let dir = synced_store(3);
         std::fs::write(dir.path().join("durable"), bad).expect("write");
         assert_eq!(all(&open(dir.path(), &quiet()).reader()).len(), 60);
+    }
+}
+
+#[test]
+fn damage_behind_the_frames_is_cut_off_and_the_room_is_zeros_again() {
+    let dir = synced_store(3);
+    let segment = last_segment(dir.path());
+    let size = std::fs::metadata(&segment).expect("the segment").len();
+    for behind in [0, 1, 50_000, 1_000_000] {
+        flip(&segment, (frames_end(&segment) + behind) * 8 + 3);
+        assert_eq!(all(&open(dir.path(), &quiet()).reader()).len(), 60);
+        assert!(ends_clean(&segment));
+        assert_eq!(std::fs::metadata(&segment).expect("the segment").len(), size);
     }
 }
 
@@ -173,7 +192,7 @@ fn damage_that_comes_later_is_seen_when_the_entry_is_read() {
     let log = open(dir.path(), &Options { tail_bytes: 0, ..quiet() });
     append(&log, records(0..100, 1, 300));
     let segment = last_segment(dir.path());
-    let at = std::fs::metadata(&segment).expect("the segment").len() / 2;
+    let at = frames_end(&segment) / 2;
     flip(&segment, at * 8);
     let error = log.reader().read(0..100, usize::MAX).expect_err("damage");
     assert_names(&error, &segment, at, 400);

@@ -68,6 +68,79 @@ fn a_purged_segment_that_came_back_is_removed() {
     assert!(!oldest.exists());
 }
 
+fn size(path: &Path) -> u64 {
+    std::fs::metadata(path).expect("the file").len()
+}
+
+#[test]
+fn segments_have_their_size_from_the_start_and_nothing_behind_their_frames_at_the_end() {
+    let options = Options { segment_bytes: 100_000, ..quiet() };
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = open(dir.path(), &options);
+    save_vote(&log, 1);
+    let (first, spare) = (last_segment(dir.path()), dir.path().join("spare"));
+    assert_eq!(size(&first), 100_000);
+    append(&log, records(0..1, 1, 1000));
+    assert_eq!(size(&first), 100_000);
+    assert!(!spare.exists(), "a log that hardly grows needs no spare");
+
+    std::thread::sleep(Duration::from_millis(50));
+    append(&log, records(1..41, 1, 1000));
+    let made = (0..1000).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        spare.exists() && size(&spare) == 100_000
+    });
+    assert!(made, "no spare was made ahead");
+    std::thread::sleep(Duration::from_millis(100));
+    append(&log, records(41..120, 1, 1000));
+    let paths = segments(dir.path());
+    assert_eq!(paths.len(), 2);
+    assert_eq!(size(&paths[0]), frames_end(&paths[0]));
+    assert!(size(&paths[1]) == 100_000 && ends_clean(&paths[1]));
+    drop(log);
+
+    // With smaller segments the present one is full at once, its room is given back.
+    let options = Options { segment_bytes: 10_000, ..options };
+    let log = open(dir.path(), &options);
+    append(&log, records(120..121, 1, 1000));
+    drop(log);
+    assert_eq!(size(&paths[1]), frames_end(&paths[1]));
+    assert_eq!(all(&open(dir.path(), &options).reader()), records(0..121, 1, 1000));
+}
+
+#[test]
+fn a_segment_without_room_gets_it_at_the_next_start() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = open(dir.path(), &quiet());
+    save_vote(&log, 1);
+    append(&log, records(0..10, 1, 100));
+    drop(log);
+    let segment = last_segment(dir.path());
+    cut_room(&segment);
+    let log = open(dir.path(), &quiet());
+    assert_eq!(size(&segment), quiet().segment_bytes);
+    append(&log, records(10..20, 1, 100));
+    drop(log);
+    assert!(size(&segment) == quiet().segment_bytes && ends_clean(&segment));
+    assert_eq!(all(&open(dir.path(), &quiet()).reader()), records(0..20, 1, 100));
+}
+
+#[test]
+fn a_spare_whose_use_was_begun_is_no_segment() {
+    let options = Options { segment_bytes: 4000, ..quiet() };
+    let dir = tempfile::tempdir().expect("a directory");
+    drop(open(dir.path(), &options));
+    let head = std::fs::read(last_segment(dir.path())).expect("read");
+    std::fs::write(dir.path().join("spare"), head).expect("write");
+    let log = open(dir.path(), &options);
+    save_vote(&log, 1);
+    for batch in 0..40 {
+        append(&log, records(batch * 5..batch * 5 + 5, 1, 100));
+    }
+    drop(log);
+    assert_eq!(all(&open(dir.path(), &options).reader()), records(0..200, 1, 100));
+}
+
 #[test]
 fn a_read_that_began_before_a_purge_ends_well() {
     let options = Options { segment_bytes: 4000, tail_bytes: 0, ..quiet() };
