@@ -205,6 +205,7 @@ async fn strike(cluster: &mut Cluster, fault: Fault, rng: &mut StdRng) -> Result
             Ok(Struck { target: node.to_owned(), took_effect: comes_back(cluster, node, epoch).await? })
         }
         Fault::KillAgentAndShims => {
+            let node = busy(cluster, node).await;
             let epoch = epoch(cluster, node).await?;
             let shims = cluster.kill_agent_and_shims(node);
             tokio::time::sleep(away).await;
@@ -222,6 +223,18 @@ async fn strike(cluster: &mut Cluster, fault: Fault, rng: &mut StdRng) -> Result
             Ok(Struck { target: node.to_owned(), took_effect: silent })
         }
     }
+}
+
+/// A node with a shim, `first` if it has one; `first` too if none has for a while.
+async fn busy(cluster: &Cluster, first: &'static str) -> &'static str {
+    for _ in 0..100 {
+        let others = NODES.into_iter().filter(|name| *name != first);
+        if let Some(node) = [first].into_iter().chain(others).find(|name| !cluster.shims(name).is_empty()) {
+            return node;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    first
 }
 
 async fn epoch(cluster: &Cluster, node: &str) -> Result<u64, String> {
