@@ -1,8 +1,8 @@
 //! Exit codes and error texts: one paragraph that says what happened and what to do.
 //!
 //! 0 ok, 1 failure, 2 usage, 3 not found, 4 not allowed, 5 conflict, 6 unavailable, 7 timed out; `run`, `wait` and
-//! `dev --` pass on the job's own code, 128 + signal when it was killed, 75 when the infrastructure lost it for good;
-//! 130 on Ctrl-C.
+//! `dev --` pass on the job's own code, 128 + signal when it was killed, 75 when the infrastructure lost it for good, 124
+//! when its time was over and it left no code; 130 on Ctrl-C, 143 on SIGTERM. `ares help exit-codes` tells people.
 
 use std::process::ExitCode;
 
@@ -17,7 +17,10 @@ pub const UNAVAILABLE: u8 = 6;
 pub const TIMED_OUT: u8 = 7;
 /// The job is lost for good by no fault of its own.
 pub const LOST: u8 = 75;
+/// The time limit ended the job, which left no code of its own; as timeout(1).
+pub const OUT_OF_TIME: u8 = 124;
 pub const INTERRUPTED: u8 = 130;
+pub const TERMINATED: u8 = 143;
 
 /// Why a command did not succeed, for a person.
 #[derive(Debug)]
@@ -53,24 +56,35 @@ impl Failure {
         }
         text.push('.');
         if !self.advice.is_empty() {
-            let mut advice = self.advice.chars();
-            let first = advice.next().map(|c| c.to_uppercase().to_string()).unwrap_or_default();
-            text.push_str(&format!(" {first}{}.", advice.as_str().trim_end_matches('.')));
+            text.push_str(&format!(" {}.", sentence(self.advice.trim_end_matches('.'))));
         }
         eprintln!("{text}");
         ExitCode::from(self.code)
     }
 }
 
+/// With a capital, unless it begins with a command to type.
+fn sentence(text: &str) -> String {
+    let mut rest = text.chars();
+    match rest.next() {
+        Some(first) if !text.starts_with("ares ") => first.to_uppercase().chain(rest).collect(),
+        _ => text.to_owned(),
+    }
+}
+
+/// What to do when nobody answers.
+pub const LOOK_FOR_CLUSTER: &str =
+    "look whether the cluster is up (cluster-scripts/status) and whether --server or ARES_SERVER names it";
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         use tonic::Code;
         match error {
-            Error::Unreachable(text) => Failure::new(UNAVAILABLE, format!("no replica answered: {text}")).advise(
-                "look whether the cluster is up (cluster-scripts/status) and whether --server or ARES_SERVER names it",
-            ),
+            Error::Unreachable(text) => {
+                Failure::new(UNAVAILABLE, format!("no replica answered: {text}")).advise(LOOK_FOR_CLUSTER)
+            }
             Error::Unknown(text) => Failure::new(TIMED_OUT, format!("no answer in time: {text}")).advise(
-                "the call may have taken effect; repeated with the same --request-id it takes effect once",
+                "the call may have taken effect: look (ares queue, ares nodes, ares cluster status) before you repeat it",
             ),
             Error::Refused { reason: word, code, message, .. } => {
                 let exit = match code {
@@ -93,5 +107,17 @@ impl From<Error> for Failure {
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
         Failure::new(FAILURE, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advice_is_a_sentence_and_a_command_is_as_one_types_it() {
+        assert_eq!(sentence("write host:port"), "Write host:port");
+        assert_eq!(sentence("ares nodes lists them"), "ares nodes lists them");
+        assert_eq!(sentence(""), "");
     }
 }

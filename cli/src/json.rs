@@ -185,7 +185,11 @@ pub fn key_event(event: &v1::KeyEvent) -> Value {
 }
 
 fn parsed(text: &str) -> Value {
-    if text.is_empty() { Value::Null } else { serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned())) }
+    if text.is_empty() {
+        Value::Null
+    } else {
+        serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
+    }
 }
 
 pub fn token(token: u64) -> Value {

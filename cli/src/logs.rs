@@ -17,16 +17,17 @@ use crate::output;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Id of a job that runs or ended
     #[arg(value_name = "JOB")]
     job: u64,
     /// Stay until the job has ended
     #[arg(long, short = 'f')]
     follow: bool,
     /// Which process of a gang
-    #[arg(long, short = 'r', default_value_t = 0)]
+    #[arg(long, short = 'r', default_value_t = 0, value_name = "N")]
     rank: u32,
     /// Output of this attempt [default: the newest]
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     attempt: Option<u32>,
     /// Only the last so many bytes
     #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "BYTES")]
@@ -35,13 +36,8 @@ pub struct Args {
 
 pub fn run(args: Args, global: Global) -> Outcome {
     let client = client(&global)?;
-    let which = Which {
-        rank: args.rank,
-        attempt: args.attempt,
-        follow: args.follow,
-        tail_bytes: args.tail,
-        say_where: false,
-    };
+    let which =
+        Which { rank: args.rank, attempt: args.attempt, follow: args.follow, tail_bytes: args.tail, say_where: false };
     runtime()?.block_on(stream_job(&client, args.job, which))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -57,8 +53,10 @@ pub struct Which {
     pub say_where: bool,
 }
 
-/// How long an agent that does not answer is asked again.
+/// How long an agent that does not answer is asked again, once nothing but its answer is missing.
 const AGENT_PATIENCE: Duration = Duration::from_secs(10);
+/// After so long without an answer a follower looks whether the attempt is still alive.
+const AGENT_DOUBT: Duration = Duration::from_secs(1);
 
 /// Writes the output to stdout; with `follow` until the job has ended, over all its attempts from now on.
 pub async fn stream_job(client: &Client, job_id: u64, which: Which) -> Result<(), Failure> {
@@ -82,7 +80,7 @@ pub async fn stream_job(client: &Client, job_id: u64, which: Which) -> Result<()
                 if which.say_where {
                     job.parts.iter().for_each(|part| eprintln!("  {}", crate::commands::placement(part)));
                 }
-                copy(client, &source, which, ended).await?;
+                copy(client, job_id, &source, which, ended).await?;
             } else if !which.follow && last_token == 0 {
                 return Err(Failure::new(NOT_FOUND, format!("job {job_id} has no output: it is {}", job.state))
                     .advise(if ended { "it never started" } else { "-f waits for it" }));
@@ -115,7 +113,8 @@ fn check_rank(job: &v1::Job, rank: u32) -> Result<(), Failure> {
 async fn source(client: &Client, job: &v1::Job, which: Which) -> Result<Option<Source>, Failure> {
     let live = which.attempt.is_none_or(|attempt| attempt == job.attempt) && job.token != 0;
     if live
-        && let Some(part) = job.parts.iter().find(|part| (part.first_rank..part.first_rank + part.ranks).contains(&which.rank))
+        && let Some(part) =
+            job.parts.iter().find(|part| (part.first_rank..part.first_rank + part.ranks).contains(&which.rank))
     {
         return Ok(Some(Source { token: job.token, node: part.node.clone(), address: part.address.clone() }));
     }
@@ -141,8 +140,10 @@ async fn source(client: &Client, job: &v1::Job, which: Which) -> Result<Option<S
     Ok(Some(Source { token: past.token, node: node.clone(), address }))
 }
 
-/// Copies one attempt's output, going on at the same byte when the agent restarts.
-async fn copy(client: &Client, source: &Source, which: Which, ended: bool) -> Result<(), Failure> {
+/// Copies one attempt's output, going on at the same byte when the agent restarts. A follower waits for a silent agent
+/// as long as the attempt is alive, and leaves the attempt for the next one.
+async fn copy(client: &Client, job_id: u64, source: &Source, which: Which, ended: bool) -> Result<(), Failure> {
+    let (mut ended, mut said) = (ended, false);
     let mut offset = 0;
     let mut tail_bytes = which.tail_bytes;
     let mut unheard_since = tokio::time::Instant::now();
@@ -166,18 +167,61 @@ async fn copy(client: &Client, source: &Source, which: Which, ended: bool) -> Re
         if failure.is_none() {
             unheard_since = tokio::time::Instant::now();
         }
-        if unheard_since.elapsed() > AGENT_PATIENCE {
+        let unheard = unheard_since.elapsed();
+        if unheard > AGENT_DOUBT && which.follow && !ended {
+            match standing(client, job_id, source.token).await? {
+                Standing::Alive if said => {}
+                Standing::Alive => {
+                    said = true;
+                    eprintln!("The agent of {} does not answer; its output follows when it is back.", source.node);
+                }
+                Standing::Replaced => {
+                    eprintln!("The rest of this attempt's output is missing: {}.", gone(source, failure).message);
+                    return Ok(());
+                }
+                Standing::Ended => {
+                    ended = true;
+                    unheard_since = tokio::time::Instant::now();
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(400)).await;
+        } else if unheard > AGENT_PATIENCE {
             return Err(gone(source, failure));
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
+/// What became of an attempt.
+enum Standing {
+    Alive,
+    /// The job goes on, without it.
+    Replaced,
+    /// The job has ended.
+    Ended,
+}
+
+async fn standing(client: &Client, job_id: u64, token: u64) -> Result<Standing, Failure> {
+    let job = client
+        .get_job(v1::GetJobRequest { job_id, ..Default::default() })
+        .await
+        .map_err(|error| known(error, job_id))?;
+    Ok(match job.result {
+        Some(_) => Standing::Ended,
+        None if job.token == token => Standing::Alive,
+        None => Standing::Replaced,
+    })
+}
+
 /// Reads one stream to its end; true when the rank has ended and all was read.
-async fn read(client: &Client, source: &Source, request: v1::ReadLogRequest, offset: &mut u64) -> Result<bool, tonic::Status> {
-    let transport = client
-        .transport(&source.address)
-        .map_err(|error| tonic::Status::invalid_argument(error.to_string()))?;
+async fn read(
+    client: &Client,
+    source: &Source,
+    request: v1::ReadLogRequest,
+    offset: &mut u64,
+) -> Result<bool, tonic::Status> {
+    let transport =
+        client.transport(&source.address).map_err(|error| tonic::Status::invalid_argument(error.to_string()))?;
     let mut chunks = AgentLogsClient::new(transport).read_log(request).await?.into_inner();
     while let Some(chunk) = chunks.next().await {
         let chunk = chunk?;
@@ -195,6 +239,10 @@ fn gone(source: &Source, status: Option<tonic::Status>) -> Failure {
     match status.as_ref().map(tonic::Status::code) {
         Some(Code::NotFound) => Failure::new(NOT_FOUND, format!("node {} has no such output: {detail}", source.node))
             .advise("an agent keeps the output of its last attempts only"),
-        _ => Failure::new(UNAVAILABLE, format!("the agent of node {} ({}) does not answer: {detail}", source.node, source.address)),
+        _ => Failure::new(
+            UNAVAILABLE,
+            format!("the agent of node {} ({}) does not answer: {detail}", source.node, source.address),
+        )
+        .advise("look at it with ares nodes; the output is in its directory"),
     }
 }

@@ -33,7 +33,11 @@ pub fn quiet_broken_pipe() {
 
 /// One JSON document, pretty on a terminal.
 pub fn json(value: &Value) {
-    let text = if std::io::stdout().is_terminal() { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) };
+    let text = if std::io::stdout().is_terminal() {
+        serde_json::to_string_pretty(value)
+    } else {
+        serde_json::to_string(value)
+    };
     println!("{}", text.unwrap_or_default());
 }
 

@@ -235,19 +235,32 @@ fn classify(failure: &Failure) -> Option<Event> {
     match failure.code {
         Code::DeadlineExceeded => Some(Event::Lost),
         Code::Unavailable if name == reason::OUTCOME_UNKNOWN.name => Some(Event::Lost),
-        Code::Unavailable if failure.message.contains("tcp connect error") => Some(Event::Unreachable),
+        Code::Unavailable if never_connected(&failure.message) => Some(Event::Unreachable),
         // A transport that broke: the request may have been read.
         Code::Unavailable | Code::Cancelled | Code::Unknown | Code::Internal if name.is_empty() => Some(Event::Lost),
         _ => None,
     }
 }
 
+/// The transport's words for a request that was never sent: nobody listens, or the name means nothing.
+fn never_connected(message: &str) -> bool {
+    message.contains("tcp connect error") || message.contains("dns error")
+}
+
 fn give_up(last: Option<Error>, sent: bool, servers: &[String]) -> Error {
     let tried = servers.join(", ");
     match last {
         None => Error::Unreachable(format!("no time was left to ask {tried}")),
+        Some(Error::Unreachable(text) | Error::Unknown(text)) if sent => Error::Unknown(format!("{text} (asked {tried})")),
         Some(error) if sent => Error::Unknown(format!("{error} (asked {tried})")),
         Some(Error::Unreachable(text) | Error::Unknown(text)) => Error::Unreachable(format!("{text} (asked {tried})")),
+        // Whoever answered had no leader to name, or one that is gone: the group has lost its quorum, or is electing.
+        Some(Error::Refused { reason, code, .. }) if reason == reason::NOT_LEADER.name => Error::Refused {
+            reason: reason::NO_QUORUM.name.to_owned(),
+            code,
+            message: format!("no leader was found (asked {tried})"),
+            retry_after: None,
+        },
         Some(refused) => refused,
     }
 }

@@ -21,16 +21,16 @@ macro_rules! reasons {
 
 reasons! {
     // Of the group.
-    NOT_LEADER Unavailable "ask the leader named in the metadata; our clients do so by themselves";
+    NOT_LEADER Unavailable "ask the leader that it names; our clients do so by themselves";
     NO_QUORUM Unavailable "a majority of the replicas must be up and see each other: ares cluster status";
     OUTCOME_UNKNOWN Unavailable "repeat the call with the same request id: it takes effect once";
     BUSY ResourceExhausted "wait as long as RetryInfo says and repeat the call with the same request id";
     IMAGE_BEHIND ResourceExhausted "the disk is slower than the load: wait as long as RetryInfo says";
     DISK_FULL ResourceExhausted "free space on the replica's disk; it goes on by itself";
     STOPPING Unavailable "ask another replica";
-    CLUSTER_MISMATCH FailedPrecondition "the address belongs to another cluster";
+    CLUSTER_MISMATCH FailedPrecondition "look which cluster the address belongs to: --server and --cluster-id (ARES_SERVER, ARES_CLUSTER) don't go together";
     JOIN_TOKEN_REFUSED Unauthenticated "pass the cluster's join token: it stands in DIR/env of the first replica";
-    MEMBERSHIP_REFUSED FailedPrecondition "the change would leave the group without a quorum, or another one is under way";
+    MEMBERSHIP_REFUSED FailedPrecondition "look at the group: ares cluster members, ares cluster status";
     TOO_LARGE InvalidArgument "make the request smaller than the limit it names";
     INVALID_ARGUMENT InvalidArgument "correct the fields it names";
     NOT_IMPLEMENTED_YET Unimplemented "leave the field out";
@@ -48,8 +48,8 @@ reasons! {
     INVALID_SPEC InvalidArgument "correct the field it names";
     STATE_FULL ResourceExhausted "wait until jobs end, or raise the limit it names";
     NOT_FOUND NotFound "look it up: ares queue, ares nodes";
-    ALREADY_ENDED FailedPrecondition "nothing to do: it has ended";
-    NOT_OWNER PermissionDenied "only its owner may do this";
+    ALREADY_ENDED FailedPrecondition "there is nothing left to do for it";
+    NOT_OWNER PermissionDenied "let its owner do it";
     TASK_GONE FailedPrecondition "the task is no longer pending";
     ATTEMPT_MOVED FailedPrecondition "the task went on to another attempt";
     NODE_NOT_READY FailedPrecondition "the machine takes no work";
@@ -66,8 +66,8 @@ reasons! {
     NOT_DUE FailedPrecondition "cluster time has not come to it";
     NOT_STUCK FailedPrecondition "only parts of a silent machine can be confirmed dead";
     SESSION_UNKNOWN NotFound "open a new session: this one ended";
-    LOCK_NOT_HELD FailedPrecondition "the session neither holds nor waits for the lock";
-    FUTURE_REVISION OutOfRange "the revision does not exist yet";
+    LOCK_NOT_HELD FailedPrecondition "look who holds it: ares get /locks/NAME";
+    FUTURE_REVISION OutOfRange "watch from a revision that exists, or from none: then from now on";
     LEVEL_TOO_OLD FailedPrecondition "upgrade the binary";
 }
 

@@ -13,6 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 
 use crate::api::{self, Api, Served};
+use crate::identity::{Home, IdentityError};
 use crate::leader::{self, Board};
 use crate::replica::{self, Replica, StartError};
 
@@ -68,14 +69,9 @@ impl ServerError {
     /// What the person who reads it can do; empty where the text says it all.
     pub fn advice(&self) -> &'static str {
         match self {
-            ServerError::Start(StartError::Identity(_)) => {
-                "start with --bootstrap once to found a cluster, with --join HOST:PORT to join one, and with neither \
-                 after that"
-            }
             ServerError::Start(StartError::Join { .. }) => {
                 "look whether the replica behind --join is up, and take the join token from its DIR/env"
             }
-            ServerError::Listen { .. } => "another process may have the port; port 0 takes a free one",
             _ => "",
         }
     }
@@ -101,7 +97,8 @@ pub struct Running {
 pub async fn start(options: Options) -> Result<Running, ServerError> {
     let last = last_addresses(&options.dir)?;
     let listen = options.listen.clone().or(last.as_ref().map(|last| last.api.clone()));
-    let (listener, api_addr) = bind(listen.as_deref().unwrap_or(DEFAULT_LISTEN), &options).await?;
+    let bound = bind(listen.as_deref().unwrap_or(DEFAULT_LISTEN), &options).await;
+    let (listener, api_addr) = bound.map_err(|error| unless_in_use(&options.dir, error))?;
     let peer_listen = options.peer_listen.clone().or(last.map(|last| last.peer));
     let peer_listen = peer_listen.unwrap_or_else(|| DEFAULT_PEER_LISTEN.to_owned());
     let token = match (&options.join_token, read_token(&options.dir)?) {
@@ -197,10 +194,21 @@ async fn bind(addr: &str, options: &Options) -> Result<(TcpListener, String), Se
         }
         tracing::warn!(%socket, "clients and agents talk in the clear on an address beyond loopback");
     }
-    let listener = TcpListener::bind(socket).await.map_err(|error| refused(error.to_string()))?;
+    let listener = TcpListener::bind(socket).await.map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => refused("another process has the port; port 0 takes a free one".to_owned()),
+        _ => refused(error.to_string()),
+    })?;
     let bound = listener.local_addr().map_err(|error| refused(error.to_string()))?.to_string();
     let advertised = options.advertise.as_ref().map_or_else(|| bound.clone(), |host| with_host(host, &bound));
     Ok((listener, advertised))
+}
+
+/// A replica that already runs in the directory also has its port: the directory is what to tell of.
+fn unless_in_use(dir: &Path, error: ServerError) -> ServerError {
+    match dir.is_dir().then(|| Home::lock(dir)) {
+        Some(Err(in_use @ IdentityError::InUse(_))) => StartError::from(in_use).into(),
+        _ => error,
+    }
 }
 
 fn with_host(host: &str, addr: &str) -> String {

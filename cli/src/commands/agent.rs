@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::Global;
-use crate::connect::servers;
-use crate::exit::{CONFLICT, FAILURE, Failure, Outcome};
+use crate::connect::{cluster_id, servers};
+use crate::exit::{CONFLICT, FAILURE, Failure, Outcome, USAGE};
+use crate::signals::Signals;
 use gpu_agent::Left;
 
 #[derive(Debug, clap::Args)]
@@ -65,7 +66,7 @@ pub fn run(args: Args, global: Global) -> Outcome {
         gpus: args.gpus,
         labels,
         join_token: args.join_token,
-        cluster: global.cluster_id.clone(),
+        cluster: cluster_id(&global)?.to_owned(),
         run_as: args.run_as,
         allow_root_jobs: args.allow_root_jobs,
         insecure: args.insecure,
@@ -73,8 +74,11 @@ pub fn run(args: Args, global: Global) -> Outcome {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let left = runtime.block_on(async {
-        let stop = stop_signal()?;
-        gpu_agent::run(options, stop).await.map_err(|error| Failure::new(FAILURE, error.to_string()))
+        let mut signals = Signals::listen()?;
+        let stop = async move {
+            signals.next().await;
+        };
+        gpu_agent::run(options, stop).await.map_err(failure)
     })?;
     match left {
         Left::Stopped => Ok(ExitCode::SUCCESS),
@@ -83,15 +87,23 @@ pub fn run(args: Args, global: Global) -> Outcome {
     }
 }
 
-/// Resolves at the first SIGTERM or Ctrl-C.
-pub fn stop_signal() -> Result<impl Future<Output = ()>, Failure> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
+/// The exit code of an agent that could not work.
+pub fn failure_code(error: &gpu_agent::Error) -> u8 {
+    use gpu_agent::Error;
+    use gpu_agent::agent::identity;
+    match error {
+        Error::Refused(refusal) => Failure::from(refusal.clone()).code,
+        Error::Exposed(_) | Error::Rights(_) | Error::Gpus(_) => USAGE,
+        Error::Identity(identity::Error::InUse(_) | identity::Error::OtherCluster { .. }) => CONFLICT,
+        _ => FAILURE,
+    }
+}
+
+/// Why the agent could not work, with what to do.
+fn failure(error: gpu_agent::Error) -> Failure {
+    let (code, text) = (failure_code(&error), error.to_string());
+    match error {
+        gpu_agent::Error::Refused(refusal) => Failure { message: text, ..Failure::from(refusal) },
+        _ => Failure::new(code, text),
+    }
 }

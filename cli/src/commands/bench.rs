@@ -73,7 +73,8 @@ pub fn run(args: Args, global: Global) -> Outcome {
         if !no_check {
             let checked = check(&global, &named, &load.acknowledged).await?;
             missing = checked.iter().map(|(_, missing)| missing).sum();
-            report["missing"] = checked.into_iter().map(|(server, missing)| (server, json!(missing))).collect::<Value>();
+            report["missing"] =
+                checked.into_iter().map(|(server, missing)| (server, json!(missing))).collect::<Value>();
         }
         match global.output {
             Format::Json | Format::Jsonl => output::json(&report),
@@ -142,7 +143,8 @@ async fn submit_load(
     bytes: usize,
 ) -> Result<Load, Failure> {
     let stop = Arc::new(AtomicBool::new(false));
-    let request = v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job(bytes)), user: "bench".to_owned() };
+    let request =
+        v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job(bytes)), user: "bench".to_owned() };
     let connections = clients.div_ceil(CLIENTS_PER_CONNECTION);
     let connections: Vec<Client> = (0..connections).map(|_| fresh_client(global, servers)).collect::<Result<_, _>>()?;
     for client in &connections {
@@ -230,7 +232,11 @@ async fn closed_loop(
 }
 
 /// Acknowledged ids that a replica's own read does not have, by replica.
-async fn check(global: &Global, servers: &[String], acknowledged: &[Acknowledged]) -> Result<Vec<(String, usize)>, Failure> {
+async fn check(
+    global: &Global,
+    servers: &[String],
+    acknowledged: &[Acknowledged],
+) -> Result<Vec<(String, usize)>, Failure> {
     let mut checked = Vec::new();
     for server in servers {
         let client = fresh_client(global, std::slice::from_ref(server))?;

@@ -7,7 +7,7 @@ use proto::{Client, Patience, v1};
 
 use crate::Global;
 use crate::connect::{client, client_with_token, runtime, servers};
-use crate::exit::{Failure, Outcome, UNAVAILABLE};
+use crate::exit::{Failure, LOOK_FOR_CLUSTER, Outcome, UNAVAILABLE};
 use crate::json;
 use crate::output::{self, Row};
 
@@ -28,20 +28,30 @@ enum Verb {
         /// The new replica's id, as its server printed it
         id: u64,
         /// Its Raft address
-        #[arg(long)]
+        #[arg(long, value_name = "HOST:PORT")]
         peer: String,
         /// Its address for clients and agents
-        #[arg(long)]
+        #[arg(long, value_name = "HOST:PORT")]
         api: String,
-        #[arg(long, env = "ARES_JOIN_TOKEN", hide_env_values = true)]
+        /// The cluster's join token, from a replica's DIR/env
+        #[arg(long, env = "ARES_JOIN_TOKEN", hide_env_values = true, default_value = "", hide_default_value = true)]
         join_token: String,
     },
     /// Make a learner a voter
-    Promote { id: u64 },
+    Promote {
+        /// As ares cluster members shows it
+        id: u64,
+    },
     /// Remove a replica; refused when the rest would have no quorum
-    Remove { id: u64 },
+    Remove {
+        /// As ares cluster members shows it
+        id: u64,
+    },
     /// Hand leadership over, to a replica or to any that is up to date
-    Transfer { id: Option<u64> },
+    Transfer {
+        /// As ares cluster members shows it
+        id: Option<u64>,
+    },
 }
 
 pub fn run(args: Args, global: Global) -> Outcome {
@@ -61,8 +71,12 @@ pub fn run(args: Args, global: Global) -> Outcome {
             };
             runtime()?.block_on(client.add_replica(request))?.members
         }
-        Verb::Promote { id } => change(&global, |client, request| async move { client.promote_replica(request).await }, id)?,
-        Verb::Remove { id } => change(&global, |client, request| async move { client.remove_replica(request).await }, id)?,
+        Verb::Promote { id } => {
+            change(&global, |client, request| async move { client.promote_replica(request).await }, id)?
+        }
+        Verb::Remove { id } => {
+            change(&global, |client, request| async move { client.remove_replica(request).await }, id)?
+        }
         Verb::Transfer { id } => change(
             &global,
             |client, request| async move { client.transfer_leader(request).await },
@@ -106,8 +120,7 @@ fn status(global: &Global) -> Outcome {
     let heads = ["ADDRESS", "ROLE", "TERM", "COMMITTED", "APPLIED", "REVISION", "JOBS", "NODES", "NOTE"];
     output::rows(global.output, &heads, found.iter().map(|(address, reply)| status_row(address, reply)).collect());
     if answered == 0 {
-        return Err(Failure::new(UNAVAILABLE, "no replica answered")
-            .advise("look whether the cluster is up (cluster-scripts/status) and whether --server or ARES_SERVER names it"));
+        return Err(Failure::new(UNAVAILABLE, "no replica answered").advise(LOOK_FOR_CLUSTER));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -116,9 +129,7 @@ async fn one_status(global: &Global, client: &Client, address: &str) -> Result<v
     let patience = Duration::from_secs(global.timeout.clamp(1, 2));
     let client = client.with_patience(Patience { call: patience, attempt: patience });
     let transport = client.transport(address)?;
-    let call = async {
-        v1::cluster_client::ClusterClient::new(transport).status(v1::StatusRequest {}).await
-    };
+    let call = async { v1::cluster_client::ClusterClient::new(transport).status(v1::StatusRequest {}).await };
     match tokio::time::timeout(patience, call).await {
         Ok(Ok(reply)) => Ok(reply.into_inner()),
         Ok(Err(status)) => Err(proto::Failure::from(status).into()),

@@ -8,10 +8,10 @@ use proto::{Client, Identity, v1};
 use raft_node::server::{self, Mode, Options, Running};
 use tokio::task::JoinHandle;
 
-use super::agent::stop_signal;
 use super::spec::JobArgs;
 use crate::Global;
 use crate::exit::{FAILURE, Failure, Outcome, UNAVAILABLE};
+use crate::signals::Signals;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -42,6 +42,8 @@ impl Args {
 
 /// How long the two get to find each other.
 const READY: Duration = Duration::from_secs(20);
+/// How long jobs get to end when their directory goes away.
+const JOBS_END: Duration = Duration::from_secs(15);
 
 pub fn run(args: Args, _global: Global) -> Outcome {
     let spec = if args.job.has_command() { Some(args.job.spec(0)?) } else { None };
@@ -61,6 +63,9 @@ pub fn run(args: Args, _global: Global) -> Outcome {
             Some(spec) => super::run::submit_and_stream(&dev.client, spec).await,
             None => dev.stay(&dir).await,
         };
+        if temporary.is_some() {
+            dev.end_jobs().await;
+        }
         dev.stop().await;
         outcome
     });
@@ -117,12 +122,12 @@ impl Dev {
         let deadline = tokio::time::Instant::now() + READY;
         loop {
             if self.agent.is_finished() {
-                let why = match (&mut self.agent).await {
-                    Ok(Ok(left)) => format!("it left: {left:?}"),
-                    Ok(Err(error)) => error.to_string(),
-                    Err(error) => error.to_string(),
+                let (code, why) = match (&mut self.agent).await {
+                    Ok(Ok(left)) => (FAILURE, format!("it left: {left:?}")),
+                    Ok(Err(error)) => (super::agent::failure_code(&error), error.to_string()),
+                    Err(error) => (FAILURE, error.to_string()),
                 };
-                return Err(Failure::new(FAILURE, format!("the agent did not start: {why}")));
+                return Err(Failure::new(code, format!("the agent did not start: {why}")));
             }
             let nodes = self.client.list_nodes(v1::ListNodesRequest::default()).await;
             if nodes.is_ok_and(|reply| reply.nodes.iter().any(|node| node.state == "READY")) {
@@ -144,9 +149,35 @@ impl Dev {
         if gpus == 0 {
             println!("No GPU was found here; --gpus sim:hgx-h100 simulates a machine with eight.");
         }
-        stop_signal()?.await;
+        Signals::listen()?.next().await;
         eprintln!("Stopping.");
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// Cancels what is left and waits for its end: a process whose directory is gone must not go on.
+    async fn end_jobs(&self) {
+        let ending = async {
+            loop {
+                let jobs = self.client.list_jobs(v1::ListJobsRequest::default()).await?.jobs;
+                if jobs.is_empty() {
+                    return Ok::<_, proto::Error>(());
+                }
+                for job in jobs.into_iter().filter(|job| job.ending.is_empty()) {
+                    let request =
+                        v1::CancelJobRequest { request_id: proto::request_id(), job_id: job.id, user: job.user };
+                    match self.client.cancel_job(request).await {
+                        Err(error) if error.reason() != proto::reason::ALREADY_ENDED.name => return Err(error),
+                        _ => {}
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        match tokio::time::timeout(JOBS_END, ending).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => eprintln!("Jobs may still run: {error}."),
+            Err(_) => eprintln!("Jobs did not end within {} s.", JOBS_END.as_secs()),
+        }
     }
 
     async fn stop(self) {

@@ -16,14 +16,16 @@ KEYS:
   /jobs/ID /state/ID /queue/pending/TENANT/PRIORITY/SEQ/ID /leases/TOKEN /fencing/job/ID /fencing/gpu/UUID
   /topology/NODE /locks/NAME /results/ID /retry/ID")]
 pub struct Args {
+    /// A key, such as /state/1
     key: String,
     /// All keys that begin with KEY
     #[arg(long)]
     prefix: bool,
+    /// Without the values
     #[arg(long)]
     keys_only: bool,
     /// At most so many keys
-    #[arg(long, default_value_t = 1_000_000)]
+    #[arg(long, default_value_t = 1_000_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     limit: u32,
     /// From the asked replica's memory, without a read index
     #[arg(long)]
@@ -55,7 +57,8 @@ pub fn run(args: Args, global: Global) -> Outcome {
         }
     })?;
     if kvs.is_empty() && !args.prefix {
-        return Err(Failure::new(NOT_FOUND, format!("there is no key {:?}", args.key)));
+        return Err(Failure::new(NOT_FOUND, format!("there is no key {:?}", args.key))
+            .advise("ares get / --prefix --keys-only lists them all"));
     }
     match global.output {
         Format::Json => output::json(&serde_json::Value::Array(

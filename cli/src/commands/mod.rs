@@ -6,6 +6,7 @@ mod cancel;
 mod cluster;
 mod dev;
 mod get;
+mod help;
 mod lock;
 mod node;
 mod queue;
@@ -65,6 +66,8 @@ pub enum Command {
     Bench(bench::Args),
     /// This binary's version, and the replica's
     Version(version::Args),
+    /// Exit codes, environment, or a command's options
+    Help(help::Args),
 }
 
 impl Command {
@@ -99,5 +102,6 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Cluster(args) => cluster::run(args, global),
         Command::Bench(args) => bench::run(args, global),
         Command::Version(args) => version::run(args, global),
+        Command::Help(args) => help::run(args),
     }
 }

@@ -8,7 +8,7 @@ use super::show::read_mode;
 use crate::Global;
 use crate::connect::{client, runtime};
 use crate::exit::Outcome;
-use crate::output::{self, Row};
+use crate::output::{self, Format, Row};
 
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
@@ -34,8 +34,13 @@ fn row(node: &v1::Node) -> Row {
         (false, true) => format!("{} (simulated)", types.join(",")),
         (false, false) => types.join(","),
     };
-    let sick = node.gpus.iter().filter(|gpu| gpu.health != "OK").map(|gpu| format!("GPU {} {}: {}", gpu.slot, gpu.health, gpu.reason));
-    let reason = std::iter::once(node.reason.clone()).filter(|reason| !reason.is_empty()).chain(sick).collect::<Vec<_>>();
+    let sick = node
+        .gpus
+        .iter()
+        .filter(|gpu| gpu.health != "OK")
+        .map(|gpu| format!("GPU {} {}: {}", gpu.slot, gpu.health, gpu.reason));
+    let reason =
+        std::iter::once(node.reason.clone()).filter(|reason| !reason.is_empty()).chain(sick).collect::<Vec<_>>();
     Row {
         name: node.name.clone(),
         cells: vec![
@@ -62,15 +67,20 @@ pub struct Args {
 enum Verb {
     /// Give it nothing new; running work goes on
     Out {
+        /// Its name: ares nodes lists them
         node: String,
         /// Shown to everybody who asks why
-        #[arg(long, default_value = "taken out by an operator")]
+        #[arg(long, default_value = "taken out by an operator", value_parser = clap::builder::NonEmptyStringValueParser::new())]
         reason: String,
     },
     /// Back into scheduling
-    Ready { node: String },
+    Ready {
+        /// Its name
+        node: String,
+    },
     /// Your word that no process of a silent machine is alive: frees its stuck GPUs
     ConfirmDead {
+        /// Its name
         node: String,
         /// Only this lease
         #[arg(long)]
@@ -81,21 +91,30 @@ enum Verb {
 pub fn run(args: Args, global: Global) -> Outcome {
     let client = client(&global)?;
     let request_id = proto::request_id();
-    runtime()?.block_on(async {
-        match args.verb {
+    let (node, done) = runtime()?.block_on(async {
+        Ok::<_, proto::Error>(match args.verb {
             Verb::Out { node, reason } => {
-                client.set_node_admin(v1::SetNodeAdminRequest { request_id, node, out_reason: reason }).await?;
+                let request = v1::SetNodeAdminRequest { request_id, node: node.clone(), out_reason: reason };
+                client.set_node_admin(request).await?;
+                (node, "gets nothing new; running work goes on")
             }
             Verb::Ready { node } => {
-                let out_reason = String::new();
-                client.set_node_admin(v1::SetNodeAdminRequest { request_id, node, out_reason }).await?;
+                let request = v1::SetNodeAdminRequest { request_id, node: node.clone(), out_reason: String::new() };
+                client.set_node_admin(request).await?;
+                (node, "takes work again")
             }
             Verb::ConfirmDead { node, token } => {
                 let token = token.unwrap_or_default();
-                client.confirm_dead(v1::ConfirmDeadRequest { request_id, node, token }).await?;
+                client.confirm_dead(v1::ConfirmDeadRequest { request_id, node: node.clone(), token }).await?;
+                (node, "has no living process by your word; its GPUs are free")
             }
-        }
-        Ok::<_, proto::Error>(())
+        })
     })?;
+    eprintln!("Node {node} {done}.");
+    match global.output {
+        Format::Json | Format::Jsonl => output::json(&serde_json::json!({ "node": node })),
+        Format::Name => println!("{node}"),
+        Format::Table => {}
+    }
     Ok(ExitCode::SUCCESS)
 }

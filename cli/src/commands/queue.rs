@@ -16,7 +16,7 @@ pub struct Args {
     #[arg(long, short = 'a')]
     all: bool,
     /// At most so many jobs
-    #[arg(long, default_value_t = 1_000)]
+    #[arg(long, default_value_t = 1_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     limit: u32,
     /// From the asked replica's memory, without a read index
     #[arg(long)]

@@ -7,7 +7,7 @@ use raft_node::server::{self, Mode, Options};
 
 use crate::Global;
 use crate::connect::address;
-use crate::exit::{FAILURE, Failure, Outcome};
+use crate::exit::{CONFLICT, FAILURE, Failure, NOT_ALLOWED, Outcome};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "join")]
     bootstrap: bool,
     /// Join the cluster of these replicas, host:port
-    #[arg(long, value_delimiter = ',', value_name = "HOST:PORT", requires = "join_token")]
+    #[arg(long, value_delimiter = ',', value_name = "HOST:PORT")]
     join: Vec<String>,
     /// The cluster's join token, from the first replica's DIR/env
     #[arg(long, env = "ARES_JOIN_TOKEN", hide_env_values = true)]
@@ -44,6 +44,13 @@ pub struct Args {
 }
 
 pub fn run(args: Args, _global: Global) -> Outcome {
+    if !args.join.is_empty() && args.join_token.as_ref().is_none_or(|token| token.is_empty()) {
+        return Err(Failure::new(NOT_ALLOWED, "joining a cluster takes its join token")
+            .advise("source DIR/env of the first replica, or pass the token that stands in it as --join-token"));
+    }
+    for listen in args.listen.iter().chain(&args.peer_listen) {
+        address(listen)?;
+    }
     let options = Options {
         dir: args.dir,
         mode: match (args.bootstrap, args.join.is_empty()) {
@@ -67,7 +74,18 @@ pub fn run(args: Args, _global: Global) -> Outcome {
     })
 }
 
+/// Why the replica does not run, with what to do.
 pub fn failure(error: server::ServerError) -> Failure {
+    use raft_node::identity::IdentityError;
+    use raft_node::replica::StartError;
+    use server::ServerError::Start;
+    let code = match &error {
+        // The call to join was refused, or nobody answered it: as with any other call.
+        Start(StartError::Join { source, .. }) => Failure::from(source.clone()).code,
+        Start(StartError::Identity(IdentityError::Io { .. } | IdentityError::Damaged { .. })) => FAILURE,
+        Start(StartError::Identity(_)) => CONFLICT,
+        _ => FAILURE,
+    };
     let advice = error.advice();
-    Failure::new(FAILURE, error.to_string()).advise(advice)
+    Failure::new(code, error.to_string()).advise(advice)
 }

@@ -12,6 +12,7 @@ use crate::output::{self, Format};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Id of a job that waits, runs or ended
     #[arg(value_name = "JOB")]
     job: u64,
     /// From the asked replica's memory, without a read index
@@ -51,20 +52,29 @@ fn print(job: &v1::Job) {
     line(
         "Shape",
         &format!(
-            "{} node(s) x {} rank(s) x {} GPU(s){}",
-            shape.nodes,
-            shape.ranks_per_node,
-            shape.gpus_per_rank,
-            if shape.gpu_types.is_empty() { String::new() } else { format!(" of type {}", shape.gpu_types.join(" or ")) }
+            "{} x {} x {}{}",
+            counted(shape.nodes, "node"),
+            counted(shape.ranks_per_node, "rank"),
+            counted(shape.gpus_per_rank, "GPU"),
+            if shape.gpu_types.is_empty() {
+                String::new()
+            } else {
+                format!(" of type {}", shape.gpu_types.join(" or "))
+            }
         ),
     );
+    let labels = sorted(&spec.labels).join(", ");
+    line("Labels", &labels);
+    if spec.limit_ms > 0 {
+        line("Limit", &output::age(spec.limit_ms as i64));
+    }
     line("Submitted", &output::time(job.submitted_unix_ms));
     line("Ended", &output::time(job.ended_unix_ms));
     if job.token != 0 {
         line("Attempt", &format!("{} with token {}", job.attempt, job.token));
     }
     for part in &job.parts {
-        line("Placement", &placement(part));
+        line("Placement", &format!("{} ({})", placement(part), part.state));
     }
     for why in &job.placement_why {
         line("  because", why);
@@ -77,13 +87,25 @@ fn print(job: &v1::Job) {
     }
 }
 
+/// NAME=VALUE in the names' order.
+fn sorted(labels: &std::collections::HashMap<String, String>) -> Vec<String> {
+    let mut pairs: Vec<String> = labels.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    pairs.sort_unstable();
+    pairs
+}
+
+/// `1 core`, `2 cores`.
+fn counted(count: u32, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
 fn line(name: &str, value: &str) {
     if !value.is_empty() {
         println!("{name:<10} {value}");
     }
 }
 
-/// `n1: ranks 0-1, GPUs 0,1, 4 cores, 8192 MiB (STARTED)`.
+/// `n1: ranks 0-1, GPUs 0,1, 4 cores, 8192 MiB`.
 pub fn placement(part: &v1::PlacedPart) -> String {
     let ranks = match part.ranks {
         1 => format!("rank {}", part.first_rank),
@@ -91,7 +113,7 @@ pub fn placement(part: &v1::PlacedPart) -> String {
     };
     let gpus = part.gpu_slots.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
     let gpus = if gpus.is_empty() { String::new() } else { format!(", GPUs {gpus}") };
-    format!("{}: {ranks}{gpus}, {} core(s), {} MiB ({})", part.node, part.cores, part.mem_mib, part.state)
+    format!("{}: {ranks}{gpus}, {}, {} MiB", part.node, counted(part.cores, "core"), part.mem_mib)
 }
 
 fn tried(attempt: &v1::Attempt) -> String {

@@ -7,6 +7,15 @@ use proto::v1;
 
 use crate::exit::Failure;
 
+/// Groups of options in the help.
+const MACHINES: &str = "Machines and GPUs";
+const TIME: &str = "Time and retries";
+
+/// A count from `least` on; how far up is the cluster's to say.
+fn at_least(least: i64) -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(least..)
+}
+
 /// What to run, and on what.
 #[derive(Clone, Debug, clap::Args)]
 pub struct JobArgs {
@@ -14,58 +23,64 @@ pub struct JobArgs {
     #[arg(long, short = 'J', default_value = "", hide_default_value = true)]
     name: String,
     /// GPUs of a job on one machine
-    #[arg(long, conflicts_with_all = ["gpus_per_node", "nodes"], value_name = "N")]
+    #[arg(long, conflicts_with_all = ["gpus_per_node", "nodes"], value_name = "N", allow_negative_numbers = true)]
+    #[arg(help_heading = MACHINES)]
     gpus: Vec<Gpus>,
     /// Machines of a gang
-    #[arg(long, short = 'N', default_value_t = 1)]
+    #[arg(long, short = 'N', default_value_t = 1, value_name = "N", value_parser = at_least(1))]
+    #[arg(help_heading = MACHINES, allow_negative_numbers = true)]
     nodes: u32,
     /// GPUs on each machine
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = at_least(0))]
+    #[arg(help_heading = MACHINES, allow_negative_numbers = true)]
     gpus_per_node: u32,
     /// Processes on each machine; they share its GPUs evenly
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = at_least(1))]
+    #[arg(help_heading = MACHINES, allow_negative_numbers = true)]
     ranks_per_node: u32,
     /// Acceptable GPU types in order of preference, such as h100,a100
-    #[arg(long, value_delimiter = ',', value_name = "TYPE")]
+    #[arg(long, value_delimiter = ',', value_name = "TYPE", help_heading = MACHINES)]
     gpu_type: Vec<String>,
     /// Let the machines of a gang have GPUs of different types
-    #[arg(long)]
+    #[arg(long, help_heading = MACHINES)]
     mix_types: bool,
     /// Cores of each process [default: the machine's share beside GPUs, else 1]
-    #[arg(long, short = 'c', default_value_t = 0, hide_default_value = true, value_name = "N")]
+    #[arg(long, short = 'c', default_value_t = 0, hide_default_value = true, value_name = "N", value_parser = at_least(0))]
+    #[arg(help_heading = MACHINES, allow_negative_numbers = true)]
     cores: u32,
     /// Memory of each process, such as 512MiB or 16GiB [default: the machine's share beside GPUs, else 1GiB]
-    #[arg(long, default_value = "", hide_default_value = true, value_name = "SIZE")]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "SIZE", help_heading = MACHINES)]
     mem: String,
     /// Least predicted bandwidth among the GPUs of a machine, such as 100GB/s
-    #[arg(long, default_value = "", hide_default_value = true, value_name = "RATE")]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "RATE", help_heading = MACHINES)]
     min_bandwidth: String,
     /// Higher goes first
-    #[arg(long, short = 'p', default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, short = 'p', default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
     priority: i32,
     /// Longest run time of one attempt, such as 90s, 30m or 2h [default: none]
-    #[arg(long, short = 't', default_value = "", hide_default_value = true, value_name = "TIME")]
+    #[arg(long, short = 't', default_value = "", hide_default_value = true, value_name = "TIME", help_heading = TIME)]
     time_limit: String,
     /// How long an attempt outlives its agent's contact to the cluster, at least 10s
-    #[arg(long, default_value = "300s", value_name = "TIME")]
+    #[arg(long, default_value = "300s", value_name = "TIME", help_heading = TIME)]
     lease_ttl: String,
     /// From SIGTERM to SIGKILL; at most a quarter of the lease [default: 5s]
-    #[arg(long, default_value = "", hide_default_value = true, value_name = "TIME")]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "TIME", help_heading = TIME)]
     kill_grace: String,
     /// Retries after a non-zero exit [default: 3 for submit, 0 for run and dev]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least(0), help_heading = TIME, allow_negative_numbers = true)]
     retries: Option<u32>,
     /// Wait before the first retry
-    #[arg(long, default_value = "1s", value_name = "TIME")]
+    #[arg(long, default_value = "1s", value_name = "TIME", help_heading = TIME)]
     retry_initial: String,
     /// Factor from one wait to the next
-    #[arg(long, default_value_t = 2.0, value_name = "X")]
+    #[arg(long, default_value_t = 2.0, value_name = "X", help_heading = TIME, allow_negative_numbers = true)]
     retry_multiplier: f64,
     /// Longest wait before a retry
-    #[arg(long, default_value = "5m", value_name = "TIME")]
+    #[arg(long, default_value = "5m", value_name = "TIME", help_heading = TIME)]
     retry_max: String,
     /// Exit codes that are retried [default: every failure]
-    #[arg(long, value_delimiter = ',', value_name = "CODE")]
+    #[arg(long, value_delimiter = ',', value_name = "CODE", value_parser = at_least(0), help_heading = TIME)]
+    #[arg(allow_negative_numbers = true)]
     retry_on: Vec<u32>,
     /// Environment of the job, NAME=VALUE; NAME alone copies yours
     #[arg(long, short = 'e', value_name = "NAME=VALUE")]
@@ -137,16 +152,16 @@ impl JobArgs {
         let gpus_per_node = self.gpus().unwrap_or(self.gpus_per_node);
         let ranks_per_node = self.ranks_per_node;
         if self.command.is_empty() {
-            return Err(Failure::usage("no command is given").advise("write it behind --, such as: -- python3 train.py"));
-        }
-        if ranks_per_node == 0 || self.nodes == 0 {
-            return Err(Failure::usage("--nodes and --ranks-per-node are at least 1"));
+            return Err(
+                Failure::usage("no command is given").advise("write it behind --, such as: -- python3 train.py")
+            );
         }
         if gpus_per_node % ranks_per_node != 0 {
             return Err(Failure::usage(format!(
                 "{gpus_per_node} GPUs on a machine can't be shared evenly by {ranks_per_node} processes \
                  (--ranks-per-node)"
-            )));
+            ))
+            .advise("make one a multiple of the other"));
         }
         if !(1.0..=1_000.0).contains(&self.retry_multiplier) {
             return Err(Failure::usage(format!("--retry-multiplier {} is not from 1 to 1000", self.retry_multiplier)));
@@ -190,6 +205,45 @@ impl JobArgs {
                 Failure::usage(format!("--env {name}: your environment has no such variable; write {name}=VALUE"))
             })
         })
+    }
+}
+
+/// The options behind the fields that a cluster may refuse.
+const FLAGS: [(&str, &str); 17] = [
+    ("shape.nodes", "--nodes"),
+    ("shape.ranks_per_node", "--ranks-per-node"),
+    ("shape.gpus_per_rank", "--gpus"),
+    ("shape.gpu_types", "--gpu-type"),
+    ("shape.cores_per_rank", "--cores"),
+    ("mem_mib_per_rank", "--mem"),
+    ("min_bandwidth_mbps", "--min-bandwidth"),
+    ("limit_ms", "--time-limit"),
+    ("lease_ttl_ms", "--lease-ttl"),
+    ("kill_grace_ms", "--kill-grace"),
+    ("retry.max", "--retries"),
+    ("retry.on_exit", "--retry-on"),
+    ("retry.initial_ms", "--retry-initial"),
+    ("retry.mult_milli", "--retry-multiplier"),
+    ("labels", "--label"),
+    ("body.env", "--env"),
+    ("image", "--image"),
+];
+
+/// A refused submission, with the options to correct beside the fields that it names.
+pub fn refused(error: proto::Error) -> Failure {
+    let failure = Failure::from(error);
+    if failure.code != crate::exit::USAGE {
+        return failure;
+    }
+    let message = &failure.message;
+    let named = |field: &str| message.split([' ', ':', ';', ',', '(', ')']).any(|word| word == field);
+    let flags: Vec<&str> = FLAGS.iter().filter(|(field, _)| named(field)).map(|(_, flag)| *flag).collect();
+    match flags.as_slice() {
+        [] => failure,
+        flags if failure.reason == proto::reason::NOT_IMPLEMENTED_YET.name => {
+            failure.advise(format!("leave {} out", flags.join(", ")))
+        }
+        flags => failure.advise(format!("correct {}", flags.join(", "))),
     }
 }
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use proto::v1;
 use serde_json::json;
 
-use super::spec::JobArgs;
+use super::spec::{JobArgs, refused};
 use crate::Global;
 use crate::connect::{client, runtime, user};
 use crate::exit::{Failure, Outcome};
@@ -34,7 +34,7 @@ pub fn run(args: Args, global: Global) -> Outcome {
     let client = client(&global)?;
     let request = v1::SubmitJobRequest { request_id: request_id.clone().into(), job: Some(spec), user: user() };
     let reply = runtime()?.block_on(client.submit_job(request)).map_err(|error| {
-        let failure = Failure::from(error);
+        let failure = refused(error);
         if failure.code == crate::exit::TIMED_OUT {
             failure.advise(format!("repeat it with --request-id {}: it takes effect once", uuid_text(&request_id)))
         } else {

@@ -82,6 +82,10 @@ fn of_machine(gpus: Option<&str>, format: Format) -> Outcome {
             println!("{}", machine.source);
             machine.inventory.notes.iter().for_each(|note| println!("  {note}"));
             let gpus = &machine.inventory.gpus;
+            if gpus.is_empty() {
+                println!("No GPU was found here; --gpus sim:NAME shows a simulated machine.");
+                return Ok(ExitCode::SUCCESS);
+            }
             let rows = gpus.iter().map(|gpu| {
                 vec![gpu.slot.to_string(), gpu.name.clone(), gpu.gpu_type.clone(), format!("{} MiB", gpu.memory_mib)]
             });
@@ -151,9 +155,10 @@ fn class(machine: &Machine) -> Class {
 fn of_node(name: &str, global: &Global) -> Outcome {
     let client = client(global)?;
     let nodes = runtime()?.block_on(client.list_nodes(v1::ListNodesRequest::default()))?.nodes;
-    let node = nodes.into_iter().find(|node| node.name == name).ok_or_else(|| {
-        Failure::new(NOT_FOUND, format!("there is no node {name:?}")).advise("ares nodes lists them")
-    })?;
+    let node = nodes
+        .into_iter()
+        .find(|node| node.name == name)
+        .ok_or_else(|| Failure::new(NOT_FOUND, format!("there is no node {name:?}")).advise("ares nodes lists them"))?;
     let links = node.links.clone().unwrap_or_default();
     if matches!(global.output, Format::Json | Format::Jsonl) {
         let mut value = crate::json::node(&node);
@@ -171,9 +176,21 @@ fn of_node(name: &str, global: &Global) -> Outcome {
         if node.simulated { ", simulated" } else { "" }
     );
     let rows = node.gpus.iter().map(|gpu| {
-        let holder = if gpu.job_id == 0 { "free".to_owned() } else { format!("job {} (token {})", gpu.job_id, gpu.token) };
-        vec![gpu.slot.to_string(), gpu.r#type.clone(), format!("{} MiB", gpu.mem_mib), gpu.numa.to_string(), gpu.health.clone(), holder]
+        let holder =
+            if gpu.job_id == 0 { "free".to_owned() } else { format!("job {} (token {})", gpu.job_id, gpu.token) };
+        vec![
+            gpu.slot.to_string(),
+            gpu.r#type.clone(),
+            format!("{} MiB", gpu.mem_mib),
+            gpu.numa.to_string(),
+            gpu.health.clone(),
+            holder,
+        ]
     });
+    if node.gpus.is_empty() {
+        println!("It has no GPU.");
+        return Ok(ExitCode::SUCCESS);
+    }
     output::table(&["GPU", "TYPE", "MEMORY", "NUMA", "HEALTH", "HELD BY"], rows);
     let gpus = links.gpus as usize;
     print_matrix(gpus, |a, b| link_word(&links, a, b));

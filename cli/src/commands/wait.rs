@@ -8,7 +8,7 @@ use tokio_stream::StreamExt;
 
 use crate::Global;
 use crate::connect::{client, runtime};
-use crate::exit::{FAILURE, Failure, LOST, NOT_FOUND, Outcome, TIMED_OUT};
+use crate::exit::{FAILURE, Failure, LOST, NOT_FOUND, OUT_OF_TIME, Outcome, TIMED_OUT};
 use crate::{json, output};
 
 #[derive(Debug, clap::Args)]
@@ -28,24 +28,34 @@ pub fn run(args: Args, global: Global) -> Outcome {
         let all = wait_for_all(&client, &args.jobs, global.output);
         match patience {
             None => all.await,
-            Some(ms) => tokio::time::timeout(Duration::from_millis(ms), all)
-                .await
-                .unwrap_or_else(|_| Err(Failure::new(TIMED_OUT, "the jobs did not end in time"))),
+            Some(ms) => {
+                tokio::time::timeout(Duration::from_millis(ms), all).await.unwrap_or_else(|_| Err(late(&args.jobs, ms)))
+            }
         }
     })
 }
 
+fn late(jobs: &[u64], ms: u64) -> Failure {
+    let jobs = jobs.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+    Failure::new(TIMED_OUT, format!("not ended within {ms} ms: job {jobs}")).advise("ares queue says where they are")
+}
+
 async fn wait_for_all(client: &Client, jobs: &[u64], format: output::Format) -> Outcome {
     let mut code = 0;
+    let mut ended = Vec::new();
     for id in jobs {
         let job = until_ended(client, *id).await?;
         match format {
-            output::Format::Json | output::Format::Jsonl => output::json(&json::job(&job)),
+            output::Format::Json => ended.push(json::job(&job)),
+            output::Format::Jsonl => println!("{}", json::job(&job)),
             _ => tell(&job),
         }
         if code == 0 {
             code = exit_code(&job);
         }
+    }
+    if format == output::Format::Json {
+        output::json(&serde_json::Value::Array(ended));
     }
     Ok(ExitCode::from(code))
 }
@@ -53,7 +63,8 @@ async fn wait_for_all(client: &Client, jobs: &[u64], format: output::Format) -> 
 /// Follows the job through leader changes until it has ended.
 pub async fn until_ended(client: &Client, job_id: u64) -> Result<v1::Job, Failure> {
     loop {
-        let mut stream = client.watch_job(v1::WatchJobRequest { job_id }).await.map_err(|error| known(error, job_id))?;
+        let mut stream =
+            client.watch_job(v1::WatchJobRequest { job_id }).await.map_err(|error| known(error, job_id))?;
         while let Some(Ok(job)) = stream.next().await {
             if job.result.is_some() {
                 return Ok(job);
@@ -82,10 +93,7 @@ pub fn tell(job: &v1::Job) {
     };
     let text = job.attempts.last().map(|attempt| attempt.text.as_str()).filter(|text| !text.is_empty());
     let why = text.filter(|_| result.outcome != "SUCCEEDED").map(|text| format!(": {text}")).unwrap_or_default();
-    eprintln!(
-        "Job {} {} (attempt {}, token {}{exit}){why}.",
-        job.id, result.outcome, result.attempt, result.token
-    );
+    eprintln!("Job {} {} (attempt {}, token {}{exit}){why}.", job.id, result.outcome, result.attempt, result.token);
 }
 
 /// The job's own code; 128 + signal; 75 when the infrastructure lost it.
@@ -95,7 +103,7 @@ pub fn exit_code(job: &v1::Job) -> u8 {
         ("SUCCEEDED", _) => 0,
         (_, Some(exit)) if result.has_exit && exit.signal > 0 => 128u8.saturating_add(exit.signal as u8),
         (_, Some(exit)) if result.has_exit && exit.code & 0xff != 0 => (exit.code & 0xff) as u8,
-        ("TIMED_OUT", _) => 124,
+        ("TIMED_OUT", _) => OUT_OF_TIME,
         ("CANCELLED", _) => crate::exit::INTERRUPTED,
         _ if job.attempts.last().is_some_and(|attempt| attempt.verdict == "LOST") => LOST,
         _ => FAILURE,

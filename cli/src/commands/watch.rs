@@ -8,22 +8,24 @@ use tokio_stream::StreamExt;
 
 use crate::Global;
 use crate::connect::{client, runtime};
-use crate::exit::{Failure, Outcome};
+use crate::exit::{Failure, Outcome, UNAVAILABLE};
 use crate::output::Format;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// A key, such as /state/1: ares help get lists them
     key: String,
     /// All keys that begin with KEY
     #[arg(long)]
     prefix: bool,
+    /// Without the values
     #[arg(long)]
     keys_only: bool,
     /// Begin with this revision; refused when it was compacted [default: from now on]
     #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "REVISION")]
     from: u64,
     /// Stop after so many changes
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
 }
 
@@ -39,7 +41,7 @@ pub fn run(args: Args, global: Global) -> Outcome {
                 from_revision: from,
                 keys_only: args.keys_only,
             };
-            let mut stream = client.watch(request).await?;
+            let mut stream = client.watch(request).await.map_err(|error| resumable(error.into(), from))?;
             loop {
                 match stream.next().await {
                     Some(Ok(reply)) => {
@@ -54,7 +56,9 @@ pub fn run(args: Args, global: Global) -> Outcome {
                     }
                     // Compacted and the like are answers; a broken stream is resumed at another replica.
                     Some(Err(status)) => match proto::Error::from(proto::Failure::from(status)) {
-                        refused @ proto::Error::Refused { .. } if is_final(&refused) => return Err(Failure::from(refused)),
+                        refused @ proto::Error::Refused { .. } if is_final(&refused) => {
+                            return Err(resumable(refused.into(), from));
+                        }
                         _ => break,
                     },
                     None => break,
@@ -63,6 +67,15 @@ pub fn run(args: Args, global: Global) -> Outcome {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     })
+}
+
+/// Where nothing answers any more, the way to go on later.
+fn resumable(failure: Failure, from: u64) -> Failure {
+    if failure.code == UNAVAILABLE && from > 0 {
+        let advice = format!("{}; --from {from} goes on without a gap", failure.advice);
+        return failure.advise(advice);
+    }
+    failure
 }
 
 fn is_final(error: &proto::Error) -> bool {
