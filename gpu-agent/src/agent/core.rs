@@ -283,6 +283,8 @@ impl Core {
             }
             Event::Connected => {
                 self.connected = true;
+                // An older set may hold what was ended since: the session begins with the leader's present one.
+                self.desired = None;
                 self.heard = now;
                 self.next_beat = now;
             }

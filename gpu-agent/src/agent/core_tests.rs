@@ -210,8 +210,21 @@ fn a_start_that_would_have_less_than_its_grace_left_heartbeats_first() {
     assert_eq!(launches(&actions), vec![]);
     let actions = core.step(Event::Connected, 10_500);
     let (number, _) = heartbeat(&actions).unwrap();
+    core.step(desired(5, vec![lease(7)]), 10_500);
     let launches = launches(&core.step(ack(1, number, &[]), 10_600));
     assert_eq!(launches[0].deadline, 20_500);
+}
+
+#[test]
+fn a_new_session_starts_nothing_of_an_older_set() {
+    let mut core = core();
+    core.step(desired(5, vec![lease(7)]), 1_000);
+    core.step(Event::Disconnected, 2_000);
+    let (number, _) = heartbeat(&core.step(Event::Connected, 30_000)).unwrap();
+    core.step(Event::Bodies(vec![body(7)]), 30_000);
+    // What was in the set may have been ended meanwhile; the leader's present one says so.
+    assert_eq!(launches(&core.step(ack(1, number, &[]), 30_010)), vec![]);
+    assert_eq!(launches(&core.step(desired(9, vec![]), 30_020)), vec![]);
 }
 
 #[test]
