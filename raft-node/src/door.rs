@@ -66,6 +66,8 @@ type Answer = Result<(Outcome, u64), ProposeError>;
 struct Waiting {
     cmd: Cmd,
     bytes: usize,
+    /// Only in this term of office; `None`: in any.
+    term: Option<u64>,
     answer: oneshot::Sender<Answer>,
 }
 
@@ -115,13 +117,23 @@ impl Door {
 
     /// Proposes one command and waits until it is applied: its outcome, and the keyspace's revision after its entry.
     pub async fn propose(&self, cmd: Cmd) -> Answer {
-        match tokio::time::timeout(PATIENCE, self.propose_patiently(cmd)).await {
+        self.propose_within(cmd, None).await
+    }
+
+    /// The same for what the leader concluded in one term: it never reaches the log in a later one, whose leader may know better (a
+    /// node that was silent then may have been heard since).
+    pub async fn propose_in(&self, cmd: Cmd, term: u64) -> Answer {
+        self.propose_within(cmd, Some(term)).await
+    }
+
+    async fn propose_within(&self, cmd: Cmd, term: Option<u64>) -> Answer {
+        match tokio::time::timeout(PATIENCE, self.propose_patiently(cmd, term)).await {
             Ok(answer) => answer,
             Err(_) => Err(ProposeError::Unknown),
         }
     }
 
-    async fn propose_patiently(&self, cmd: Cmd) -> Answer {
+    async fn propose_patiently(&self, cmd: Cmd, term: Option<u64>) -> Answer {
         if self.closed.load(Ordering::Acquire) {
             return Err(ProposeError::Stopped);
         }
@@ -137,7 +149,7 @@ impl Door {
             return Err(ProposeError::TooLarge { bytes });
         }
         let (answer, answered) = oneshot::channel();
-        match self.queue.try_send(Waiting { cmd, bytes, answer }) {
+        match self.queue.try_send(Waiting { cmd, bytes, term, answer }) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => return Err(ProposeError::Busy { retry_ms: BUSY_RETRY_MS }),
             Err(mpsc::error::TrySendError::Closed(_)) => return Err(ProposeError::Stopped),
@@ -197,25 +209,30 @@ impl Packer {
             let batch = self.fill(first);
             // Cloned out of the channel before anything waits.
             let office = self.office.borrow().clone();
-            match office {
-                Some(office) => drop(tokio::spawn(propose(self.raft.clone(), office, batch, permit))),
-                None => refuse(batch, &ProposeError::NotLeader(leader_hint(&self.raft))),
+            let term = office.as_ref().map(|office| office.term);
+            let (batch, late): (Vec<_>, Vec<_>) = batch
+                .into_iter()
+                .partition(|waiting| term.is_some() && waiting.term.is_none_or(|only| Some(only) == term));
+            refuse(late, &ProposeError::NotLeader(leader_hint(&self.raft)));
+            if let Some(office) = office.filter(|_| !batch.is_empty()) {
+                drop(tokio::spawn(propose(self.raft.clone(), office, batch, permit)));
             }
         }
     }
 
     /// Takes what else waits, up to the bounds.
     fn fill(&mut self, first: Waiting) -> Vec<Waiting> {
-        let mut bytes = first.bytes;
-        let mut batch = vec![first];
+        let mut bytes = 0;
+        let mut batch = Vec::new();
+        let mut next = Some(first);
         while batch.len() < ENTRY_COMMANDS && bytes < ENTRY_BYTES {
-            let Ok(next) = self.queue.try_recv() else { break };
+            let Some(next) = next.take().or_else(|| self.queue.try_recv().ok()) else { break };
             // Nobody waits for it any more: its caller was told that the outcome is unknown.
             if next.answer.is_closed() {
                 continue;
             }
             bytes += next.bytes;
-            if bytes > ENTRY_BYTES {
+            if bytes > ENTRY_BYTES && !batch.is_empty() {
                 self.held = Some(next);
                 break;
             }

@@ -206,6 +206,11 @@ impl Replica {
         self.inner.door.propose(cmd).await
     }
 
+    /// See [`Door::propose_in`].
+    pub async fn propose_in(&self, cmd: Cmd, term: u64) -> Result<(Outcome, u64), ProposeError> {
+        self.inner.door.propose_in(cmd, term).await
+    }
+
     pub fn door(&self) -> &Door {
         &self.inner.door
     }

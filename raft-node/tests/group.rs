@@ -419,3 +419,27 @@ async fn a_call_from_another_cluster_or_for_another_replica_is_refused() {
     assert_eq!(call(cluster, id ^ 1).await.err(), Some(Code::FailedPrecondition));
     group.stop_all().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_concluded_in_one_term_is_not_proposed_in_another() {
+    let group = Group::of(1).await;
+    let leader = group.replica(group.leader().await);
+    let term = leader.leadership().borrow().as_ref().map(|office| office.term).expect("it leads");
+    let before = leader.state().meta.applied.index;
+    let late = leader.propose_in(session(1), term - 1).await;
+    assert!(matches!(late, Err(ProposeError::NotLeader(_))), "{late:?}");
+    assert_eq!(leader.state().meta.applied.index, before);
+    leader.propose_in(session(1), term).await.expect("in its own term");
+    group.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_follower_gives_no_quorum_check_of_its_own() {
+    let group = Group::of(3).await;
+    let leader = group.leader().await;
+    for (n, replica) in group.running() {
+        assert_eq!(replica.reads().leader_index().await.is_ok(), n == leader, "replica {n}");
+        replica.read_index().await.expect("through the leader");
+    }
+    group.stop_all().await;
+}

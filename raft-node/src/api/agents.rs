@@ -1,5 +1,6 @@
 //! The agents' service: registration, the stream of heartbeats and desired sets, reports, bodies.
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Api, requests, status, words};
 use crate::leader::keeper::HEARTBEAT_MS;
-use crate::leader::{Beat, Desk, Link, LinkEnd, offer_now};
+use crate::leader::{Beat, Desk, Link, LinkEnd};
 
 /// Messages that a stream's transport may hold back.
 const STREAM_BUFFER: usize = 4;
@@ -128,10 +129,11 @@ async fn listen(
         };
         let Some(Ok(message)) = message else { break };
         let from = NodeId(message.node_id);
-        if node != Some(from) {
+        // An older stream of the node that ended late may have taken this one's place, and left it empty.
+        if node != Some(from) || !desk.links.knows(from) {
             node = Some(from);
             desk.links.connect(from, link.clone());
-            offer_now(&desk, from);
+            desk.offer(Some(&BTreeSet::from([from])));
         }
         desk.receive(Beat { node: from, epoch: message.epoch, number: message.heartbeat, link: link.clone() });
     }
@@ -144,10 +146,12 @@ async fn listen(
 async fn speak(api: Api, desk: Arc<Desk>, mut end: LinkEnd, out: mpsc::Sender<Result<v1::LeaderMessage, Status>>) {
     loop {
         let what = tokio::select! {
-            ack = end.acks.recv() => match ack {
-                Some(ack) => ack,
-                None => return,
-            },
+            // The end of the term is looked for first, then sets: an acknowledgement never overtakes the set before it.
+            biased;
+            () = desk.over() => {
+                let _ = out.send(Err(error::not_leader(api.leader_addr().as_deref()))).await;
+                return;
+            }
             changed = end.desired.changed() => {
                 let newest = end.desired.borrow_and_update().clone();
                 match (changed, newest) {
@@ -156,10 +160,10 @@ async fn speak(api: Api, desk: Arc<Desk>, mut end: LinkEnd, out: mpsc::Sender<Re
                     (Err(_), _) => return,
                 }
             }
-            () = desk.over() => {
-                let _ = out.send(Err(error::not_leader(api.leader_addr().as_deref()))).await;
-                return;
-            }
+            ack = end.acks.recv() => match ack {
+                Some(ack) => ack,
+                None => return,
+            },
         };
         if out.send(Ok(v1::LeaderMessage { what: Some(what) })).await.is_err() {
             return;

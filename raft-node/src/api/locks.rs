@@ -42,7 +42,7 @@ impl v1::locks_server::Locks for Api {
         let desk = self.desk()?;
         let session = SessionId(request.into_inner().session_id);
         let received_ms = desk.now_ms();
-        self.replica.read_index().await.map_err(|error| status::not_read(self, error))?;
+        desk.check_quorum().await.map_err(|error| status::not_read(self, error))?;
         let state = self.replica.state();
         let mut keeper = desk.keeper();
         if !keeper.session_alive(&state, session) {

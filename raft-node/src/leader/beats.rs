@@ -59,7 +59,7 @@ pub(super) async fn run(desk: Arc<Desk>) {
         }
         // Begun after the receipt of everything in `beats`. A failure means that no quorum answered: no one is
         // acknowledged, and the agents' deadlines go on counting from the last heartbeat that was.
-        if let Err(error) = desk.replica.read_index().await {
+        if let Err(error) = desk.check_quorum().await {
             tracing::debug!(%error, waiting = beats.len(), "heartbeats are not acknowledged");
             continue;
         }
@@ -68,10 +68,19 @@ pub(super) async fn run(desk: Arc<Desk>) {
 }
 
 fn answer(desk: &Desk, beats: &[Beat]) {
+    // An acknowledgement lets an agent start what its newest set has: a part that is ending must be out of it before.
+    let ending = desk.keeper().ending_nodes();
+    if !ending.is_empty() {
+        desk.offer(Some(&ending));
+    }
     let state = desk.replica.state();
     for beat in beats {
         // The lock is held from the look into `ending` until the answer is on its way.
         let keeper = desk.keeper();
+        if keeper.has_ending(beat.node) && !ending.contains(&beat.node) {
+            // Since a moment ago: the next heartbeat is answered.
+            continue;
+        }
         let message = match keeper.answer(&state, beat.node, beat.epoch) {
             Answer::Extend(tokens) => v1::leader_message::What::Ack(v1::HeartbeatAck {
                 epoch: beat.epoch,

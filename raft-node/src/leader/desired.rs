@@ -6,11 +6,12 @@ use statemachine::{NodeId, State, Token};
 
 use crate::api::words;
 
-/// The whole desired set of one node at the state's applied index; `None` for a node that the state does not know.
-pub fn desired(state: &State, id: NodeId) -> Option<v1::Desired> {
+/// The whole desired set of one node at the state's applied index; `None` for a node that the state does not know. `ending`:
+/// parts whose end was proposed; those that have not begun are left out.
+pub fn desired(state: &State, id: NodeId, ending: impl Fn(Token) -> bool) -> Option<v1::Desired> {
     let node = &state.nodes.get(&id)?.value;
     let tokens = state.allocs.get(&id).map(|alloc| alloc.leases.as_slice()).unwrap_or_default();
-    let leases = tokens.iter().filter_map(|token| desired_lease(state, id, node, *token)).collect();
+    let leases = tokens.iter().filter_map(|token| desired_lease(state, id, node, *token, ending(*token))).collect();
     Some(v1::Desired {
         cluster_id: words::hex(&state.meta.cluster),
         incarnation: state.meta.incarnation,
@@ -20,10 +21,10 @@ pub fn desired(state: &State, id: NodeId) -> Option<v1::Desired> {
     })
 }
 
-fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token) -> Option<v1::DesiredLease> {
+fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token, ending: bool) -> Option<v1::DesiredLease> {
     let lease = &state.leases.get(&token)?.value;
     let (at, part) = lease.parts.iter().enumerate().find(|(_, part)| part.node == id)?;
-    if part.state == PartState::Released {
+    if part.state == PartState::Released || (ending && part.state == PartState::Held) {
         return None;
     }
     let job = &state.jobs.get(&lease.task.job)?.value;

@@ -60,7 +60,7 @@ async fn propose(desk: &Desk, commands: Vec<Command>) {
     let proposals = commands.into_iter().map(|body| {
         let what = format!("{body:?}");
         let cmd = Cmd { request: None, actor: ACTOR.to_owned(), body };
-        async move { (what, desk.replica.propose(cmd).await) }
+        async move { (what, desk.replica.propose_in(cmd, desk.office.term).await) }
     });
     for (what, answer) in futures::future::join_all(proposals).await {
         match answer {

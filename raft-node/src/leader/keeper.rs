@@ -70,21 +70,20 @@ impl Keeper {
         }
     }
 
-    /// A heartbeat was received. True when the node was unheard before: the planner may use it again.
-    pub fn hear(&mut self, node: NodeId, epoch: u64, received_ms: u64) -> bool {
-        let before = self.heard.get(&node).copied();
-        match before {
-            Some((known, _)) if known > epoch => false,
-            _ => {
-                self.heard.insert(node, (epoch, received_ms));
-                before.is_none_or(|(known, at)| known != epoch || received_ms.saturating_sub(at) > UNHEARD_MS)
-            }
+    /// A heartbeat was received; one of another epoch than the state's says nothing. True when the node was unheard before:
+    /// the planner may use it again.
+    pub fn hear(&mut self, state: &State, node: NodeId, epoch: u64, received_ms: u64) -> bool {
+        if state.nodes.get(&node).is_none_or(|record| record.value.epoch != epoch) {
+            return false;
         }
+        let before = self.heard.insert(node, (epoch, received_ms));
+        before.is_none_or(|(known, at)| known != epoch || received_ms.saturating_sub(at) > UNHEARD_MS)
     }
 
-    /// A session's keep-alive was received.
+    /// A session's keep-alive was received; one that is noted late takes nothing back.
     pub fn hear_session(&mut self, session: SessionId, received_ms: u64) {
-        self.sessions.insert(session, received_ms);
+        let heard_ms = self.sessions.entry(session).or_insert(received_ms);
+        *heard_ms = received_ms.max(*heard_ms);
     }
 
     /// May this session still be extended in this term?
@@ -106,6 +105,21 @@ impl Keeper {
         }
         let tokens = state.allocs.get(&node).map(|alloc| alloc.leases.as_slice()).unwrap_or_default();
         Answer::Extend(tokens.iter().copied().filter(|token| self.extendable(state, *token, node, epoch)).collect())
+    }
+
+    /// Was the end of this node's part proposed? Then it must not begin there any more: an agent starts a part on the word
+    /// of any acknowledgement.
+    pub fn is_ending(&self, token: Token, node: NodeId) -> bool {
+        self.ending.contains_key(&(token, node))
+    }
+
+    pub fn has_ending(&self, node: NodeId) -> bool {
+        self.ending.keys().any(|(_, ending)| *ending == node)
+    }
+
+    /// Nodes of which the end of a part was proposed and is not applied yet.
+    pub fn ending_nodes(&self) -> BTreeSet<NodeId> {
+        self.ending.keys().map(|(_, node)| *node).collect()
     }
 
     fn extendable(&self, state: &State, token: Token, node: NodeId, epoch: u64) -> bool {
@@ -158,7 +172,8 @@ impl Keeper {
                 .leases
                 .iter()
                 .copied()
-                .filter(|token| self.is_silent(state, *token, *node, epoch, now_ms))
+                // Once proposed, the end is proposed until it is applied, whatever is heard since.
+                .filter(|token| self.is_ending(*token, *node) || self.is_silent(state, *token, *node, epoch, now_ms))
                 .collect();
             let fresh: Vec<Token> =
                 silent.into_iter().filter(|token| note(&mut self.ending, (*token, *node), now_ms)).collect();
@@ -247,3 +262,7 @@ fn note<K: Ord>(proposed: &mut BTreeMap<K, u64>, key: K, now_ms: u64) -> bool {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "keeper_tests.rs"]
+mod tests;

@@ -65,6 +65,10 @@ impl Links {
         self.map().insert(node, link);
     }
 
+    pub fn knows(&self, node: NodeId) -> bool {
+        self.map().contains_key(&node)
+    }
+
     /// Forgets the link if it is still this one.
     pub fn disconnect(&self, node: NodeId, link: &Link) {
         let mut map = self.map();
@@ -76,20 +80,20 @@ impl Links {
     fn map(&self) -> std::sync::MutexGuard<'_, BTreeMap<NodeId, Link>> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
 
-    fn offer(&self, state: &State, nodes: Option<&BTreeSet<NodeId>>) {
-        let map = self.map();
+impl Desk {
+    /// Offers nodes (`None`: all) their present sets. The state is read under the lock: an older set never replaces a newer one.
+    pub fn offer(&self, nodes: Option<&BTreeSet<NodeId>>) {
+        let map = self.links.map();
+        let keeper = self.keeper();
+        let state = self.replica.state();
         for (node, link) in map.iter().filter(|(node, _)| nodes.is_none_or(|nodes| nodes.contains(node))) {
-            if let Some(set) = desired(state, *node) {
+            if let Some(set) = desired(&state, *node, |token| keeper.is_ending(token, *node)) {
                 link.offer(set);
             }
         }
     }
-}
-
-/// Offers a node its present set: at the beginning of a stream.
-pub fn offer_now(desk: &Desk, node: NodeId) {
-    desk.links.offer(&desk.replica.state(), Some(&BTreeSet::from([node])));
 }
 
 /// Keeps the desired sets of connected agents for one term of office.
@@ -105,7 +109,7 @@ pub(super) async fn run(desk: Arc<Desk>) {
         let state = desk.replica.state();
         match touched.follow(&state) {
             Some(nodes) if nodes.is_empty() => {}
-            nodes => desk.links.offer(&state, nodes.as_ref()),
+            nodes => desk.offer(nodes.as_ref()),
         }
     }
 }

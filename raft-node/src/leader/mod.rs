@@ -17,9 +17,10 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 pub use beats::Beat;
-pub use links::{Link, LinkEnd, offer_now};
+pub use links::{Link, LinkEnd};
 
 use crate::office::Office;
+use crate::read::ReadError;
 use crate::replica::Replica;
 use keeper::Keeper;
 use links::Links;
@@ -73,9 +74,16 @@ impl Desk {
         let _ = closed.wait_for(|closed| *closed).await;
     }
 
+    /// A quorum check of this replica's own leadership, begun after the call; from then on its state holds all that was acknowledged
+    /// before. Another leader's word is no check: this replica's memory would extend what that leader is about to end.
+    pub async fn check_quorum(&self) -> Result<(), ReadError> {
+        let index = self.replica.reads().leader_index().await?;
+        self.replica.reads().wait_applied(index).await
+    }
+
     /// A heartbeat came in; it is answered behind the next quorum check.
     pub fn receive(&self, beat: Beat) {
-        if self.keeper().hear(beat.node, beat.epoch, self.now_ms()) {
+        if self.keeper().hear(&self.replica.state(), beat.node, beat.epoch, self.now_ms()) {
             self.heard.notify_one();
         }
         self.beats.put(beat);

@@ -108,13 +108,7 @@ impl Settled {
                 waiting.insert(shape.clone());
             }
         }
-        Some(Self {
-            nodes: state.nodes.clone(),
-            allocs: state.allocs.clone(),
-            unheard,
-            waiting,
-            seen: state.meta.rev,
-        })
+        Some(Self { nodes: state.nodes.clone(), allocs: state.allocs.clone(), unheard, waiting, seen: state.meta.rev })
     }
 
     fn still_holds(&mut self, state: &State, unheard: &BTreeSet<NodeId>) -> bool {
