@@ -1,6 +1,7 @@
 //! Jobs: submit and cancel through the door; reads and watches from this replica's state.
 
 use std::collections::BTreeSet;
+use std::ops::Bound;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -167,7 +168,8 @@ impl Api {
         let mut live = |ids: Vec<JobId>| jobs.extend(ids.into_iter().filter_map(|id| view::live(state, id, reasons)));
         Ok(match at {
             Cursor::Leased(after) => {
-                let leases: Vec<_> = state.leases.range(Token(after.0 + 1)..).take(room).collect();
+                let leases: Vec<_> =
+                    state.leases.range((Bound::Excluded(after), Bound::Unbounded)).take(room).collect();
                 let next = leases.last().map(|(token, _)| **token);
                 live(leases.iter().map(|(_, lease)| lease.value.task.job).collect());
                 next.filter(|_| leases.len() == room).map_or(Cursor::Queued(JobId(0)), Cursor::Leased)
@@ -220,8 +222,8 @@ fn queued(state: &State, after: JobId, room: usize) -> Vec<JobId> {
         seq: job.value.seq,
         task: TaskKey::from(after),
     });
-    let bound = begin.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
-    state.index.queue.range((bound, std::ops::Bound::Unbounded)).take(room).map(|(key, ())| key.task.job).collect()
+    let bound = begin.map_or(Bound::Unbounded, Bound::Excluded);
+    state.index.queue.range((bound, Bound::Unbounded)).take(room).map(|(key, ())| key.task.job).collect()
 }
 
 /// Held jobs and those between two attempts, by id.
