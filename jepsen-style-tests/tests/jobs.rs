@@ -156,3 +156,20 @@ fn a_cancelled_job_is_dead_with_all_its_children() {
         assert!(cluster.shims("n1").is_empty(), "its shim is gone");
     });
 }
+
+#[test]
+fn a_dead_agents_node_is_silent_whichever_replica_is_asked() {
+    block_on(async {
+        let mut cluster = Cluster::start(3).await;
+        cluster.agent("n1", "").await;
+        cluster.kill_agent("n1");
+        for at in 0..3 {
+            cluster
+                .until("the node is shown silent", async |cluster| {
+                    let reply = cluster.client_at(at).list_nodes(v1::ListNodesRequest::default()).await;
+                    reply.is_ok_and(|reply| reply.nodes.iter().all(|node| node.state == "SILENT"))
+                })
+                .await;
+        }
+    });
+}

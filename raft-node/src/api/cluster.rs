@@ -89,7 +89,12 @@ impl v1::cluster_server::Cluster for Api {
 
     async fn list_nodes(&self, request: Request<v1::ListNodesRequest>) -> Result<Response<v1::ListNodesReply>, Status> {
         self.admit(&request)?;
-        let state = self.read(request.get_ref().read).await?;
+        let mode = request.get_ref().read;
+        if mode != v1::ReadMode::Stale as i32 {
+            // Who is silent, only the leader knows: a follower would call a dead machine ready.
+            self.desk()?;
+        }
+        let state = self.read(mode).await?;
         let nodes = state.nodes.iter().map(|(id, node)| self.node(&state, *id, node)).collect();
         Ok(Response::new(v1::ListNodesReply { nodes, revision: state.meta.rev.0 }))
     }
