@@ -330,13 +330,11 @@ fn machines() -> impl Strategy<Value = Printed> {
             let names =
                 (0..all).map(|i| if i < gpus { format!("GPU{i}") } else { format!("mlx5_{}", i - gpus) }).collect();
             let mut classes = vec![vec!["X".to_owned(); all]; all];
-            for a in 0..all {
-                for b in a + 1..all {
-                    let pcie = ["PIX", "PXB", "PHB", "NODE", "SYS"][draw(5)].to_owned();
-                    let class = if b < gpus && draw(2) == 0 { format!("NV{}", 1 + draw(18)) } else { pcie };
-                    classes[a][b].clone_from(&class);
-                    classes[b][a] = class;
-                }
+            for (a, b) in (0..all).flat_map(|a| (a + 1..all).map(move |b| (a, b))) {
+                let pcie = ["PIX", "PXB", "PHB", "NODE", "SYS"][draw(5)].to_owned();
+                let class = if b < gpus && draw(2) == 0 { format!("NV{}", 1 + draw(18)) } else { pcie };
+                classes[a][b].clone_from(&class);
+                classes[b][a] = class;
             }
             let numa: Vec<u32> = (0..gpus).map(|_| draw(4) as u32).collect();
             // Only tabs can show an empty list.

@@ -35,8 +35,20 @@ pub fn retry_later(reason: Reason, message: impl Into<String>, after: Duration) 
     Status::with_error_details(reason.code, message, details)
 }
 
-/// All field errors of a request at once: (field, what is wrong with its value and which limit holds).
+/// Field errors named in one refusal, and characters of each: a status travels in headers, which are small.
+const FIELDS: usize = 16;
+const FIELD_CHARS: usize = 256;
+
+/// All field errors of a request at once: (field, what is wrong with its value and which limit holds). Of very many,
+/// or very long ones, the beginning.
 pub fn invalid_fields(fields: &[(String, String)]) -> Status {
+    let short = |text: &String| text.chars().take(FIELD_CHARS).collect::<String>();
+    let mut shown: Vec<(String, String)> =
+        fields.iter().take(FIELDS).map(|(field, what)| (short(field), short(what))).collect();
+    if fields.len() > FIELDS {
+        shown.push(("...".to_owned(), format!("and {} more", fields.len() - FIELDS)));
+    }
+    let fields = shown.as_slice();
     let mut details = details(reason::INVALID_ARGUMENT, HashMap::new());
     details.set_bad_request(
         fields.iter().map(|(field, what)| FieldViolation::new(field.clone(), what.clone())).collect::<Vec<_>>(),
@@ -133,5 +145,18 @@ impl From<Failure> for Error {
             message: failure.message,
             retry_after: failure.retry_after,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_of_very_much_stays_small() {
+        let fields: Vec<_> = (0..10_000).map(|at| (format!("field {at}"), "x".repeat(200_000))).take(40).collect();
+        let status = invalid_fields(&fields);
+        assert!(status.message().len() < 8_192, "{}", status.message().len());
+        assert!(status.message().ends_with("...: and 24 more"));
     }
 }

@@ -101,11 +101,7 @@ impl<'a> Seats<'a> {
     }
 
     /// As many seats as the gang has machines, from the front; those to avoid come last.
-    fn first<T>(
-        &self,
-        seats: impl Iterator<Item = (Seat, T)>,
-        avoid: &VecDeque<NodeId>,
-    ) -> Option<Vec<(Seat, T)>> {
+    fn first<T>(&self, seats: impl Iterator<Item = (Seat, T)>, avoid: &VecDeque<NodeId>) -> Option<Vec<(Seat, T)>> {
         let needed = usize::from(self.shape.nodes);
         let (mut picked, mut avoided) = (Vec::with_capacity(needed), Vec::new());
         for (seat, what) in seats {

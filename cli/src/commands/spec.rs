@@ -156,7 +156,7 @@ impl JobArgs {
                 Failure::usage("no command is given").advise("write it behind --, such as: -- python3 train.py")
             );
         }
-        if gpus_per_node % ranks_per_node != 0 {
+        if !gpus_per_node.is_multiple_of(ranks_per_node) {
             return Err(Failure::usage(format!(
                 "{gpus_per_node} GPUs on a machine can't be shared evenly by {ranks_per_node} processes \
                  (--ranks-per-node)"
