@@ -80,7 +80,7 @@ pub async fn stream_job(client: &Client, job_id: u64, which: Which) -> Result<()
                 if which.say_where {
                     job.parts.iter().for_each(|part| eprintln!("  {}", crate::commands::placement(part)));
                 }
-                copy(client, job_id, &source, which, ended).await?;
+                copy(client, job_id, source, which, ended).await?;
             } else if !which.follow && last_token == 0 {
                 return Err(Failure::new(NOT_FOUND, format!("job {job_id} has no output: it is {}", job.state))
                     .advise(if ended { "it never started" } else { "-f waits for it" }));
@@ -142,7 +142,7 @@ async fn source(client: &Client, job: &v1::Job, which: Which) -> Result<Option<S
 
 /// Copies one attempt's output, going on at the same byte when the agent restarts. A follower waits for a silent agent
 /// as long as the attempt is alive, and leaves the attempt for the next one.
-async fn copy(client: &Client, job_id: u64, source: &Source, which: Which, ended: bool) -> Result<(), Failure> {
+async fn copy(client: &Client, job_id: u64, mut source: Source, which: Which, ended: bool) -> Result<(), Failure> {
     let (mut ended, mut said) = (ended, false);
     let mut offset = 0;
     let mut tail_bytes = which.tail_bytes;
@@ -155,7 +155,7 @@ async fn copy(client: &Client, job_id: u64, source: &Source, which: Which, ended
             follow: which.follow && !ended,
             tail_bytes,
         };
-        let failure = match read(client, source, request, &mut offset).await {
+        let failure = match read(client, &source, request, &mut offset).await {
             Ok(true) => return Ok(()),
             Ok(false) if !which.follow || ended => return Ok(()),
             Ok(false) => None,
@@ -169,48 +169,28 @@ async fn copy(client: &Client, job_id: u64, source: &Source, which: Which, ended
         }
         let unheard = unheard_since.elapsed();
         if unheard > AGENT_DOUBT && which.follow && !ended {
-            match standing(client, job_id, source.token).await? {
-                Standing::Alive if said => {}
-                Standing::Alive => {
-                    said = true;
-                    eprintln!("The agent of {} does not answer; its output follows when it is back.", source.node);
-                }
-                Standing::Replaced => {
-                    eprintln!("The rest of this attempt's output is missing: {}.", gone(source, failure).message);
-                    return Ok(());
-                }
-                Standing::Ended => {
-                    ended = true;
-                    unheard_since = tokio::time::Instant::now();
-                }
+            let job = client.get_job(v1::GetJobRequest { job_id, ..Default::default() }).await;
+            let job = job.map_err(|error| known(error, job_id))?;
+            if job.result.is_some() {
+                ended = true;
+                unheard_since = tokio::time::Instant::now();
+            } else if job.token != source.token {
+                eprintln!("The rest of this attempt's output is missing: {}.", gone(&source, failure).message);
+                return Ok(());
+            } else if !said {
+                said = true;
+                eprintln!("The agent of {} does not answer; its output follows when it is back.", source.node);
+            }
+            // An agent that was started again may listen elsewhere.
+            if let Some(now) = self::source(client, &job, which).await?.filter(|now| now.token == source.token) {
+                source = now;
             }
             tokio::time::sleep(Duration::from_millis(400)).await;
         } else if unheard > AGENT_PATIENCE {
-            return Err(gone(source, failure));
+            return Err(gone(&source, failure));
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-}
-
-/// What became of an attempt.
-enum Standing {
-    Alive,
-    /// The job goes on, without it.
-    Replaced,
-    /// The job has ended.
-    Ended,
-}
-
-async fn standing(client: &Client, job_id: u64, token: u64) -> Result<Standing, Failure> {
-    let job = client
-        .get_job(v1::GetJobRequest { job_id, ..Default::default() })
-        .await
-        .map_err(|error| known(error, job_id))?;
-    Ok(match job.result {
-        Some(_) => Standing::Ended,
-        None if job.token == token => Standing::Alive,
-        None => Standing::Replaced,
-    })
 }
 
 /// Reads one stream to its end; true when the rank has ended and all was read.

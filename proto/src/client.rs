@@ -6,11 +6,11 @@ use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use prost::bytes::Bytes;
 use tonic::metadata::{AsciiMetadataValue, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
-use prost::bytes::Bytes;
 use tonic::{Code, Request, Response, Status};
 
 use crate::error::{Error, Failure};
@@ -204,8 +204,15 @@ impl Client {
                         return Err(failure.into());
                     };
                     self.known().leader = None;
-                    sent |= next == Event::Lost;
-                    last = Some(failure.into());
+                    let lost = next == Event::Lost;
+                    sent |= to_leader && lost;
+                    // What a replica answered says more than a later try that nobody did, unless that one may have done
+                    // something.
+                    let error = Error::from(failure);
+                    let answered = |error: &Error| matches!(error, Error::Refused { .. });
+                    if answered(&error) || (to_leader && lost) || !last.as_ref().is_some_and(answered) {
+                        last = Some(error);
+                    }
                     event = next;
                 }
             }
@@ -251,7 +258,9 @@ fn give_up(last: Option<Error>, sent: bool, servers: &[String]) -> Error {
     let tried = servers.join(", ");
     match last {
         None => Error::Unreachable(format!("no time was left to ask {tried}")),
-        Some(Error::Unreachable(text) | Error::Unknown(text)) if sent => Error::Unknown(format!("{text} (asked {tried})")),
+        Some(Error::Unreachable(text) | Error::Unknown(text)) if sent => {
+            Error::Unknown(format!("{text} (asked {tried})"))
+        }
         Some(error) if sent => Error::Unknown(format!("{error} (asked {tried})")),
         Some(Error::Unreachable(text) | Error::Unknown(text)) => Error::Unreachable(format!("{text} (asked {tried})")),
         // Whoever answered had no leader to name, or one that is gone: the group has lost its quorum, or is electing.
@@ -328,4 +337,33 @@ calls! {
 /// A fresh request id: 16 bytes of a UUIDv7.
 pub fn request_id() -> Bytes {
     Bytes::copy_from_slice(uuid::Uuid::now_v7().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(reason: reason::Reason) -> Option<Error> {
+        Some(Failure::from(crate::error::refusal(reason, "no")).into())
+    }
+
+    #[test]
+    fn a_request_that_never_left_is_no_unknown_outcome() {
+        for text in ["tcp connect error: Connection refused", "dns error: Name or service not known"] {
+            let failure = Failure::from(Status::unavailable(text));
+            assert_eq!(classify(&failure), Some(Event::Unreachable), "{text}");
+        }
+        assert_eq!(classify(&Failure::from(Status::unavailable("broken pipe"))), Some(Event::Lost));
+    }
+
+    #[test]
+    fn a_call_that_found_no_leader_has_no_quorum() {
+        let servers = ["a:1".to_owned(), "b:2".to_owned()];
+        let error = give_up(refused(reason::NOT_LEADER), false, &servers);
+        assert_eq!((error.reason(), error.to_string().contains("a:1, b:2")), (reason::NO_QUORUM.name, true));
+        assert_eq!(give_up(refused(reason::BUSY), false, &servers).reason(), reason::BUSY.name);
+        assert!(matches!(give_up(refused(reason::NOT_LEADER), true, &servers), Error::Unknown(_)));
+        let unheard = give_up(Some(Error::Unreachable("why".to_owned())), false, &servers);
+        assert!(matches!(unheard, Error::Unreachable(text) if text.contains("why (asked a:1, b:2)")));
+    }
 }
