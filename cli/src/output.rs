@@ -59,23 +59,55 @@ pub struct Row {
 }
 
 pub fn table(heads: &[&str], rows: impl Iterator<Item = Vec<String>>) {
+    let width = if std::io::stdout().is_terminal() { Table::new().width().map(usize::from) } else { None };
+    let heads = heads.iter().map(|head| (*head).to_owned()).collect();
+    fitted(std::iter::once(heads).chain(rows).collect(), width).iter().for_each(|line| println!("{line}"));
+}
+
+/// Lines of a table, its head first. What is too wide for a terminal has the last column below its row, where its text
+/// has room.
+fn fitted(mut rows: Vec<Vec<String>>, width: Option<usize>) -> Vec<String> {
+    const INDENT: &str = "    ";
+    let lines = aligned(&rows);
+    let wide = |line: &String| width.is_some_and(|width| line.chars().count() > width);
+    if !lines.iter().any(wide) {
+        return lines;
+    }
+    let last: Vec<String> = rows.iter_mut().map(|row| row.pop().unwrap_or_default()).collect();
+    let below = |text: String| {
+        let room = width.unwrap_or(usize::MAX).saturating_sub(INDENT.len()).max(1);
+        wrapped(&text, room).into_iter().map(|line| format!("{INDENT}{line}"))
+    };
+    aligned(&rows).into_iter().zip(last).flat_map(|(line, text)| std::iter::once(line).chain(below(text))).collect()
+}
+
+/// One line a row, whatever its width.
+fn aligned(rows: &[Vec<String>]) -> Vec<String> {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    if std::io::stdout().is_terminal() {
-        table.set_content_arrangement(ContentArrangement::Dynamic);
-    } else {
-        table.set_content_arrangement(ContentArrangement::Disabled);
-    }
-    table.set_header(heads.to_vec());
-    for row in rows {
-        table.add_row(row);
-    }
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    rows.iter().for_each(|row| {
+        // A line break in a cell would break the row.
+        table.add_row(row.iter().map(|cell| cell.replace('\n', " ")));
+    });
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
-    for line in table.to_string().lines() {
-        println!("{}", line.trim_end());
+    table.to_string().lines().map(|line| line.trim_end().to_owned()).collect()
+}
+
+/// Lines of at most `room` characters, broken between words where they allow it.
+fn wrapped(text: &str, room: usize) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= room => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
     }
+    lines
 }
 
 /// To stdout at once; a closed pipe ends the program quietly.
@@ -110,5 +142,33 @@ pub fn bandwidth(mbps: u32) -> String {
     match mbps {
         0..10_000 => format!("{:.1} GB/s", f64::from(mbps) / 1_000.0),
         _ => format!("{:.0} GB/s", f64::from(mbps) / 1_000.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows() -> Vec<Vec<String>> {
+        let rows = [["JOB", "NAME", "REASON"], ["1", "train", "needs 64 GPUs on one machine"], ["2", "eval", ""]];
+        rows.iter().map(|row| row.map(str::to_owned).to_vec()).collect()
+    }
+
+    #[test]
+    fn a_table_that_fits_is_a_line_a_row() {
+        let wanted = ["JOB  NAME   REASON", "1    train  needs 64 GPUs on one machine", "2    eval"];
+        assert_eq!(fitted(rows(), None), wanted);
+        assert_eq!(fitted(rows(), Some(41)), wanted);
+    }
+
+    #[test]
+    fn the_last_column_goes_below_where_it_is_too_wide() {
+        let wanted = ["JOB  NAME", "    REASON", "1    train", "    needs 64 GPUs on", "    one machine", "2    eval"];
+        assert_eq!(fitted(rows(), Some(20)), wanted);
+    }
+
+    #[test]
+    fn a_line_break_in_a_cell_breaks_no_row() {
+        assert_eq!(fitted(vec![vec!["a\nb".to_owned(), "c".to_owned()]], None), ["a b  c"]);
     }
 }

@@ -49,7 +49,7 @@ pub fn run(args: Args, global: Global) -> Outcome {
     });
     let (jobs, live) = jobs?;
     let shown = jobs.len();
-    let heads = ["JOB", "NAME", "USER", "PRIO", "STATE", "ATTEMPT", "GPUS", "AGE", "NODES / REASON"];
+    let heads = ["JOB", "NAME", "USER", "PRIO", "STATE", "TRY", "GPUS", "AGE", "NODES / REASON"];
     output::rows(global.output, &heads, jobs.iter().map(row).collect());
     if global.output == output::Format::Table && (shown as u64) < live {
         eprintln!("{shown} of {live} jobs shown; --limit shows more.");

@@ -95,7 +95,7 @@ fn sorted(labels: &std::collections::HashMap<String, String>) -> Vec<String> {
 }
 
 /// `1 core`, `2 cores`.
-fn counted(count: u32, what: &str) -> String {
+pub fn counted(count: u32, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 

@@ -9,6 +9,7 @@ use proto::v1;
 use scheduling::{Class, Nic, PciClass};
 use serde_json::json;
 
+use super::show::counted;
 use crate::Global;
 use crate::connect::{client, runtime};
 use crate::exit::{FAILURE, Failure, NOT_FOUND, Outcome, USAGE};
@@ -168,10 +169,10 @@ fn of_node(name: &str, global: &Global) -> Outcome {
     }
     let state = if node.reason.is_empty() { node.state.clone() } else { format!("{} ({})", node.state, node.reason) };
     println!(
-        "{} {state}: {} cores in {} NUMA node(s), {} MiB{}",
+        "{} {state}: {} in {}, {} MiB{}",
         node.name,
-        node.cores,
-        node.cores_by_numa.len(),
+        counted(node.cores, "core"),
+        counted(node.cores_by_numa.len() as u32, "NUMA node"),
         node.mem_mib,
         if node.simulated { ", simulated" } else { "" }
     );
