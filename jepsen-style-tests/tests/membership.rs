@@ -111,12 +111,12 @@ fn a_group_is_founded_once_and_another_groups_directory_is_refused() {
         assert!(code != 0 && error.contains("in use"), "while it runs: {error}");
         assert_eq!(cluster.stop_replica(0).expect("it ends"), 0);
         let (code, error) = server(&dir, &["--bootstrap"]);
-        assert!(code == 1 && error.contains("a group is founded once"), "{error}");
+        assert!(code == 5 && error.contains("a group is founded once"), "{error}");
 
         // It would answer for one group with the other's data.
         let token = std::fs::read_to_string(other.replica_dir(0).join("join-token")).expect("it has one");
         let (code, error) = server(&dir, &["--join", &other.addresses[0], "--join-token", token.trim()]);
-        assert!(code == 1 && error.contains("belongs to cluster"), "{error}");
+        assert!(code == 5 && error.contains("belongs to cluster"), "{error}");
 
         cluster.restart_replica(0);
         cluster.wait_for_leader().await;
@@ -133,7 +133,7 @@ fn a_directory_without_its_identity_or_without_its_log_is_refused() {
         let identity = std::fs::read(dir.join("IDENTITY")).expect("it has one");
         std::fs::remove_file(dir.join("IDENTITY")).expect("removed");
         let (code, error) = cluster.restart_and_end(0).expect("it ends");
-        assert!(code == 1 && error.contains("IDENTITY"), "{error}");
+        assert!(code == 5 && error.contains("IDENTITY"), "{error}");
         std::fs::write(dir.join("IDENTITY"), identity).expect("written back");
 
         std::fs::rename(dir.join("log"), dir.join("log-aside")).expect("moved");

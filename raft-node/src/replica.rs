@@ -495,6 +495,7 @@ struct Assembled {
     reads: Reads,
     changes: Changes,
     office: watch::Receiver<Option<Office>>,
+    disk_full: watch::Receiver<bool>,
     image_writer: Writer,
     stop_server: oneshot::Sender<()>,
 }
@@ -512,10 +513,10 @@ impl Assembled {
             reads,
             changes,
             office,
+            disk_full,
             image_writer,
             stop_server,
         } = self;
-        let disk_full = log.disk_full();
         let parts = Parts { image_writer, stop_server, runtime, home };
         let parts = Mutex::new(Some(parts));
         Replica {
@@ -550,12 +551,13 @@ async fn assemble(
     let raft = start_raft(&options, identity, &pool, &log, &shared).await?;
     let office = start_office(&raft, &shared);
     let reads = Reads::new(shared.applied());
-    let obstacles = Obstacles { image_behind: shared.image_behind(), disk_full: log.disk_full() };
+    let disk_full = start_disk_watch(&log, &shared);
+    let obstacles = Obstacles { image_behind: shared.image_behind(), disk_full: disk_full.clone() };
     let (door, packer) = Door::new(raft.clone(), office.clone(), obstacles);
 
     tokio::spawn(packer.run());
     tokio::spawn(reads.clone().serve(raft.clone(), pool));
-    start_upkeep(&raft, &shared, &log, &home, identity);
+    start_upkeep(&raft, &shared, &disk_full, &home, identity);
     let changes = Changes::new(raft.clone());
     tokio::spawn(changes.clone().look_after_members());
     let image_writer = Writer::start(shared.clone(), log.durable_index())
@@ -571,7 +573,21 @@ async fn assemble(
     if identity.stage == Stage::Founding {
         found(&raft, identity, &peer).await?;
     }
-    Ok(Assembled { home, identity, peer, raft, shared, log, door, reads, changes, office, image_writer, stop_server })
+    Ok(Assembled {
+        home,
+        identity,
+        peer,
+        raft,
+        shared,
+        log,
+        door,
+        reads,
+        changes,
+        office,
+        disk_full,
+        image_writer,
+        stop_server,
+    })
 }
 
 /// Log and vote first, then image and snapshots: the order of the recovery.
@@ -623,9 +639,21 @@ fn start_office(raft: &Raft, shared: &Arc<Shared>) -> watch::Receiver<Option<Off
     office
 }
 
-fn start_upkeep(raft: &Raft, shared: &Arc<Shared>, log: &Arc<Log>, home: &Arc<Home>, identity: Identity) {
+fn start_disk_watch(log: &Arc<Log>, shared: &Arc<Shared>) -> watch::Receiver<bool> {
+    let (sender, full) = watch::channel(false);
+    tokio::spawn(upkeep::watch_disk(log.disk_full(), shared.short_of_room(), sender));
+    full
+}
+
+fn start_upkeep(
+    raft: &Raft,
+    shared: &Arc<Shared>,
+    disk_full: &watch::Receiver<bool>,
+    home: &Arc<Home>,
+    identity: Identity,
+) {
     tokio::spawn(upkeep::keep_log_short(raft.clone(), shared.clone()));
-    tokio::spawn(upkeep::leave_office_when_full(raft.clone(), log.disk_full()));
+    tokio::spawn(upkeep::leave_office_when_full(raft.clone(), disk_full.clone()));
     tokio::spawn(upkeep::note_membership(raft.clone(), home.clone(), identity));
     tokio::spawn(upkeep::report_death(raft.clone(), shared.clone()));
     tokio::spawn(upkeep::stop_when_failed(raft.clone(), shared.clone()));

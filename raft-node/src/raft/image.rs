@@ -111,14 +111,16 @@ impl Drop for Writer {
 
 fn run(shared: &Shared, durable: watch::Receiver<Option<u64>>) {
     let mut next = Instant::now() + Duration::from_millis(CUT_MS);
-    let mut waits_for_room = false;
     loop {
         let order = shared.bell.wait(next);
         if order == Order::Abort {
             return;
         }
-        let waited = std::mem::replace(&mut waits_for_room, !has_room(shared.dir()));
-        if waits_for_room {
+        let waited = *shared.short_of_room().borrow();
+        // Twice as much to go on, else a disk at its edge would be full and not full in turn.
+        let waits = !has_room(shared.dir(), if waited { 2 * ROOM } else { ROOM });
+        shared.say_short_of_room(waits);
+        if waits {
             if !waited {
                 tracing::warn!(dir = %shared.dir().display(), "less than {ROOM} bytes are free: the image waits for more");
             }
@@ -134,8 +136,8 @@ fn run(shared: &Shared, durable: watch::Receiver<Option<u64>>) {
 }
 
 /// True also where free space can't be asked for.
-fn has_room(dir: &Path) -> bool {
-    statvfs(dir).map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= ROOM)
+fn has_room(dir: &Path, room: u64) -> bool {
+    statvfs(dir).map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= room)
 }
 
 /// One cut, if anything was applied since the last one.

@@ -98,6 +98,8 @@ pub struct Shared {
     digest: watch::Sender<Option<Digest>>,
     marks: watch::Sender<Marks>,
     image_behind: watch::Sender<bool>,
+    /// The disk has no room for another cut.
+    short_of_room: watch::Sender<bool>,
     failed: watch::Sender<Option<String>>,
 }
 
@@ -134,6 +136,7 @@ impl Shared {
             digest: watch::Sender::default(),
             marks: watch::Sender::new(Marks { image: on_disk, ..Marks::default() }),
             image_behind: watch::Sender::default(),
+            short_of_room: watch::Sender::default(),
             failed: watch::Sender::default(),
         };
         let newest = snapshot::newest_valid(&shared.snapshots(), 0).map_err(io::Error::other)?;
@@ -161,6 +164,15 @@ impl Shared {
 
     pub fn marks(&self) -> watch::Receiver<Marks> {
         self.marks.subscribe()
+    }
+
+    /// Whether the image waits for room on the disk.
+    pub fn short_of_room(&self) -> watch::Receiver<bool> {
+        self.short_of_room.subscribe()
+    }
+
+    pub(super) fn say_short_of_room(&self, short: bool) {
+        self.short_of_room.send_if_modified(|known| std::mem::replace(known, short) != short);
     }
 
     pub fn image_behind(&self) -> watch::Receiver<bool> {

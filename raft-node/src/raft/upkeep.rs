@@ -144,6 +144,22 @@ pub fn successor(metrics: &RaftMetrics<TypeConfig>) -> Option<u64> {
     others.max_by_key(|id| replication.get(id).copied().flatten())
 }
 
+/// Says that the disk is full when one of the two that write to it says so: the log waits for space, or the image does
+/// while the log still has room in its segment.
+pub async fn watch_disk(mut log: watch::Receiver<bool>, mut image: watch::Receiver<bool>, full: watch::Sender<bool>) {
+    loop {
+        let now = *log.borrow_and_update() || *image.borrow_and_update();
+        full.send_if_modified(|known| std::mem::replace(known, now) != now);
+        let goes_on = tokio::select! {
+            changed = log.changed() => changed.is_ok(),
+            changed = image.changed() => changed.is_ok(),
+        };
+        if !goes_on {
+            return;
+        }
+    }
+}
+
 /// Hands leadership over for as long as the disk is full: what can't be written here can be written elsewhere.
 pub async fn leave_office_when_full(raft: Raft, mut full: watch::Receiver<bool>) {
     loop {
