@@ -111,7 +111,7 @@ pub async fn start(options: Options) -> Result<Running, ServerError> {
 
     let board = Board::default();
     let leader = tokio::spawn(leader::run(replica.clone(), board.clone()));
-    let api = Api { replica: replica.clone(), board, join_token: token.as_str().into() };
+    let api = Api::new(replica.clone(), board, &token);
     let served = api::serve(listener, api).map_err(|error| listen_error(&api_addr, error))?;
     Ok(Running { replica, join_token: token, api_addr, served, leader })
 }

@@ -15,11 +15,12 @@ use statemachine::record::{Phase, StoredReply};
 use statemachine::state::{QueueKey, TimerKind};
 use statemachine::storage::{HistoryKey, Image, StorageError};
 use statemachine::{JobId, NodeId, State, TaskKey, Token};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{Api, requests, view};
+use crate::replica::Applied;
 
 /// Jobs of one page: by default, and at most (a job with its command is ~1 KiB; the message limit is 4 MiB).
 const PAGE: usize = 1_000;
@@ -92,17 +93,24 @@ impl v1::jobs_server::Jobs for Api {
     async fn watch_job(&self, request: Request<v1::WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
         self.admit(&request)?;
         let id = JobId(request.into_inner().job_id);
+        // Subscribed before the first look: what changes while the job is rendered is not missed.
+        let applied = self.replica.applied();
         let state = self.read(v1::ReadMode::Linearizable as i32).await?;
         let first = self.job(&state, id)?;
         let (out, stream) = mpsc::channel(WATCH_BUFFER);
-        tokio::spawn(watch(self.clone(), id, first, out));
+        tokio::spawn(watch(self.clone(), id, first, applied, out));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 }
 
 /// Sends the job whenever it looks different, until it has ended or nobody listens.
-async fn watch(api: Api, id: JobId, first: v1::Job, out: mpsc::Sender<Result<v1::Job, Status>>) {
-    let mut applied = api.replica.applied();
+async fn watch(
+    api: Api,
+    id: JobId,
+    first: v1::Job,
+    mut applied: watch::Receiver<Applied>,
+    out: mpsc::Sender<Result<v1::Job, Status>>,
+) {
     let mut last = first;
     loop {
         let ended = last.result.is_some();
@@ -135,7 +143,7 @@ impl Api {
     /// The job from memory, or from history.
     fn job(&self, state: &State, id: JobId) -> Result<v1::Job, Status> {
         let (unheard, mut cache) = (self.unheard(state), Cache::default());
-        if let Some(job) = view::live(state, id, &mut Explainer::new(state, &mut cache, &unheard)) {
+        if let Some(job) = view::live(state, id, &mut Explainer::new(state, &mut cache, &unheard), &self.tables) {
             return Ok(job);
         }
         match self.image()?.history(state, id).map_err(|error| unreadable(&error))? {
@@ -165,7 +173,9 @@ impl Api {
         jobs: &mut Vec<v1::Job>,
     ) -> Result<Cursor, Status> {
         let room = limit - jobs.len();
-        let mut live = |ids: Vec<JobId>| jobs.extend(ids.into_iter().filter_map(|id| view::live(state, id, reasons)));
+        let mut live = |ids: Vec<JobId>| {
+            jobs.extend(ids.into_iter().filter_map(|id| view::live(state, id, reasons, &self.tables)))
+        };
         Ok(match at {
             Cursor::Leased(after) => {
                 let leases: Vec<_> =

@@ -33,6 +33,13 @@ pub struct Api {
     pub board: Board,
     /// Secret that agents and replicas show when they join.
     pub join_token: Arc<str>,
+    tables: view::Tables,
+}
+
+impl Api {
+    pub fn new(replica: Replica, board: Board, join_token: &str) -> Self {
+        Self { replica, board, join_token: join_token.into(), tables: view::Tables::default() }
+    }
 }
 
 impl Api {

@@ -1,5 +1,8 @@
 //! A job as the wire shows it, from records in memory or from a row of history.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
 use proto::v1;
 use scheduling::bandwidth::BandwidthTable;
 use scheduling::explain::Explainer;
@@ -19,8 +22,29 @@ pub fn gpu_type(state: &State, id: GpuTypeId) -> String {
     state.gpu_type_name(id).to_owned()
 }
 
+/// Bandwidth tables by class: one takes a linear program for each set of GPUs, which is much for a look at a job.
+#[derive(Clone, Default)]
+pub struct Tables(Arc<Mutex<BTreeMap<Class, Arc<BandwidthTable>>>>);
+
+impl Tables {
+    fn of(&self, class: &Class) -> Arc<BandwidthTable> {
+        let known = |tables: &Self| tables.map().get(class).cloned();
+        if let Some(table) = known(self) {
+            return table;
+        }
+        // Not under the lock: two that need the same one at once both make it.
+        let table = Arc::new(BandwidthTable::new(class));
+        self.map().insert(class.clone(), table.clone());
+        table
+    }
+
+    fn map(&self) -> std::sync::MutexGuard<'_, BTreeMap<Class, Arc<BandwidthTable>>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
 /// A job in memory; why it waits is in the planner's own words.
-pub fn live(state: &State, id: JobId, reasons: &mut Explainer<'_>) -> Option<v1::Job> {
+pub fn live(state: &State, id: JobId, reasons: &mut Explainer<'_>, tables: &Tables) -> Option<v1::Job> {
     let job = state.jobs.get(&id)?;
     let view = state.job_view(id)?;
     let task = state.tasks.get(&TaskKey::from(id)).map(|task| &task.value);
@@ -35,7 +59,7 @@ pub fn live(state: &State, id: JobId, reasons: &mut Explainer<'_>) -> Option<v1:
     if let Some((token, lease)) = task.and_then(|task| live_lease(state, task)) {
         shown.token = token;
         shown.parts = lease.parts.iter().filter_map(|part| placed(state, part)).collect();
-        shown.placement_why = why(state, lease);
+        shown.placement_why = why(state, lease, tables);
     }
     Some(shown)
 }
@@ -171,13 +195,13 @@ fn placed(state: &State, part: &Part) -> Option<v1::PlacedPart> {
 }
 
 /// One line a part with GPUs: what the choice is worth, by the same model that made it.
-fn why(state: &State, lease: &Lease) -> Vec<String> {
+fn why(state: &State, lease: &Lease, tables: &Tables) -> Vec<String> {
     let line = |part: &Part| {
         let node = &state.nodes.get(&part.node)?.value;
         if part.gpus == 0 {
             return None;
         }
-        let table = BandwidthTable::new(state.classes.get(&node.class)?);
+        let table = tables.of(state.classes.get(&node.class)?);
         let text = predict(&table, part.gpus).text;
         let network = match (lease.parts.len(), network_mbps(&table, part.gpus)) {
             (1, _) | (_, 0) => String::new(),
