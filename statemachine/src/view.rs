@@ -66,8 +66,8 @@ impl VerdictKind {
             VerdictKind::TimedOut => "TIMED_OUT",
             VerdictKind::Cancelled => "CANCELLED",
             VerdictKind::Lost => "LOST",
-            VerdictKind::LaunchJob => "LAUNCH_JOB",
-            VerdictKind::LaunchNode => "LAUNCH_NODE",
+            VerdictKind::LaunchJob => "LAUNCH_FAILED",
+            VerdictKind::LaunchNode => "LAUNCH_FAILED_BY_NODE",
             VerdictKind::GpuFault => "GPU_FAULT",
             VerdictKind::Preempted => "PREEMPTED",
         }

@@ -580,7 +580,7 @@ fn random_logs_reach_what_matters() {
         }
     }
     println!("{verdicts:?} {states:?} {codes:?}");
-    for verdict in ["SUCCEEDED", "FAILED", "TIMED_OUT", "CANCELLED", "LOST", "LAUNCH_NODE", "GPU_FAULT"] {
+    for verdict in ["SUCCEEDED", "FAILED", "TIMED_OUT", "CANCELLED", "LOST", "LAUNCH_FAILED_BY_NODE", "GPU_FAULT"] {
         assert!(verdicts.contains(verdict), "no lease was decided {verdict}: {verdicts:?}");
     }
     for state in ["RUNNING", "RETRYING", "LOST", "SUCCEEDED", "FAILED", "CANCELLED"] {

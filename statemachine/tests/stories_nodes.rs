@@ -210,7 +210,7 @@ fn a_gang_that_does_not_start_names_its_culprits() {
     world.report(nodes[0], token, PartReport::Prepared { port: 1 }).unwrap();
     world.wait(60_000);
     world.run(Command::LeaseDue { token, cause: DueCause::StartTimeout });
-    assert_eq!(world.shown(id), "STARTING ending=LAUNCH_NODE");
+    assert_eq!(world.shown(id), "STARTING ending=LAUNCH_FAILED_BY_NODE");
     assert_eq!(world.state.job_view(id).unwrap().verdict_text, "not started in time: b");
     assert_eq!(world.state.nodes.get(&nodes[1]).unwrap().value.launch_fails, [id]);
     for node in nodes {

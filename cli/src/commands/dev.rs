@@ -70,7 +70,25 @@ pub fn run(args: Args, _global: Global) -> Outcome {
         outcome
     });
     runtime.shutdown_timeout(Duration::from_secs(2));
+    if let Some(temporary) = temporary {
+        remove(&temporary.keep());
+    }
     outcome
+}
+
+/// A thread of the replica may still be making a file while the directory goes: then it is tried again.
+fn remove(dir: &Path) {
+    let mut last = Ok(());
+    for _ in 0..40 {
+        last = std::fs::remove_dir_all(dir);
+        if last.is_ok() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    if let Err(error) = last {
+        eprintln!("ares: {} could not be removed: {error}.", dir.display());
+    }
 }
 
 struct Dev {

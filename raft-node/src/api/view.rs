@@ -51,7 +51,7 @@ pub fn live(state: &State, id: JobId, reasons: &mut Explainer<'_>, tables: &Tabl
     let body = state.bodies.get(&id);
     let mut shown = shown(state, id, job, body, task);
     shown.state = view.task.state.name().to_owned();
-    shown.ending = view.task.ending.map(|kind| words::verdict(kind).to_owned()).unwrap_or_default();
+    shown.ending = view.task.ending.map(|kind| kind.name().to_owned()).unwrap_or_default();
     shown.attempt = view.task.attempt;
     if matches!(view.task.state, ShownState::Pending | ShownState::Retrying) {
         shown.reason = reasons.reason_for(TaskKey::from(id)).map(|reason| reason.to_string()).unwrap_or_default();
@@ -158,7 +158,7 @@ fn attempt(state: &State, row: &AttemptRow) -> v1::Attempt {
     v1::Attempt {
         attempt: row.attempt,
         token: row.token.0,
-        verdict: words::verdict(row.verdict).to_owned(),
+        verdict: row.verdict.name().to_owned(),
         exit: row.exit.map(exit),
         has_exit: row.exit.is_some(),
         nodes: row.nodes.iter().map(|node| state.node_name(*node).to_owned()).collect(),

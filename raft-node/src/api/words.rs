@@ -1,7 +1,8 @@
 //! The words of the wire for the state machine's enums and ids, each in one place.
 
 use statemachine::GpuUuid;
-use statemachine::record::{ExitCause, GpuHealth, KillStrength, PartState, PciClass, TaskOutcome, VerdictKind};
+use statemachine::record::{ExitCause, GpuHealth, KillStrength, PartState, PciClass, TaskOutcome};
+use statemachine::view::ShownState;
 
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -44,15 +45,6 @@ macro_rules! words {
 }
 
 words! {
-    verdict, parse_verdict: VerdictKind {
-        Succeeded = "SUCCEEDED", Failed = "FAILED", TimedOut = "TIMED_OUT", Cancelled = "CANCELLED", Lost = "LOST",
-        LaunchJob = "LAUNCH_FAILED", LaunchNode = "LAUNCH_FAILED_BY_NODE", GpuFault = "GPU_FAULT",
-        Preempted = "PREEMPTED",
-    }
-    outcome, parse_outcome: TaskOutcome {
-        Failed = "FAILED", TimedOut = "TIMED_OUT", Cancelled = "CANCELLED", Skipped = "SKIPPED",
-        Succeeded = "SUCCEEDED",
-    }
     health, parse_health: GpuHealth {
         Ok = "OK", DrainWhenIdle = "DRAIN_WHEN_IDLE", Quarantined = "QUARANTINED", Dirty = "DIRTY",
         Unresponsive = "UNRESPONSIVE", Gone = "GONE",
@@ -61,6 +53,11 @@ words! {
     cause, parse_cause: ExitCause {
         Own = "OWN", Stopped = "STOPPED", TimeLimit = "TIME_LIMIT", LeaseEnd = "LEASE_END", GpuFault = "GPU_FAULT",
     }
+}
+
+/// An ended task's state, as the keyspace shows it too.
+pub fn outcome(value: TaskOutcome) -> &'static str {
+    ShownState::from(value).name()
 }
 
 pub fn part_state(state: PartState) -> &'static str {

@@ -53,14 +53,13 @@ fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token, ending: b
         master_port,
         job_name: spec.name.clone(),
         single_node: lease.parts.len() == 1,
-        ..Default::default()
     })
 }
 
 /// A decided lease is to be ended, except that a success leaves nothing to stop.
 fn stop(lease: &Lease) -> String {
     match &lease.verdict {
-        Some(verdict) if verdict.kind != VerdictKind::Succeeded => words::verdict(verdict.kind).to_owned(),
+        Some(verdict) if verdict.kind != VerdictKind::Succeeded => verdict.kind.name().to_owned(),
         _ => String::new(),
     }
 }
