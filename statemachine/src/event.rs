@@ -92,6 +92,15 @@ pub struct QueuePlace {
     pub task: TaskKey,
 }
 
+impl Event {
+    fn is_followed_by(&self, next: &Event) -> bool {
+        match next.sub {
+            0 => next.rev.0 == self.rev.0.saturating_add(1),
+            sub => next.rev == self.rev && sub == self.sub.saturating_add(1),
+        }
+    }
+}
+
 /// The keys that a change writes: of two changes of one command with the same subject only the later one counts.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Subject<'a> {
@@ -186,6 +195,18 @@ impl State {
         }
     }
 
+    /// Puts back events that were stored in order, as far as they lead without a hole to this state's revision: a watch
+    /// may be refused, but never misses one.
+    pub(crate) fn restore_events(&mut self, mut stored: Vec<Arc<Event>>) {
+        if stored.last().is_none_or(|last| last.rev != self.meta.rev) {
+            stored.clear();
+        }
+        let hole = stored.windows(2).rposition(|pair| !pair[0].is_followed_by(&pair[1])).map_or(0, |at| at + 1);
+        let over = stored.len().saturating_sub(self.meta.settings.event_ring as usize);
+        self.events = stored.drain(..).skip(hole.max(over)).collect();
+        self.drop_events_to(self.meta.compacted_rev);
+    }
+
     /// Forgets the events up to `rev`.
     pub(crate) fn drop_events_to(&mut self, rev: Revision) {
         let first = self.first_event_after(rev);
@@ -203,5 +224,41 @@ impl State {
             }
         }
         low
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(events: &[(u64, u16)]) -> Vec<Arc<Event>> {
+        let event = |(rev, sub)| Event {
+            rev: Revision(rev),
+            sub,
+            clock_ms: 0,
+            wall_ms: 0,
+            what: Change::JobSubmitted { job: JobId(rev) },
+        };
+        events.iter().map(|place| Arc::new(event(*place))).collect()
+    }
+
+    fn restored(rev: u64, compacted: u64, ring: u32, events: &[(u64, u16)]) -> Vec<(u64, u16)> {
+        let mut state = State::default();
+        (state.meta.rev, state.meta.compacted_rev) = (Revision(rev), Revision(compacted));
+        state.meta.settings.event_ring = ring;
+        state.restore_events(stored(events));
+        state.events.iter().map(|event| (event.rev.0, event.sub)).collect()
+    }
+
+    #[test]
+    fn stored_events_are_taken_from_their_last_hole_on() {
+        let whole = [(3, 1), (3, 2), (4, 0), (5, 0), (5, 1)];
+        assert_eq!(restored(5, 0, 9, &whole), whole);
+        assert_eq!(restored(5, 0, 9, &[]), []);
+        assert_eq!(restored(6, 0, 9, &whole), [], "the newest revision is missing");
+        assert_eq!(restored(5, 0, 9, &[(3, 0), (5, 0), (5, 1)]), [(5, 0), (5, 1)], "revision 4 is missing");
+        assert_eq!(restored(5, 0, 9, &[(4, 0), (4, 2), (5, 0)]), [(4, 2), (5, 0)], "a part of revision 4 is missing");
+        assert_eq!(restored(5, 0, 2, &whole), [(5, 0), (5, 1)], "the ring is shorter now");
+        assert_eq!(restored(5, 4, 9, &whole), [(5, 0), (5, 1)], "compacted");
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use random_state::{Random, history_keys};
 use statemachine::storage::{self, HistoryKey, Image, LogBounds, Source};
-use statemachine::{JobId, State};
+use statemachine::{JobId, Revision, State};
 
 /// A log that holds everything.
 fn whole_log() -> LogBounds {
@@ -77,12 +77,45 @@ proptest! {
                     prop_assert_eq!(loaded.digest(), at_cut.digest_from_scratch());
                     prop_assert_eq!(loaded.digest_from_scratch(), at_cut.digest_from_scratch());
                     prop_assert_eq!(loaded.uncut(), 0);
+                    prop_assert_eq!(&loaded.events, &at_cut.events);
                     assert_history(&loaded, &reopened);
                     (state, image) = (loaded, reopened);
                 }
             }
         }
     }
+}
+
+#[test]
+fn a_ring_of_events_is_stored_as_far_as_it_reaches_and_no_further() {
+    let dir = tempfile::tempdir().unwrap();
+    let fresh = storage::open(dir.path(), LogBounds::default()).unwrap();
+    let (mut state, mut image) = (fresh.state, fresh.image);
+    let mut random = Random(4);
+    // Small cuts, cuts over the whole ring (200 events here), one without an event, and a compaction.
+    for entries in [1, 1, 1, 30, 2, 0, 60, 3] {
+        (0..entries).for_each(|_| random_state::entry(&mut state, &mut random));
+        state.meta.applied.index += 1;
+        write(&mut state, &image);
+        drop(image);
+        let (loaded, reopened) = reopen(dir.path());
+        assert_eq!(loaded.events, state.events);
+        assert_eq!(loaded.events_floor(), state.events_floor());
+        image = reopened;
+    }
+    let watched = state.meta.rev;
+    random_state::entry(&mut state, &mut random);
+    let last = state.meta.rev;
+    state.meta.compacted_rev = Revision(last.0 - 1);
+    write(&mut state, &image);
+    drop(image);
+    let (loaded, image) = reopen(dir.path());
+    assert!(loaded.events_since(watched).is_err(), "compacted");
+    assert_eq!(loaded.events_since(state.meta.compacted_rev).expect("kept").map(|event| event.rev).last(), Some(last));
+    state.events.clear();
+    write(&mut state, &image);
+    drop(image);
+    assert!(reopen(dir.path()).0.events.is_empty());
 }
 
 #[test]

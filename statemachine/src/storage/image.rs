@@ -1,6 +1,6 @@
 //! The image: what the state was at one log index, on disk, written behind by whole cuts. A cut is taken from the state
 //! in O(1) by the thread that applies; encoding and writing happen on another. Pages are `pages`' matter, history rows
-//! `history`'s, sled `store`'s.
+//! `history`'s, events `events`', sled `store`'s.
 //!
 //! Memory is the truth: the image is never read but at the start and for history. The caller's rule: a cut may be
 //! written only when the local log is durable up to its index.
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::{self, CodecError, Tag};
 use super::error::{At, StorageError};
+use super::events::EventPages;
 use super::pages::{Filler, PAGE, Pages, RowReader, Run};
 use super::rows::{self, Rows};
 use super::store::{Batch, Store};
@@ -105,6 +106,7 @@ pub struct Image {
 struct Written {
     /// By tag.
     pages: Vec<Pages>,
+    events: EventPages,
     /// Rows that the last cut archived: a next one taken before they were forgotten doesn't store them twice.
     archived: OrdMap<JobId, Arc<HistoryRow>>,
     /// Buckets dropped from the state whose rows are still stored.
@@ -135,6 +137,7 @@ impl Image {
         }
         let fresh = state.archived.iter().filter(|(job, _)| !written.archived.contains_key(*job)).map(|(_, row)| row);
         super::history::put(fresh, state.meta.applied.index, &mut batch);
+        written.events.put(&state.events, &mut batch);
         let head = Head { digest: state.digest(), meta: state.meta.clone() };
         put_head(&head, &mut batch);
 
@@ -163,6 +166,7 @@ impl Image {
         }
         let mut batch = Batch::default();
         super::history::put(state.archived.values(), state.meta.applied.index, &mut batch);
+        written.events.put(&state.events, &mut batch);
         self.store.apply(batch)?;
         // The head comes last: an image without one was never finished.
         self.store.persist()?;
@@ -214,6 +218,7 @@ impl Image {
             let what = format!("the digest of its records is {found:032x}, should be {:032x}", head.digest);
             return Err(StorageError::damaged(self.dir(), "load", what));
         }
+        state.restore_events(written.events.load(&self.store)?);
         self.delete_unknown_buckets(&state)?;
         Ok(Some(state))
     }

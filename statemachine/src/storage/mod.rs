@@ -6,6 +6,7 @@ mod blocks;
 pub mod codec;
 mod digest;
 mod error;
+mod events;
 #[cfg(test)]
 mod golden;
 mod history;

@@ -142,12 +142,13 @@ impl Snapshot {
 
     fn load_events(&self, state: &mut State) -> Result<(), StorageError> {
         let path = self.dir.join("events");
+        let mut events: Vec<Arc<Event>> = Vec::new();
         blocks::read_rows(&path, &mut |_, _, bytes| {
-            let event: Event = codec::decode_record(bytes).at(&path, "read")?;
-            state.events.push_back(Arc::new(event));
+            events.push(Arc::new(codec::decode_record(bytes).at(&path, "read")?));
             Ok(())
-        })
-        .map(|_| ())
+        })?;
+        state.restore_events(events);
+        Ok(())
     }
 
     /// Calls `each` with the rows of every bucket of history, bucket by bucket, ids ascending.

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::super::blocks::BlockWriter;
 use super::super::codec::{self, StoredKey, Tag};
 use super::super::error::{At, Cause, StorageError};
+use super::super::events::EventKey;
 use super::super::history::HistoryKey;
 use super::super::image::Image;
 use super::super::rows;
@@ -57,8 +58,7 @@ fn write_events(dir: &Path, state: &State) -> Result<FileEntry, StorageError> {
     for event in &state.events {
         bytes.clear();
         codec::canonical(event.as_ref(), &mut bytes);
-        let key = [&event.rev.0.to_be_bytes()[..], &event.sub.to_be_bytes()].concat();
-        file.push(Tag::Event, &key, &bytes)?;
+        file.push(Tag::Event, &EventKey::of(event).bytes(), &bytes)?;
     }
     Ok(FileEntry::new("events", file.finish(0)?))
 }
