@@ -103,6 +103,8 @@ pub fn node(node: &v1::Node) -> Value {
         "mem_mib": node.mem_mib,
         "mem_free_mib": node.mem_free_mib,
         "heard_ms_ago": node.heard_ms_ago,
+        "evict_in_ms": node.evict_in_ms,
+        "leases": node.leases,
         "labels": node.labels,
         "gpus": node.gpus.iter().map(gpu).collect::<Vec<_>>(),
     })

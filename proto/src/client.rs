@@ -309,6 +309,9 @@ pub const MAX_MESSAGE: usize = 16 << 20;
 calls! {
     leader_call submit_job(v1::jobs_client::JobsClient<Transport>, v1::SubmitJobRequest) -> v1::SubmitJobReply;
     leader_call cancel_job(v1::jobs_client::JobsClient<Transport>, v1::CancelJobRequest) -> v1::CancelJobReply;
+    leader_call hold_job(v1::jobs_client::JobsClient<Transport>, v1::SteerJobRequest) -> v1::SteerJobReply;
+    leader_call release_job(v1::jobs_client::JobsClient<Transport>, v1::SteerJobRequest) -> v1::SteerJobReply;
+    leader_call requeue_job(v1::jobs_client::JobsClient<Transport>, v1::SteerJobRequest) -> v1::SteerJobReply;
     read_call get_job(v1::jobs_client::JobsClient<Transport>, v1::GetJobRequest) -> v1::Job;
     read_call list_jobs(v1::jobs_client::JobsClient<Transport>, v1::ListJobsRequest) -> v1::ListJobsReply;
     read_call watch_job(v1::jobs_client::JobsClient<Transport>, v1::WatchJobRequest) -> tonic::Streaming<v1::Job>;

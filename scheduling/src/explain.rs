@@ -51,7 +51,7 @@ impl<'a> Explainer<'a> {
             return Some(Arc::new(Reason::Backoff { attempt, in_ms }));
         }
         if task.is_none_or(|task| task.phase == Phase::Pending) && job.holds.any() {
-            return Some(Arc::new(Reason::Held { launch: job.holds.launch, orphan: job.holds.orphan }));
+            return Some(Arc::new(Reason::Held { holds: job.holds }));
         }
         let (shape, _) = waiting_task(state, key)?;
         let explained = || Arc::new(explain(&self.machines, self.cache, shape));

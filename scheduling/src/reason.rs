@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use statemachine::record::Holds;
+
 use crate::predict::gbps;
 
 /// Why a task does not start. `code()` names it, `Display` is one line with the numbers.
@@ -26,8 +28,9 @@ pub enum Reason {
     LeasesFull { needs: Needs, limit: u32 },
     /// BANDWIDTH: the free GPUs are linked too slowly; `best` in MB/s. Cure: wait, or a lower `--min-bandwidth`.
     Bandwidth { needs: Needs, ready: u32, best: Best, wanted_mbps: u32 },
-    /// HELD: 20 excused attempts in a row, or a machine still runs an attempt without a lease. Cure: see the text.
-    Held { launch: bool, orphan: bool },
+    /// HELD: a person's word, 20 excused attempts in a row, or a machine that still runs an attempt without a lease.
+    /// Cure: `ares release`; the last one ends by itself.
+    Held { holds: Holds },
     /// BACKOFF: it failed, and the wait before its next attempt is not over. Cure: wait.
     Backoff { attempt: u32, in_ms: u64 },
     /// SOON: it fits; the planner starts it, or one before it in the order, next.
@@ -125,17 +128,23 @@ impl fmt::Display for Reason {
                 write!(f, "needs {needs} at {} or more; {}", gbps(*wanted_mbps), ready_now(needs, *ready))?;
                 write!(f, "{} {} among the free GPUs of {}", best_of(*ready), speed(best), best.node)
             }
-            Reason::Held { launch: true, .. } => {
-                f.write_str("on hold: 20 attempts in a row failed by no fault of the job; see its attempts")
-            }
-            Reason::Held { .. } => {
-                f.write_str("on hold: a machine still runs an earlier attempt of it without a lease, and is ending it")
-            }
+            Reason::Held { holds } => f.write_str(held(*holds)),
             Reason::Backoff { attempt, in_ms } => {
                 write!(f, "attempt {attempt} may start in {}", seconds(*in_ms))
             }
             Reason::Soon => f.write_str("fits; its turn comes next"),
         }
+    }
+}
+
+/// The hold that somebody can end first.
+fn held(holds: Holds) -> &'static str {
+    if holds.user {
+        "on hold until it is released"
+    } else if holds.launch {
+        "on hold: 20 attempts in a row failed by no fault of the job; see its attempts, then release it"
+    } else {
+        "on hold: a machine still runs an earlier attempt of it without a lease, and is ending it"
     }
 }
 

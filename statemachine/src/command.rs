@@ -91,8 +91,27 @@ pub enum Command {
     /// Takes a node out of scheduling, with a reason, or back in.
     NodeAdmin {
         node: NodeId,
-        out: Option<String>,
+        out: Option<NodeOut>,
     },
+    /// Keeps a job from starting until it is released.
+    Hold {
+        job: JobId,
+    },
+    Release {
+        job: JobId,
+    },
+    /// Back to its place in the queue: a running attempt ends as PREEMPTED.
+    Requeue {
+        job: JobId,
+    },
+}
+
+/// Out of scheduling.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeOut {
+    pub reason: String,
+    /// What still runs there after so many ms of cluster time goes back to the queue; absent = it runs on.
+    pub evict_in_ms: Option<u64>,
 }
 
 /// The spec as a client names things; apply interns tenant, queue and GPU types.
@@ -104,6 +123,8 @@ pub struct SubmitJob {
     pub gpu_types: Vec<String>,
     pub spec: JobSpec,
     pub body: Body,
+    /// Waits until it is released.
+    pub hold: bool,
 }
 
 /// Placements computed at one log index. Apply re-checks each against the state as it is.

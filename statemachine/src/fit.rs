@@ -139,7 +139,7 @@ pub fn fit(node: &Node, alloc: &Alloc, shape: &Shape, part: &PlacePart) -> Resul
 fn ready(node: &Node) -> Result<(), NoFit> {
     match &node.admin {
         NodeAdmin::Ready => Ok(()),
-        NodeAdmin::Out { reason } => Err(NoFit::NotReady(reason.clone())),
+        NodeAdmin::Out { reason, .. } => Err(NoFit::NotReady(reason.clone())),
     }
 }
 

@@ -155,6 +155,9 @@ impl State {
         }
         for (id, node) in self.nodes.iter() {
             index.node_by_name.insert(node.value.name.clone(), *id);
+            if let Some(timer) = node.value.admin.timer(*id) {
+                index.timers.insert(timer);
+            }
             for gpu in node.value.gpus.iter().filter(|gpu| gpu.health != GpuHealth::Gone) {
                 index.gpus.insert(gpu.uuid, *id);
             }

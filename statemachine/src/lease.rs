@@ -162,6 +162,8 @@ impl State {
             text: String::new(),
         });
         self.give_back_gpus(lease);
+        let stopped = self.jobs.get(&lease.task.job).is_some_and(|job| job.value.stop.is_some());
+        let verdict = if stopped { verdict } else { soften(lease, verdict) };
         let Some(facts) = self.close_facts(ctx, lease, &verdict) else { return };
         let Some(phase) = self.tasks.get(&lease.task).map(|task| &task.value.phase) else { return };
         let Some(next) = transition::next(phase, By::Close { verdict: verdict.kind, facts }) else { return };
@@ -261,6 +263,19 @@ impl State {
         if let Some(tenant) = tenant {
             self.tenants.update(&tenant, |tenant| tenant.live_jobs = tenant.live_jobs.saturating_sub(1));
         }
+    }
+}
+
+/// Only PREEMPTED is soft: where every rank exited 0 by itself, before it was told to stop, the work was done. After
+/// the signal any exit is the preemption's, for a training script exits 0 once it has saved its checkpoint.
+fn soften(lease: &Lease, verdict: Verdict) -> Verdict {
+    let done = |exit: &RankExit| exit.exit.ok() && exit.cause == ExitCause::Own;
+    let whole = lease.parts.iter().all(|part| part.all_exited() && part.exits.iter().all(done));
+    match verdict.kind {
+        VerdictKind::Preempted if whole => {
+            Verdict { kind: VerdictKind::Succeeded, exit: Some(Exit { code: 0, signal: 0 }), ..verdict }
+        }
+        _ => verdict,
     }
 }
 

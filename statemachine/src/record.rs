@@ -53,17 +53,19 @@ pub struct Job {
     pub ended: Option<JobEnd>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Holds {
     /// 20 excused attempts in a row.
     pub launch: bool,
     /// A machine reported a running attempt of this job that has no live lease.
     pub orphan: bool,
+    /// A person's word, until it is released.
+    pub user: bool,
 }
 
 impl Holds {
     pub fn any(self) -> bool {
-        self.launch || self.orphan
+        self.launch || self.orphan || self.user
     }
 }
 
@@ -337,6 +339,8 @@ pub enum NodeAdmin {
     /// Gets nothing new; the text says why and who.
     Out {
         reason: String,
+        /// What still runs there at this cluster time goes back to the queue; absent = it runs on, or has gone.
+        evict_ms: Option<u64>,
     },
 }
 

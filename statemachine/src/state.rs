@@ -80,6 +80,8 @@ pub enum TimerKind {
     Retry(TaskKey),
     /// A finished job leaves memory.
     Archive(JobId),
+    /// What still runs on a drained node goes back to the queue.
+    Evict(NodeId),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

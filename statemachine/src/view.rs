@@ -74,6 +74,14 @@ impl VerdictKind {
     }
 }
 
+impl Holds {
+    /// The words of those that are set.
+    pub fn names(self) -> Vec<&'static str> {
+        let words = [(self.launch, "LAUNCH"), (self.orphan, "ORPHAN"), (self.user, "USER")];
+        words.into_iter().filter(|word| word.0).map(|word| word.1).collect()
+    }
+}
+
 /// What `/state/ID` shows of a task.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskView {

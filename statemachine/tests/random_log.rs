@@ -26,6 +26,10 @@ enum Op {
     Cancel {
         pick: u8,
     },
+    Steer {
+        pick: u8,
+        how: u8,
+    },
     Place {
         picks: Vec<(u8, u8)>,
         twist: u8,
@@ -105,6 +109,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         6 => (any::<u8>(), proptest::option::of(0..12u8), any::<bool>())
             .prop_map(|(kind, request, stale)| Op::Submit { kind, request, stale }),
         2 => any::<u8>().prop_map(|pick| Op::Cancel { pick }),
+        3 => (any::<u8>(), 0..4u8).prop_map(|(pick, how)| Op::Steer { pick, how }),
         8 => (proptest::collection::vec((any::<u8>(), any::<u8>()), 1..4), any::<u8>())
             .prop_map(|(picks, twist)| Op::Place { picks, twist }),
         3 => (0..3u8, 0..2u8, 0..5u8, any::<u8>(), any::<bool>(), any::<u64>()).prop_map(
@@ -169,6 +174,14 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             return Some((id, Command::SubmitJob(Box::new(submit))));
         }
         Op::Cancel { pick: nth } => Command::Cancel { job: pick(&jobs, *nth)? },
+        Op::Steer { pick: nth, how } => {
+            let job = pick(&jobs, *nth)?;
+            match how {
+                0 => Command::Hold { job },
+                1 | 2 => Command::Release { job },
+                _ => Command::Requeue { job },
+            }
+        }
         Op::Place { picks, twist } => {
             let places = picks.iter().filter_map(|(job, node)| {
                 let id = pick(&pending, *job)?;
@@ -234,7 +247,9 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             })
         }
         Op::Admin { node, out } => {
-            Command::NodeAdmin { node: pick(&nodes, *node)?, out: out.then(|| "maintenance".into()) }
+            let out =
+                out.then(|| NodeOut { reason: "maintenance".into(), evict_in_ms: Some(u64::from(*node) * 9_000) });
+            Command::NodeAdmin { node: pick(&nodes, *node)?, out }
         }
         Op::Open => Command::OpenSession { owner: "ada".into(), ttl_ms: 5_000 },
         Op::End { session } => Command::EndSession { session: SessionId(u64::from(*session)) },
@@ -580,10 +595,12 @@ fn random_logs_reach_what_matters() {
         }
     }
     println!("{verdicts:?} {states:?} {codes:?}");
-    for verdict in ["SUCCEEDED", "FAILED", "TIMED_OUT", "CANCELLED", "LOST", "LAUNCH_FAILED_BY_NODE", "GPU_FAULT"] {
+    for verdict in
+        ["SUCCEEDED", "FAILED", "TIMED_OUT", "CANCELLED", "LOST", "LAUNCH_FAILED_BY_NODE", "GPU_FAULT", "PREEMPTED"]
+    {
         assert!(verdicts.contains(verdict), "no lease was decided {verdict}: {verdicts:?}");
     }
-    for state in ["RUNNING", "RETRYING", "LOST", "SUCCEEDED", "FAILED", "CANCELLED"] {
+    for state in ["RUNNING", "RETRYING", "LOST", "PREEMPTED", "SUCCEEDED", "FAILED", "CANCELLED"] {
         assert!(states.contains(state), "no task was {state}: {states:?}");
     }
     for code in ["GPU_TAKEN", "EPOCH_STALE", "TOKEN_STALE", "ALREADY_DECIDED", "REQUEST_MISMATCH", "IDENTITY_CONFLICT"]

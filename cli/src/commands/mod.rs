@@ -2,7 +2,6 @@
 
 mod agent;
 mod bench;
-mod cancel;
 mod cluster;
 mod dev;
 mod get;
@@ -14,6 +13,7 @@ mod run;
 mod server;
 mod show;
 mod spec;
+mod steer;
 mod submit;
 mod topology;
 mod version;
@@ -43,14 +43,20 @@ pub enum Command {
     /// Print a job's output
     Logs(crate::logs::Args),
     /// Cancel jobs
-    Cancel(cancel::Args),
+    Cancel(steer::Args),
+    /// Keep jobs from starting
+    Hold(steer::Args),
+    /// Let held jobs start
+    Release(steer::Args),
+    /// Send jobs back to their place in the queue; a running attempt is ended
+    Requeue(steer::Args),
     /// Everything about a job
     Show(show::Args),
     /// Jobs that wait and run, in the order in which the planner looks at them
     Queue(queue::Args),
     /// The GPU machines
     Nodes(node::ListArgs),
-    /// Operate one machine: out of scheduling, back in, confirm dead
+    /// Operate one machine: drain, resume, confirm dead
     Node(node::Args),
     /// A machine's GPUs and links: of a node, of this host, or of an nvidia-smi matrix
     Topology(topology::Args),
@@ -90,7 +96,10 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Run(args) => run::run(args, global),
         Command::Wait(args) => wait::run(args, global),
         Command::Logs(args) => crate::logs::run(args, global),
-        Command::Cancel(args) => cancel::run(args, global),
+        Command::Cancel(args) => steer::run(args, steer::Verb::Cancel, global),
+        Command::Hold(args) => steer::run(args, steer::Verb::Hold, global),
+        Command::Release(args) => steer::run(args, steer::Verb::Release, global),
+        Command::Requeue(args) => steer::run(args, steer::Verb::Requeue, global),
         Command::Show(args) => show::run(args, global),
         Command::Queue(args) => queue::run(args, global),
         Command::Nodes(args) => node::list(args, global),

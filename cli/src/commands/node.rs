@@ -65,16 +65,21 @@ pub struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
-    /// Give it nothing new; running work goes on
-    Out {
+    /// Give it nothing new; running work goes on, unless a time is named
+    #[command(visible_alias = "out")]
+    Drain {
         /// Its name: ares nodes lists them
         node: String,
+        /// Send what still runs there back to the queue after this time, such as 30m; 0 = at once
+        #[arg(long, value_name = "TIME")]
+        evict_after: Option<String>,
         /// Shown to everybody who asks why
         #[arg(long, default_value = "taken out by an operator", value_parser = clap::builder::NonEmptyStringValueParser::new())]
         reason: String,
     },
     /// Back into scheduling
-    Ready {
+    #[command(visible_alias = "ready")]
+    Resume {
         /// Its name
         node: String,
     },
@@ -91,16 +96,26 @@ enum Verb {
 pub fn run(args: Args, global: Global) -> Outcome {
     let client = client(&global)?;
     let request_id = proto::request_id();
+    let evict_in_ms = match &args.verb {
+        Verb::Drain { evict_after: Some(text), .. } if text == "0" => Some(0),
+        Verb::Drain { evict_after: Some(text), .. } => Some(super::spec::duration_ms("--evict-after", text)?),
+        _ => None,
+    };
     let (node, done) = runtime()?.block_on(async {
         Ok::<_, proto::Error>(match args.verb {
-            Verb::Out { node, reason } => {
-                let request = v1::SetNodeAdminRequest { request_id, node: node.clone(), out_reason: reason };
-                client.set_node_admin(request).await?;
-                (node, "gets nothing new; running work goes on")
+            Verb::Drain { node, reason, .. } => {
+                let admin = v1::SetNodeAdminRequest { request_id, node: node.clone(), out_reason: reason, evict_in_ms };
+                client.set_node_admin(admin).await?;
+                let then = match evict_in_ms {
+                    None => "gets nothing new; running work goes on",
+                    Some(0) => "gets nothing new; running work goes back to the queue",
+                    Some(_) => "gets nothing new; running work goes back to the queue when its time is over",
+                };
+                (node, then)
             }
-            Verb::Ready { node } => {
-                let request = v1::SetNodeAdminRequest { request_id, node: node.clone(), out_reason: String::new() };
-                client.set_node_admin(request).await?;
+            Verb::Resume { node } => {
+                let admin = v1::SetNodeAdminRequest { request_id, node: node.clone(), ..Default::default() };
+                client.set_node_admin(admin).await?;
                 (node, "takes work again")
             }
             Verb::ConfirmDead { node, token } => {

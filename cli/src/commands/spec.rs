@@ -57,6 +57,9 @@ pub struct JobArgs {
     /// Higher goes first
     #[arg(long, short = 'p', default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
     priority: i32,
+    /// Wait until `ares release` lets it start
+    #[arg(long, short = 'H', help_heading = TIME)]
+    hold: bool,
     /// Longest run time of one attempt, such as 90s, 30m or 2h [default: none]
     #[arg(long, short = 't', default_value = "", hide_default_value = true, value_name = "TIME", help_heading = TIME)]
     time_limit: String,
@@ -196,6 +199,7 @@ impl JobArgs {
             queue: String::new(),
             body: Some(v1::Body { argv: self.command.clone(), env: self.environment()?, cwd: self.chdir.clone() }),
             image: self.image.clone(),
+            hold: self.hold,
         })
     }
 

@@ -1,7 +1,7 @@
 //! The Raft group and the machines, for operators.
 
 use proto::{error, reason, v1};
-use statemachine::command::Command;
+use statemachine::command::{Command, NodeOut};
 use statemachine::record::{GpuHealth, Node, NodeAdmin, Versioned};
 use statemachine::{NodeId, State, Token};
 use tonic::{Request, Response, Status};
@@ -120,7 +120,9 @@ impl v1::cluster_server::Cluster for Api {
         let request = request.into_inner();
         let id = requests::request_id(&request.request_id)?;
         let node = self.node_by_name(&request.node)?;
-        let out = (!request.out_reason.is_empty()).then_some(request.out_reason);
+        let evict_in_ms = request.evict_in_ms;
+        let reason = request.out_reason;
+        let out = (!reason.is_empty()).then_some(NodeOut { reason, evict_in_ms });
         self.commit(Some(id), "operator".to_owned(), Command::NodeAdmin { node, out }).await?;
         Ok(Response::new(v1::SetNodeAdminReply {}))
     }
@@ -144,10 +146,10 @@ impl Api {
         let desk = self.board.desk();
         let heard_ms_ago = desk.as_ref().and_then(|desk| desk.keeper().heard_ms_ago(id, desk.now_ms()));
         let silent = desk.is_some_and(|desk| desk.unheard(state).contains(&id));
-        let (word, reason) = match &node.admin {
-            NodeAdmin::Out { reason } => ("OUT", reason.clone()),
-            NodeAdmin::Ready if silent => ("SILENT", "not heard for three heartbeats".to_owned()),
-            NodeAdmin::Ready => ("READY", String::new()),
+        let (word, reason, evict_ms) = match &node.admin {
+            NodeAdmin::Out { reason, evict_ms } => ("OUT", reason.clone(), *evict_ms),
+            NodeAdmin::Ready if silent => ("SILENT", "not heard for three heartbeats".to_owned(), None),
+            NodeAdmin::Ready => ("READY", String::new(), None),
         };
         let alloc = state.allocs.get(&id).cloned().unwrap_or_default();
         let sum = |cores: &[u16]| cores.iter().map(|cores| u32::from(*cores)).sum::<u32>();
@@ -169,6 +171,8 @@ impl Api {
             cores_by_numa: node.cores_by_numa.iter().map(|cores| u32::from(*cores)).collect(),
             links: state.classes.get(&node.class).map(links),
             heard_ms_ago,
+            evict_in_ms: evict_ms.map(|at| at.saturating_sub(state.meta.clock_ms)),
+            leases: alloc.leases.len() as u32,
             labels: node.labels.clone().into_iter().collect(),
         }
     }
@@ -196,7 +200,7 @@ fn view_gpu(state: &State, alloc: &statemachine::record::Alloc, slot: u8, gpu: &
         r#type: super::view::gpu_type(state, gpu.gpu_type),
         mem_mib: gpu.mem_mib,
         numa: u32::from(gpu.numa),
-        health: words::health(gpu.health).to_owned(),
+        health: gpu.health.name().to_owned(),
         reason: if gpu.health == GpuHealth::Ok { String::new() } else { gpu.reason.clone() },
         token: token.unwrap_or_default().0,
         job_id: job.unwrap_or_default().0,

@@ -57,6 +57,18 @@ impl v1::jobs_server::Jobs for Api {
         Ok(Response::new(v1::CancelJobReply {}))
     }
 
+    async fn hold_job(&self, request: Request<v1::SteerJobRequest>) -> Result<Response<v1::SteerJobReply>, Status> {
+        self.steer(request, |job| Command::Hold { job }).await
+    }
+
+    async fn release_job(&self, request: Request<v1::SteerJobRequest>) -> Result<Response<v1::SteerJobReply>, Status> {
+        self.steer(request, |job| Command::Release { job }).await
+    }
+
+    async fn requeue_job(&self, request: Request<v1::SteerJobRequest>) -> Result<Response<v1::SteerJobReply>, Status> {
+        self.steer(request, |job| Command::Requeue { job }).await
+    }
+
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::Job>, Status> {
         self.admit(&request)?;
         let request = request.into_inner();
@@ -140,6 +152,19 @@ async fn watch(
 }
 
 impl Api {
+    async fn steer(
+        &self,
+        request: Request<v1::SteerJobRequest>,
+        command: impl FnOnce(JobId) -> Command,
+    ) -> Result<Response<v1::SteerJobReply>, Status> {
+        self.admit(&request)?;
+        let request = request.into_inner();
+        let id = requests::request_id(&request.request_id)?;
+        let user = requests::user(&request.user)?;
+        self.commit(Some(id), user, command(JobId(request.job_id))).await?;
+        Ok(Response::new(v1::SteerJobReply {}))
+    }
+
     /// The job from memory, or from history.
     fn job(&self, state: &State, id: JobId) -> Result<v1::Job, Status> {
         let (unheard, mut cache) = (self.unheard(state), Cache::default());

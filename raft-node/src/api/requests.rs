@@ -124,6 +124,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
         gpu_types: gpu_types.iter().map(|slug| slug.to_ascii_lowercase()).collect(),
         spec,
         body: Body { argv: body.argv, env: body.env.into_iter().collect(), cwd: body.cwd },
+        hold: job.hold,
     })
 }
 
@@ -226,7 +227,7 @@ fn gpu_facts(gpu: &v1::GpuFacts, fields: &mut Fields) -> GpuFacts {
 }
 
 fn health(word: &str, fields: &mut Fields) -> statemachine::record::GpuHealth {
-    words::parse_health(if word.is_empty() { "OK" } else { word }).unwrap_or_else(|| {
+    statemachine::record::GpuHealth::parse(if word.is_empty() { "OK" } else { word }).unwrap_or_else(|| {
         fields.refuse("health", format!("{word:?} is no health"));
         statemachine::record::GpuHealth::Ok
     })

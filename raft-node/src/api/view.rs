@@ -150,6 +150,7 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             env: body.env.clone().into_iter().collect(),
             cwd: body.cwd.clone(),
         }),
+        hold: job.holds.user,
         image: String::new(),
     }
 }

@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use scheduling::plan::{Cache, Limits, Plan, plan};
 use scheduling::{Reason, reason_for};
 use statemachine::command::{
-    GpuFacts, GpuHealthChange, LaunchFault, PartReport, RegisterNode, Report, ReportItem, SubmitJob, default_retry,
+    GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportItem, SubmitJob,
+    default_retry,
 };
 use statemachine::record::{Class, Exit, ExitCause, GpuHealth, KillStrength, PciClass, StoredReply};
 use statemachine::settings::Settings;
@@ -161,6 +162,7 @@ impl Site {
             gpu_types: gpu_types.iter().map(|name| (*name).to_owned()).collect(),
             spec,
             body: Body { argv: vec!["true".into()], ..Body::default() },
+            hold: false,
         };
         match self.done(Command::SubmitJob(Box::new(submit))) {
             Reply::Stored(StoredReply::Job(job)) => job,
@@ -208,7 +210,7 @@ impl Site {
     }
 
     pub fn out(&mut self, node: NodeId) {
-        self.done(Command::NodeAdmin { node, out: Some("maintenance".into()) });
+        self.done(Command::NodeAdmin { node, out: Some(NodeOut { reason: "maintenance".into(), evict_in_ms: None }) });
     }
 
     pub fn sick(&mut self, node: NodeId, slot: u8) {

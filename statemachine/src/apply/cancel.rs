@@ -3,8 +3,8 @@
 //!
 //! Refuses NOT_FOUND, ALREADY_ENDED, NOT_OWNER. A second cancel is accepted and changes nothing.
 
-use super::{Ctx, DONE};
-use crate::command::{Code, Rejection, Reply};
+use super::{Ctx, DONE, owned};
+use crate::command::{Rejection, Reply};
 use crate::id::*;
 use crate::lease::Ruling;
 use crate::record::*;
@@ -12,8 +12,7 @@ use crate::state::State;
 use crate::transition::{self, By};
 
 pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<Reply, Rejection> {
-    let job = find(state, id)?;
-    check_owner(state, ctx, job)?;
+    let job = owned::live_job(state, ctx, id)?;
     if job.stop.is_some() {
         return DONE;
     }
@@ -24,31 +23,6 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<R
         stop_task(state, ctx, id.into());
     });
     DONE
-}
-
-fn find(state: &State, id: JobId) -> Result<&Job, Rejection> {
-    let ended = |outcome: TaskOutcome| {
-        let name = crate::view::ShownState::from(outcome).name();
-        Rejection::new(Code::AlreadyEnded, format!("job {id} has ended: {name}"))
-    };
-    match state.jobs.get(&id) {
-        Some(job) => match &job.value.ended {
-            Some(end) => Err(ended(end.outcome)),
-            None => Ok(&job.value),
-        },
-        None => Err(state
-            .ended_job(id)
-            .map_or_else(|| Rejection::new(Code::NotFound, format!("there is no job {id}")), |(end, _)| ended(end))),
-    }
-}
-
-/// The leader's own commands have no actor, and no owner to respect.
-fn check_owner(state: &State, ctx: &Ctx<'_>, job: &Job) -> Result<(), Rejection> {
-    let owner = state.user_name(job.user);
-    if ctx.actor.is_empty() || owner.is_empty() || ctx.actor == owner {
-        return Ok(());
-    }
-    Err(Rejection::new(Code::NotOwner, format!("the job is {owner}'s, not {}'s", ctx.actor)))
 }
 
 fn stop_task(state: &mut State, ctx: &mut Ctx<'_>, task: TaskKey) {

@@ -2,7 +2,7 @@
 //! off in small steps what a command did at once (forgotten request ids, dropped history). Bounded per entry; the
 //! leader proposes a `Tick` while something is due.
 
-use super::{Ctx, requests, retain};
+use super::{Ctx, node_admin, requests, retain};
 use crate::id::*;
 use crate::record::*;
 use crate::state::{State, TimerKind};
@@ -33,6 +33,7 @@ pub(super) fn fire_timers(state: &mut State, salt: u64) {
         match timer.what {
             TimerKind::Retry(task) => end_backoff(state, &mut ctx, task),
             TimerKind::Archive(job) => archive(state, &mut ctx, job),
+            TimerKind::Evict(node) => node_admin::evict(state, &mut ctx, node),
         }
         // A timer that found nothing to do must not come back.
         state.index.timers.remove(&timer);

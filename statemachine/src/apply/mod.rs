@@ -8,11 +8,13 @@ mod clock;
 mod compact;
 mod confirm_dead;
 mod gpu_health;
+mod hold;
 mod lease_due;
 mod lock;
 mod member;
 mod node_admin;
 mod node_silent;
+mod owned;
 mod plan;
 mod register;
 mod report;
@@ -159,7 +161,10 @@ impl State {
             Command::Compact { rev } => compact::apply(self, *rev),
             Command::Retain { bucket } => retain::apply(self, *bucket),
             Command::Mark | Command::Tick => Ok(Reply::Stored(StoredReply::Done)),
-            Command::NodeAdmin { node, out } => node_admin::apply(self, ctx, *node, out.as_deref()),
+            Command::NodeAdmin { node, out } => node_admin::apply(self, ctx, *node, out.as_ref()),
+            Command::Hold { job } => hold::hold(self, ctx, *job),
+            Command::Release { job } => hold::release(self, ctx, *job),
+            Command::Requeue { job } => hold::requeue(self, ctx, *job),
         }
     }
 

@@ -198,7 +198,7 @@ impl State {
             }
             let jobs: Vec<String> = node.launch_fails.iter().map(ToString::to_string).collect();
             let reason = format!("launches of {limit} different jobs failed by its fault: {}", jobs.join(", "));
-            node.admin = NodeAdmin::Out { reason };
+            node.admin = NodeAdmin::Out { reason, evict_ms: None };
             true
         });
         if out == Some(true) {

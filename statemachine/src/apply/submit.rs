@@ -50,7 +50,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
         submitted_wall_ms: state.meta.wall_ms,
         seq: ctx.rev.0,
         // After a restore from a backup, machines may run attempts of jobs that are yet to be submitted again.
-        holds: Holds { orphan: state.has_orphan(id), ..Holds::default() },
+        holds: Holds { orphan: state.has_orphan(id), user: submit.hold, ..Holds::default() },
         stop: None,
         tasks: 1,
         ended: None,

@@ -63,11 +63,7 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
 }
 
 pub(super) fn state(id: JobId, view: &TaskView) -> String {
-    let holds: Vec<&str> = [(view.holds.launch, "LAUNCH"), (view.holds.orphan, "ORPHAN")]
-        .iter()
-        .filter(|hold| hold.0)
-        .map(|hold| hold.1)
-        .collect();
+    let holds = view.holds.names();
     object(json!({
         "job_id": id.0,
         "state": view.state.name(),
@@ -156,7 +152,7 @@ pub(super) fn node(state: &State, id: NodeId, node: &Node) -> String {
     });
     let (admin, reason) = match &node.admin {
         NodeAdmin::Ready => ("READY", None),
-        NodeAdmin::Out { reason } => ("OUT", Some(reason)),
+        NodeAdmin::Out { reason, .. } => ("OUT", Some(reason)),
     };
     let kill = match node.kill {
         KillStrength::PidNamespace => "PID_NAMESPACE",
@@ -183,6 +179,20 @@ pub(super) fn node(state: &State, id: NodeId, node: &Node) -> String {
 }
 
 impl GpuHealth {
+    const ALL: [GpuHealth; 6] = [
+        GpuHealth::Ok,
+        GpuHealth::DrainWhenIdle,
+        GpuHealth::Quarantined,
+        GpuHealth::Dirty,
+        GpuHealth::Unresponsive,
+        GpuHealth::Gone,
+    ];
+
+    /// Reads what [`GpuHealth::name`] wrote.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|health| health.name() == word)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             GpuHealth::Ok => "OK",

@@ -108,7 +108,7 @@ fn job() -> Job {
         submitted_clock_ms: 1 << 33,
         submitted_wall_ms: 1_800_000_000_000,
         seq: 42,
-        holds: Holds { launch: true, orphan: false },
+        holds: Holds { launch: true, orphan: false, user: true },
         stop: Some(Stop { by: UserId(9), rev: Revision(8) }),
         tasks: 1,
         ended: Some(JobEnd { outcome: TaskOutcome::Succeeded, clock_ms: 5, wall_ms: -6 }),
@@ -320,7 +320,7 @@ fn records_are_encoded_as_they_were() {
     for kill in [KillStrength::PidNamespace, KillStrength::Cgroup, KillStrength::Weak] {
         golden.record(&format!("node.{kill:?}"), &versioned(node(NodeAdmin::Ready, kill)));
     }
-    let out = NodeAdmin::Out { reason: "fans".into() };
+    let out = NodeAdmin::Out { reason: "fans".into(), evict_ms: Some(60_000) };
     golden.record("node.out", &versioned(node(out, KillStrength::Weak)));
     golden.record("alloc", &alloc());
     golden.record("class", &class());
@@ -406,6 +406,9 @@ fn name(command: &Command) -> &'static str {
         Command::Mark => "mark",
         Command::Tick => "tick",
         Command::NodeAdmin { .. } => "node_admin",
+        Command::Hold { .. } => "hold",
+        Command::Release { .. } => "release",
+        Command::Requeue { .. } => "requeue",
     }
 }
 
@@ -428,6 +431,7 @@ fn commands() -> Vec<Command> {
             gpu_types: vec!["h100".into()],
             spec: spec(),
             body: body(),
+            hold: true,
         })),
         Command::Cancel { job: JobId(1) },
         Command::Plan(Plan {
@@ -488,7 +492,10 @@ fn commands() -> Vec<Command> {
         Command::Retain { bucket: 1 },
         Command::Mark,
         Command::Tick,
-        Command::NodeAdmin { node: NodeId(1), out: Some("why".into()) },
+        Command::NodeAdmin { node: NodeId(1), out: Some(NodeOut { reason: "why".into(), evict_in_ms: Some(2) }) },
+        Command::Hold { job: JobId(1) },
+        Command::Release { job: JobId(1) },
+        Command::Requeue { job: JobId(1) },
     ]
 }
 
@@ -538,7 +545,7 @@ fn changes() -> Vec<Change> {
         token: Some(Token(2)),
         ending: Some(VerdictKind::Lost),
         not_before_ms: Some(3),
-        holds: Holds { launch: false, orphan: true },
+        holds: Holds { launch: false, orphan: true, user: false },
         exit: Some(EXIT),
     };
     let lease = LeaseView {

@@ -171,6 +171,7 @@ pub fn job(shape: Shape) -> SubmitJob {
             labels: BTreeMap::new(),
         },
         body: Body { argv: vec!["python3".into(), "train.py".into()], env: BTreeMap::new(), cwd: String::new() },
+        hold: false,
     }
 }
 

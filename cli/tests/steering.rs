@@ -1,0 +1,63 @@
+//! What a person and an operator do to jobs and machines of a real cluster, and what comes of it.
+
+mod cluster;
+
+use cluster::Cluster;
+
+#[test]
+fn jobs_and_machines_do_as_they_are_told() {
+    let cluster = Cluster::with_machines();
+    holds(&cluster);
+    requeue(&cluster);
+    drain(&cluster);
+}
+
+fn holds(cluster: &Cluster) {
+    let job = cluster.submit(&["--hold"], "true");
+    assert_eq!(cluster.json(&["show", &job])["reason"], "on hold until it is released");
+    cluster.ares(&["release", &job]).ok().says(&[&format!("Job {job} may start.")]);
+    cluster.ares(&["wait", &job]).ok();
+    cluster.ares(&["hold", &job]).refused(5, &["ALREADY_ENDED", "SUCCEEDED"]);
+    cluster.ares(&["hold", "999"]).refused(3, &["there is no job 999"]);
+
+    let running = cluster.submit(&["--retries", "0"], "exec sleep 600");
+    cluster.until_state(&running, "RUNNING");
+    assert_eq!(cluster.json(&["hold", &running])["held"][0].to_string(), running);
+    assert_eq!(cluster.json(&["show", &running])["state"], "RUNNING");
+    cluster.ares(&["requeue", &running]).ok();
+    cluster.until_state(&running, "PENDING");
+    assert_eq!(cluster.json(&["get", &format!("/state/{running}")])[0]["value"]["holds"][0], "USER");
+    cluster.ares(&["cancel", &running]).ok();
+}
+
+/// The same job, under a new token, without a burnt retry.
+fn requeue(cluster: &Cluster) {
+    let job = cluster.submit(&["--gpus", "1", "--retries", "0"], "exec sleep 600");
+    cluster.until_state(&job, "RUNNING");
+    let first = cluster.json(&["show", &job]);
+    cluster.ares(&["requeue", &job]).ok().says(&["goes back to its place in the queue"]);
+    cluster.until("the second attempt runs", |cluster| {
+        let job = cluster.json(&["show", &job]);
+        job["state"] == "RUNNING" && job["attempt"] == 2
+    });
+    let second = cluster.json(&["show", &job]);
+    assert_eq!((&second["retries_used"], &second["attempts"][0]["verdict"]), (&0.into(), &"PREEMPTED".into()));
+    assert_ne!(first["token"], second["token"]);
+    cluster.ares(&["cancel", &job]).ok();
+    cluster.ares(&["wait", &job]).code(143);
+}
+
+fn drain(cluster: &Cluster) {
+    let job = cluster.submit(&["--gpus", "1"], "exec sleep 600");
+    cluster.until_state(&job, "RUNNING");
+    cluster.ares(&["node", "drain", "gpus", "--evict-after", "soon"]).refused(2, &["--evict-after \"soon\""]);
+    cluster.ares(&["node", "drain", "gpus", "--reason", "new fans", "--evict-after", "0"]).ok();
+    cluster.until_state(&job, "PENDING");
+    let shown = cluster.json(&["show", &job]);
+    let text = shown["attempts"][0]["text"].as_str().unwrap_or_default().to_owned();
+    assert!(text.contains("gpus is out of service: new fans"), "{shown}");
+    assert!(shown["reason"].as_str().is_some_and(|reason| reason.contains("out of service")), "{shown}");
+    cluster.ares(&["node", "resume", "gpus"]).ok().says(&["takes work again"]);
+    cluster.until_state(&job, "RUNNING");
+    cluster.ares(&["cancel", &job]).ok();
+}

@@ -1,0 +1,54 @@
+//! Hold, Release and Requeue: a person keeps a job from starting, lets it start again, or sends it back to its place
+//! in the queue.
+//!
+//! All refuse NOT_FOUND, ALREADY_ENDED, NOT_OWNER. A held job that runs goes on; the hold waits for its way back to the
+//! queue. Release ends a person's hold and the one that too many excused attempts brought, and begins their count
+//! anew; the hold for an orphan ends by itself. Requeue ends a running attempt as PREEMPTED (ALREADY_DECIDED when it
+//! was decided before) and cuts a backoff short. Each accepts what is already so and changes nothing.
+
+use super::{Ctx, DONE, owned};
+use crate::command::{Rejection, Reply};
+use crate::id::*;
+use crate::lease::Ruling;
+use crate::record::*;
+use crate::state::State;
+use crate::transition::{self, By};
+
+pub(super) fn hold(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<Reply, Rejection> {
+    if !owned::live_job(state, ctx, id)?.holds.user {
+        state.change_job(ctx, id, |state, _| state.jobs.update(&id, |job| job.value.holds.user = true));
+    }
+    DONE
+}
+
+pub(super) fn release(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<Reply, Rejection> {
+    let holds = owned::live_job(state, ctx, id)?.holds;
+    if holds.user || holds.launch {
+        state.change_job(ctx, id, |state, _| {
+            state.jobs.update(&id, |job| {
+                job.value.holds.user = false;
+                job.value.holds.launch = false;
+            });
+            state.tasks.update(&id.into(), |task| task.value.excused_in_row = 0);
+        });
+    }
+    DONE
+}
+
+pub(super) fn requeue(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<Reply, Rejection> {
+    owned::live_job(state, ctx, id)?;
+    let task = TaskKey::from(id);
+    match state.tasks.get(&task).map(|task| task.value.phase.clone()) {
+        Some(Phase::Leased { token }) => state.change_job(ctx, id, |state, ctx| {
+            let ruling = Ruling::new(VerdictKind::Preempted, format!("requeued by {}", ctx.actor));
+            state.decide(ctx, token, ruling)
+        })?,
+        Some(phase @ Phase::Retrying { .. }) => state.change_job(ctx, id, |state, _| {
+            if let Some(next) = transition::next(&phase, By::BackoffOver) {
+                state.tasks.update(&task, |task| task.value.phase = next.phase);
+            }
+        }),
+        Some(Phase::Pending | Phase::Ended { .. }) | None => {}
+    }
+    DONE
+}
