@@ -115,8 +115,9 @@ pub enum StartError {
     #[error("peer address {addr}: {what}")]
     Listen { addr: String, what: String },
     #[error(
-        "the log and the vote of replica {replica} in {} are gone: a replica that lost them could vote twice in a term. Remove it from the \
-         group, and let it join again with an empty directory, as a new member",
+        "the log of replica {replica} in {} holds no entry, though the replica was a member: what it acknowledged is lost, and it could vote \
+         for one that lacks it too. Keep the directory for inspection, remove the replica from the group, and let it join again with an \
+         empty directory, as a new member",
         dir.display()
     )]
     LogLost { dir: PathBuf, replica: u64 },
@@ -557,7 +558,8 @@ async fn assemble(
 
     tokio::spawn(packer.run());
     tokio::spawn(reads.clone().serve(raft.clone(), pool));
-    start_upkeep(&raft, &shared, &disk_full, &home, identity);
+    start_upkeep(&raft, &shared, &disk_full);
+    tokio::spawn(upkeep::note_membership(raft.clone(), home.clone(), identity, log.durable_index()));
     let changes = Changes::new(raft.clone());
     tokio::spawn(changes.clone().look_after_members());
     let image_writer = Writer::start(shared.clone(), log.durable_index())
@@ -597,8 +599,8 @@ async fn recover(options: &Options, identity: Identity) -> Result<(Arc<Log>, Arc
         let log = Log::open(&dir.join(LOG_DIR), log_options)?;
         let reader = log.reader();
         let state = reader.state();
-        if identity.stage == Stage::Member && state.last.is_none() && reader.vote().is_none() {
-            return Err(StartError::LogLost { dir, replica: identity.replica });
+        if identity.stage == Stage::Member && state.last.is_none() {
+            return Err(StartError::LogLost { dir: dir.join(LOG_DIR), replica: identity.replica });
         }
         let bounds = LogBounds { purged: state.purged.map(to_position), last: state.last.map(to_position) };
         let recovered = storage::open(&dir, bounds)?;
@@ -645,16 +647,9 @@ fn start_disk_watch(log: &Arc<Log>, shared: &Arc<Shared>) -> watch::Receiver<boo
     full
 }
 
-fn start_upkeep(
-    raft: &Raft,
-    shared: &Arc<Shared>,
-    disk_full: &watch::Receiver<bool>,
-    home: &Arc<Home>,
-    identity: Identity,
-) {
+fn start_upkeep(raft: &Raft, shared: &Arc<Shared>, disk_full: &watch::Receiver<bool>) {
     tokio::spawn(upkeep::keep_log_short(raft.clone(), shared.clone()));
     tokio::spawn(upkeep::leave_office_when_full(raft.clone(), disk_full.clone()));
-    tokio::spawn(upkeep::note_membership(raft.clone(), home.clone(), identity));
     tokio::spawn(upkeep::report_death(raft.clone(), shared.clone()));
     tokio::spawn(upkeep::stop_when_failed(raft.clone(), shared.clone()));
 }

@@ -13,7 +13,7 @@ use raft_node::door::{COMMAND_BYTES, ProposeError};
 use raft_node::identity::{IdentityError, LOG_DIR};
 use raft_node::members::MemberError;
 use raft_node::replica::{Mode, Replica, StartError};
-use statemachine::{Command, Outcome, Reply};
+use statemachine::{Cmd, Command, Outcome, Reply, Revision};
 use tonic::Code;
 
 use support::{Group, SOON, Wire, request_id, session, until};
@@ -145,6 +145,61 @@ async fn all_replicas_killed_resume_by_themselves() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_whose_log_holds_nothing_is_refused_even_with_its_vote() {
+    let mut group = Group::of(1).await;
+    assert!(is_done(&group.open_session(1).await));
+    group.stop(0).await;
+    let dir = group.places[0].dir.join(LOG_DIR);
+    let empty = tempfile::tempdir().expect("a directory");
+    drop(raft_node::log::Log::open(empty.path(), Default::default()).expect("an empty log"));
+    let head = std::fs::read(empty.path().join("000000000001.log")).expect("read");
+    std::fs::write(dir.join("000000000001.log"), head).expect("written");
+    let refused = Replica::start(group.options(0, Mode::Resume)).await.err().expect("refused").to_string();
+    assert!(refused.contains("000000000001.log") && refused.contains("offset"), "{refused}");
+    // Nothing says where its end was; that it was a member is enough.
+    for note in ["durable", "vote-a", "vote-b"] {
+        let empty = empty.path().join(note);
+        let bytes = if empty.exists() { std::fs::read(empty).expect("read") } else { Vec::new() };
+        std::fs::write(dir.join(note), bytes).expect("written");
+    }
+    let refused = Replica::start(group.options(0, Mode::Resume)).await.err().expect("refused");
+    assert!(matches!(refused, StartError::LogLost { .. }), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_goes_on_where_it_was_after_all_replicas_were_stopped() {
+    let mut group = Group::of(3).await;
+    for request in 0..20 {
+        assert!(is_done(&group.open_session(request).await));
+    }
+    for lock in 0..20 {
+        let leader = group.replica(group.leader().await);
+        let session = *leader.state().sessions.iter().next().expect("one was opened").0;
+        let body = Command::Acquire { session, name: format!("lock {lock}") };
+        leader.propose(Cmd { request: None, actor: "tests".to_owned(), body }).await.expect("committed");
+    }
+    group.assert_equal().await;
+    let seen = Revision(5);
+    let events = |replica: &Replica| -> Vec<_> {
+        let state = replica.state();
+        state.events_since(seen).expect("they are kept").cloned().collect()
+    };
+    let before = events(group.replica(0));
+    assert!(before.len() >= 15, "{before:?}");
+    for n in 0..3 {
+        group.stop(n).await;
+    }
+    for n in 0..3 {
+        group.resume(n).await;
+    }
+    group.assert_equal().await;
+    for (n, replica) in group.running() {
+        assert_eq!(events(replica), before, "replica {n}");
+    }
+    group.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_leader_that_restarts_is_elected_again() {
     let mut group = Group::of(1).await;
     assert!(is_done(&group.open_session(1).await));
@@ -202,6 +257,8 @@ async fn a_replica_joins_is_promoted_and_removed() {
     let id = group.replica(out).id();
     let members = group.replica(leader).remove(id).await.expect("removed");
     assert!(members.iter().all(|member| member.id != id));
+    // Again, as one does who heard nothing of the first.
+    assert_eq!(group.replica(leader).remove(id).await.expect("it is out").len(), 3);
     group.kill(out).await;
     group.wait_voters(3).await;
     assert!(is_done(&group.open_session(11).await));

@@ -44,10 +44,11 @@ pub(super) fn open(dir: &Path, options: &Options) -> Result<Recovered, LogError>
     }
     let lock = lock(dir)?;
     let (kept, orphans) = segment_numbers(dir)?;
-    let vote = find_vote(dir, !kept.is_empty())?;
+    let (vote, known) = find_vote(dir, !kept.is_empty())?;
     let plan = replay(dir, &kept, vote, options)?;
-    check_witness(dir, &plan)?;
-    commit(dir, options, plan, orphans, vote, lock)
+    let known = known.max(Witness::look(dir).unwrap_or_default());
+    check_durable(dir, &plan, known)?;
+    commit(dir, options, plan, orphans, (vote, known), lock)
 }
 
 /// Only one process may write here. Asks for a while: the last holder may be on its way out, and a process that it
@@ -78,12 +79,13 @@ fn segment_numbers(dir: &Path) -> Result<(Vec<u32>, Vec<PathBuf>), LogError> {
     Ok((kept, numbers.into_iter().map(|number| SegmentFile::path(dir, number)).collect()))
 }
 
-fn find_vote(dir: &Path, has_log: bool) -> Result<Option<Vote>, LogError> {
+/// The vote, and how far the log was durable when it was saved.
+fn find_vote(dir: &Path, has_log: bool) -> Result<(Option<Vote>, Known), LogError> {
     let lost = |what: &str| Err(LogError::VoteLost { path: dir.join("vote-a"), what: what.to_owned() });
     match (VoteFiles::look(dir)?, has_log) {
-        (Found::Vote(Some(_)), false) => Err(LogError::damaged(dir, 0, "there is a vote but no log")),
-        (Found::Vote(vote), _) => Ok(vote),
-        (Found::Blank, false) => Ok(None),
+        (Found::Vote(Some(_), _), false) => Err(LogError::damaged(dir, 0, "there is a vote but no log")),
+        (Found::Vote(vote, known), _) => Ok((vote, known)),
+        (Found::Blank, false) => Ok((None, Known::default())),
         (Found::Blank, true) => lost("there is a log but no readable vote, neither here nor in vote-b"),
         (Found::Bad, _) => lost("both copies of the vote, this one and vote-b, are damaged"),
     }
@@ -130,14 +132,13 @@ fn replay(dir: &Path, numbers: &[u32], vote: Option<Vote>, options: &Options) ->
 }
 
 /// Whether everything is there that was once durable.
-fn check_witness(dir: &Path, plan: &Plan) -> Result<(), LogError> {
-    let Some(known) = Witness::look(dir) else { return Ok(()) };
-    let end = plan.segments.back().map(|last| Known { segment: last.file.number, offset: last.len });
-    if end >= Some(known) {
+fn check_durable(dir: &Path, plan: &Plan, known: Known) -> Result<(), LogError> {
+    let end = plan.segments.back().map(|last| Known { segment: last.file.number, offset: last.len }).unwrap_or_default();
+    if end >= known {
         return Ok(());
     }
-    let valid = end.filter(|end| end.segment == known.segment).map_or(0, |end| end.offset);
-    let what = format!("it is valid up to here, but was durable up to {}", known.offset);
+    let valid = if end.segment == known.segment { end.offset } else { 0 };
+    let what = format!("it is valid up to here, but was durable up to {}: entries are lost", known.offset);
     Err(LogError::damaged(&SegmentFile::path(dir, known.segment), valid, what))
 }
 
@@ -260,14 +261,14 @@ fn commit(
     options: &Options,
     plan: Plan,
     orphans: Vec<PathBuf>,
-    vote: Option<Vote>,
+    (vote, known): (Option<Vote>, Known),
     lock: File,
 ) -> Result<Recovered, LogError> {
     let Plan { mut view, mut segments, unborn, cut } = plan;
     for path in orphans.iter().chain(&unborn) {
         std::fs::remove_file(path).map_err(LogError::io("remove", path))?;
     }
-    let votes = VoteFiles::open(dir, vote)?;
+    let votes = VoteFiles::open(dir, vote, known)?;
     view.vote = vote;
     match segments.back() {
         Some(last) => {

@@ -14,8 +14,9 @@ const VERSION: u32 = 20261125;
 /// Magic, version, segment u32, offset u64, crc32 of all before.
 const LEN: usize = 28;
 
-/// Everything before this offset of this segment was durable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// Everything before this offset of this segment was durable; segment 0: nothing is known. Only grows: what takes entries
+/// away is written behind them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Known {
     pub segment: u32,
     pub offset: u64,

@@ -282,7 +282,7 @@ impl Writer {
     }
 
     fn save_vote(&mut self, vote: Vote) -> Result<(), LogError> {
-        self.votes.save(Some(vote))?;
+        self.votes.save(Some(vote), self.durable())?;
         self.shared.view().vote = Some(vote);
         Ok(())
     }
@@ -370,7 +370,11 @@ impl Writer {
     }
 
     fn note_durable(&self) {
-        self.witness.note(Known { segment: self.current.file.number, offset: self.synced });
+        self.witness.note(self.durable());
+    }
+
+    fn durable(&self) -> Known {
+        Known { segment: self.current.file.number, offset: self.synced }
     }
 
     fn roll(&mut self) -> Result<(), LogError> {

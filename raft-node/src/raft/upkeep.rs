@@ -184,15 +184,24 @@ pub async fn leave_office_when_full(raft: Raft, mut full: watch::Receiver<bool>)
     }
 }
 
-/// Notes that the group's membership names this replica: from then on an empty log is a lost one.
-pub async fn note_membership(raft: Raft, home: Arc<Home>, identity: Identity) {
+/// Notes that the group's membership names this replica, once its own log holds the entry that says so: from then on an empty
+/// log is a lost one.
+pub async fn note_membership(
+    raft: Raft,
+    home: Arc<Home>,
+    identity: Identity,
+    mut durable: watch::Receiver<Option<u64>>,
+) {
     if identity.stage == Stage::Member {
         return;
     }
     let mut metrics = raft.metrics();
     let named = metrics
         .wait_until(|metrics| metrics.committed_membership_config.membership().get_node(&identity.replica).is_some());
-    if named.await.is_err() {
+    let Ok(named_at) = named.await.map(|metrics| metrics.committed_membership_config.log_id().map(|id| id.index)) else {
+        return;
+    };
+    if durable.wait_for(|durable| *durable >= named_at).await.is_err() {
         return;
     }
     let written = tokio::task::spawn_blocking(move || home.write(&Identity { stage: Stage::Member, ..identity })).await;

@@ -110,6 +110,33 @@ fn a_last_segment_cut_short_or_damaged_at_its_end_or_lost_is_refused() {
 }
 
 #[test]
+fn a_log_that_lost_all_but_its_head_is_refused_by_what_the_vote_says() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let log = open(dir.path(), &quiet());
+    append(&log, records(0..10, 1, 300));
+    save_vote(&log, 2);
+    let voted = frames_end(&last_segment(dir.path()));
+    append(&log, records(10..20, 2, 300));
+    let crashed = copy(dir.path());
+    // Nothing but the vote was ever synced, as on a disk that lies; the note of what was durable is gone with the rest.
+    std::fs::remove_file(crashed.path().join("durable")).expect("remove");
+    let segment = last_segment(crashed.path());
+    let whole = std::fs::read(&segment).expect("read");
+    for kept in [voted - 1, 400, 150] {
+        let mut bytes = whole[..kept as usize].to_vec();
+        bytes.resize(whole.len(), 0);
+        std::fs::write(&segment, &bytes).expect("write");
+        let error = refused(crashed.path(), &quiet());
+        assert_names(&error, &segment, kept, 400);
+        assert!(error.to_string().contains(&format!("durable up to {voted}")), "{error}");
+        assert!(std::fs::read(&segment).expect("read") == bytes, "a refusal changes nothing");
+    }
+    // What came after the vote may be a write that never finished.
+    std::fs::write(&segment, &whole[..voted as usize]).expect("write");
+    assert_eq!(all(&open(crashed.path(), &quiet()).reader()).len(), 10);
+}
+
+#[test]
 fn a_bad_note_of_what_was_durable_is_no_reason_to_stop() {
     for bad in [&b""[..], b"ARESSYNC", &[0; 28]] {
         let dir = synced_store(3);
