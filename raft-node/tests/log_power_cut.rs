@@ -1,6 +1,7 @@
 //! Power cuts of the log alone: a process appends, votes and purges on an ext4 of its own, which is shut down under it
 //! so that everything unsynced is gone; then nothing acknowledged may be missing. Needs root and loop devices, or says
-//! loudly that it was skipped. `ARES_POWER_CUTS` sets the number of cuts. With the planted bug (acknowledge without
+//! loudly that it was skipped. The file system is mounted in a mount namespace of the test's own: however the test ends,
+//! killed too, neither mount nor loop device stays. `ARES_POWER_CUTS` sets the number of cuts. With the planted bug (acknowledge without
 //! fsync) the same run must find a loss.
 
 use std::collections::BTreeMap;
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use raft_node::log::{EntryId, Log, Options, Record, Vote};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use rustix::time::{ClockId, clock_gettime};
 
 const ACKS_BEFORE_A_CUT: usize = 150;
@@ -91,15 +93,21 @@ struct Disk {
 
 impl Disk {
     fn make() -> Option<Disk> {
+        let made = leave_mount_namespace().and_then(|()| Disk::mounted());
+        made.map_err(|why| {
+            eprintln!("SKIPPED: power cuts were not tested, they need root, loop devices and mkfs.ext4: {why}");
+        })
+        .ok()
+    }
+
+    fn mounted() -> Result<Disk, String> {
         let disk = Disk { base: tempfile::tempdir().expect("a directory") };
         let image = std::fs::File::create(disk.image()).expect("create");
         image.set_len(96 << 20).expect("size");
         std::fs::create_dir(disk.mount_point()).expect("create");
-        let made = run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(disk.image())) && disk.mount();
-        if !made {
-            eprintln!("SKIPPED: power cuts were not tested, they need root, loop devices and mkfs.ext4");
-        }
-        made.then_some(disk)
+        run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(disk.image()))?;
+        disk.mount()?;
+        Ok(disk)
     }
 
     fn image(&self) -> PathBuf {
@@ -110,15 +118,20 @@ impl Disk {
         self.base.path().join("mounted")
     }
 
-    fn mount(&self) -> bool {
+    fn mount(&self) -> Result<(), String> {
         run(Command::new("mount").args(["-o", "loop"]).arg(self.image()).arg(self.mount_point()))
     }
 
-    fn unmount(&self) -> bool {
-        (0..100).any(|_| {
+    fn unmount(&self) -> Result<(), String> {
+        let mut tried = Ok(());
+        for _ in 0..100 {
             std::thread::sleep(Duration::from_millis(20));
-            run(Command::new("umount").arg(self.mount_point()))
-        })
+            tried = run(Command::new("umount").arg(self.mount_point()));
+            if tried.is_ok() {
+                break;
+            }
+        }
+        tried
     }
 
     /// Everything unsynced is gone from now on. Returns the time just before.
@@ -137,12 +150,27 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        run(Command::new("umount").arg("-l").arg(self.mount_point()));
+        // Not mounted, if it never was.
+        run(Command::new("umount").arg("-l").arg(self.mount_point())).ok();
     }
 }
 
-fn run(command: &mut Command) -> bool {
-    command.output().is_ok_and(|output| output.status.success())
+/// What this thread and the processes that it starts mount from now on is seen by them alone and goes with the last of
+/// them; a loop device goes with its mount.
+fn leave_mount_namespace() -> Result<(), String> {
+    // SAFETY: file descriptors stay shared.
+    let left = unsafe { unshare_unsafe(UnshareFlags::NEWNS) };
+    left.map_err(|error| format!("no mount namespace of its own: {error}"))?;
+    run(Command::new("mount").args(["--make-rprivate", "/"]))
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().map_err(|error| format!("{program}: {error}"))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim())),
+    }
 }
 
 fn start_writing(disk: &Disk, planted: &str) -> (Child, Receiver<()>, Arc<Mutex<Vec<String>>>) {
@@ -234,7 +262,7 @@ fn one_cut(disk: &Disk, acked: &mut Acked, planted: &str) -> Result<usize, Strin
     end.recv().ok();
     let heard = acked.hear(&lines.lock().expect("lock"), cut);
     assert!(enough && heard >= 100, "only {heard} acknowledgements before the cut");
-    assert!(disk.unmount() && disk.mount(), "mount again");
+    disk.unmount().and_then(|()| disk.mount()).expect("mounted again");
     let log = Log::open(&disk.mount_point().join("log"), options()).map_err(|error| error.to_string())?;
     acked.missing_in(&log)?;
     // What was not acknowledged may be there too; now that it was shown, it must stay.
