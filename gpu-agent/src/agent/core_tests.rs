@@ -37,7 +37,7 @@ fn lease(token: u64) -> v1::DesiredLease {
         ttl_ms: 10_000,
         kill_grace_ms: 1_000,
         go: true,
-        single_node: true,
+        nodes: 1,
         ..Default::default()
     }
 }

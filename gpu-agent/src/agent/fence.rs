@@ -39,6 +39,42 @@ pub struct Content {
     pub live: BTreeMap<u64, Live>,
 }
 
+impl Content {
+    /// Whether this attempt may be started here; changes nothing.
+    pub fn check(&self, token: u64, gpus: &[String]) -> Result<(), Refusal> {
+        if self.live.contains_key(&token) {
+            return Err(Refusal::StartedBefore { token });
+        }
+        if token <= self.floor {
+            return Err(Refusal::BelowFloor { token, floor: self.floor });
+        }
+        for gpu in gpus {
+            match self.gpus.get(gpu) {
+                Some(newer) if *newer > token => {
+                    return Err(Refusal::GpuNewer { token, gpu: gpu.clone(), newer: *newer });
+                }
+                Some(same) if *same == token => return Err(Refusal::StartedBefore { token }),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the attempt up; It must be saved before it starts.
+    pub fn add(&mut self, token: u64, live: Live) {
+        for gpu in &live.gpus {
+            self.gpus.insert(gpu.clone(), token);
+        }
+        self.max_token = self.max_token.max(token);
+        self.live.insert(token, live);
+    }
+
+    /// The leader has the end of this attempt. On disk with the next save: until then it is only told again.
+    pub fn forget(&mut self, token: u64) {
+        self.live.remove(&token);
+    }
+}
+
 /// How the file was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
@@ -98,37 +134,17 @@ impl Fence {
 
     /// Whether this attempt may be started here; changes nothing.
     pub fn check(&self, token: u64, gpus: &[String]) -> Result<(), Refusal> {
-        let content = &self.content;
-        if content.live.contains_key(&token) {
-            return Err(Refusal::StartedBefore { token });
-        }
-        if token <= content.floor {
-            return Err(Refusal::BelowFloor { token, floor: content.floor });
-        }
-        for gpu in gpus {
-            match content.gpus.get(gpu) {
-                Some(newer) if *newer > token => {
-                    return Err(Refusal::GpuNewer { token, gpu: gpu.clone(), newer: *newer });
-                }
-                Some(same) if *same == token => return Err(Refusal::StartedBefore { token }),
-                _ => {}
-            }
-        }
-        Ok(())
+        self.content.check(token, gpus)
     }
 
     /// Takes the attempt up; [`Fence::save`] must follow before it starts.
     pub fn add(&mut self, token: u64, live: Live) {
-        for gpu in &live.gpus {
-            self.content.gpus.insert(gpu.clone(), token);
-        }
-        self.content.max_token = self.content.max_token.max(token);
-        self.content.live.insert(token, live);
+        self.content.add(token, live);
     }
 
     /// The leader has the end of this attempt. On disk with the next save: until then it is only told again.
     pub fn forget(&mut self, token: u64) {
-        self.content.live.remove(&token);
+        self.content.forget(token);
     }
 
     /// Syncs file and directory.

@@ -167,7 +167,7 @@ impl Launcher {
         if lease.first_rank != 0 {
             return Ok(if launch.open { lease.master_port } else { 0 });
         }
-        if launch.open && !lease.single_node {
+        if launch.open && lease.nodes > 1 {
             return Ok(lease.master_port);
         }
         let mut ports = self.ports.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

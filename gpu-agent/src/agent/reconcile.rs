@@ -44,7 +44,7 @@ pub fn reconcile(desired: &[DesiredLease], actual: &BTreeMap<u64, Part>, ended: 
             None if ended(token) => {}
             None if !lease.stop.is_empty() => steps.push(Step::Decline { token }),
             None if gpu_in_use(lease, actual) => {}
-            None => steps.push(Step::Launch { token, open: lease.single_node || lease.go }),
+            None => steps.push(Step::Launch { token, open: lease.nodes == 1 || lease.go }),
         }
     }
     steps
@@ -71,7 +71,7 @@ mod tests {
         DesiredLease {
             token,
             ranks: 1,
-            single_node: true,
+            nodes: 1,
             go: true,
             ttl_ms: 40_000,
             kill_grace_ms: 7,
@@ -80,7 +80,7 @@ mod tests {
     }
 
     fn gang(token: u64, go: bool) -> DesiredLease {
-        DesiredLease { single_node: false, nodes: 2, go, ..lease(token) }
+        DesiredLease { nodes: 2, go, ..lease(token) }
     }
 
     fn with(lease: &DesiredLease, rank: Rank) -> BTreeMap<u64, Part> {

@@ -153,7 +153,6 @@ fn half(token: u64, node_rank: u32) -> DesiredLease {
         node_rank,
         first_rank: node_rank,
         go: false,
-        single_node: false,
         ..lease(token)
     }
 }

@@ -154,7 +154,6 @@ pub fn lease(token: u64) -> v1::DesiredLease {
         ttl_ms: 30_000,
         kill_grace_ms: 2_000,
         go: true,
-        single_node: true,
         ..Default::default()
     }
 }

@@ -1,7 +1,7 @@
 //! The words of the wire for the state machine's enums and ids, each in one place.
 
 use statemachine::GpuUuid;
-use statemachine::record::{ExitCause, GpuHealth, KillStrength, PartState, PciClass, TaskOutcome};
+use statemachine::record::{ExitCause, KillStrength, PartState, PciClass, TaskOutcome};
 use statemachine::view::ShownState;
 
 pub fn hex(bytes: &[u8]) -> String {
@@ -45,10 +45,6 @@ macro_rules! words {
 }
 
 words! {
-    health, parse_health: GpuHealth {
-        Ok = "OK", DrainWhenIdle = "DRAIN_WHEN_IDLE", Quarantined = "QUARANTINED", Dirty = "DIRTY",
-        Unresponsive = "UNRESPONSIVE", Gone = "GONE",
-    }
     kill, parse_kill: KillStrength { PidNamespace = "pidns", Cgroup = "cgroup", Weak = "weak" }
     cause, parse_cause: ExitCause {
         Own = "OWN", Stopped = "STOPPED", TimeLimit = "TIME_LIMIT", LeaseEnd = "LEASE_END", GpuFault = "GPU_FAULT",

@@ -52,7 +52,6 @@ fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token, ending: b
         master_addr,
         master_port,
         job_name: spec.name.clone(),
-        single_node: lease.parts.len() == 1,
     })
 }
 
