@@ -7,15 +7,17 @@ use std::time::Duration;
 use statemachine::{Cmd, Command, Revision, State};
 
 use super::Desk;
+use super::keeper::Keeper;
+use crate::door::wall_ms;
 
 /// How often the clockwork runs.
-const PERIOD: Duration = Duration::from_millis(100);
+pub const PERIOD: Duration = Duration::from_millis(100);
 /// Keeper's rounds among them: silences and limits are seconds, not milliseconds.
 const KEEPER_EVERY: u64 = 5;
 /// Housekeeping rounds: compaction and retention.
 const HOUSEKEEPING_EVERY: u64 = 100;
 /// The name that the log shows for the leader's own commands.
-pub(super) const ACTOR: &str = "ares";
+pub const ACTOR: &str = "ares";
 
 pub(super) async fn run(desk: Arc<Desk>) {
     let mut ticker = tokio::time::interval(PERIOD);
@@ -23,20 +25,31 @@ pub(super) async fn run(desk: Arc<Desk>) {
     for round in 0u64.. {
         ticker.tick().await;
         let state = desk.replica.state();
-        let mut commands = Vec::new();
-        let cluster_now_ms = desk.office.clock_ms();
-        if state.next_due_ms().is_some_and(|due| due <= cluster_now_ms) {
-            commands.push(Command::Tick);
-        }
-        if round % KEEPER_EVERY == 0 {
-            let now_ms = desk.now_ms();
-            commands.extend(desk.keeper().due(&state, now_ms, cluster_now_ms));
-        }
-        if round % HOUSEKEEPING_EVERY == HOUSEKEEPING_EVERY - 1 {
-            commands.extend(housekeeping(&state));
-        }
+        let (now_ms, cluster_now_ms) = (desk.now_ms(), desk.office.clock_ms());
+        let mut commands = due(&state, &mut desk.keeper(), round, now_ms, cluster_now_ms);
+        commands.extend(calendar_due(&state, wall_ms()).filter(|tick| !commands.contains(tick)));
         propose(&desk, commands).await;
     }
+}
+
+/// The commands that are due in this round of the term, counted from 0. `now_ms`: the term's own monotonic clock.
+pub fn due(state: &State, keeper: &mut Keeper, round: u64, now_ms: u64, cluster_now_ms: u64) -> Vec<Command> {
+    let mut commands = Vec::new();
+    if state.next_due_ms().is_some_and(|due| due <= cluster_now_ms) {
+        commands.push(Command::Tick);
+    }
+    if round % KEEPER_EVERY == 0 {
+        commands.extend(keeper.due(state, now_ms, cluster_now_ms));
+    }
+    if round % HOUSEKEEPING_EVERY == HOUSEKEEPING_EVERY - 1 {
+        commands.extend(housekeeping(state));
+    }
+    commands
+}
+
+/// The entry that brings a begin time or a deadline, once this machine's wall clock has come to it.
+pub fn calendar_due(state: &State, wall_now_ms: i64) -> Option<Command> {
+    state.next_due_wall_ms().filter(|due| *due <= wall_now_ms).map(|_| Command::Tick)
 }
 
 /// Moves the floor of watches behind the ring of events, and drops history that is older than its time.

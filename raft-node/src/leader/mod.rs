@@ -1,12 +1,14 @@
 //! What only the leader does: it remembers who was heard, plans, ends silent leases, ticks, and keeps the agents' desired
 //! sets. Everything here lives for one term of office and is forgotten with it; what must last is in the state.
 
-mod beats;
+pub mod beats;
 pub mod desired;
-mod duties;
+pub mod duties;
 pub mod keeper;
 mod links;
 mod planner;
+pub mod settled;
+pub mod touched;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};

@@ -1,20 +1,16 @@
 //! The planning loop: wakes when something changed that could start a job, plans on an O(1) snapshot, and proposes the
 //! plan. Policy never runs inside apply: a slow plan can't stall the log, and apply re-checks every placement.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use scheduling::plan::{Cache, Limits, Plan, plan};
-use statemachine::event::Change;
-use statemachine::record::{Alloc, Node, Versioned};
-use statemachine::spec::Shape;
-use statemachine::table::Table;
-use statemachine::{Cmd, Command, NodeId, Revision, State};
+use scheduling::plan::{Cache, Limits, plan};
+use statemachine::{Cmd, Command};
 use tokio::sync::watch;
 
 use super::Desk;
 use super::duties::ACTOR;
+use super::settled::Settled;
 use crate::replica::Applied;
 
 /// Changes within this time are one cycle.
@@ -82,48 +78,6 @@ async fn changed(desk: &Desk, applied: &mut watch::Receiver<Applied>) -> bool {
         changed = applied.changed() => changed.is_ok(),
         () = desk.heard.notified() => true,
         () = tokio::time::sleep(IDLE) => true,
-    }
-}
-
-/// A complete cycle that could place nothing: while the machines stay as they were, only a shape that it did not look
-/// at can start. So a stream of submissions that wait costs a look at each, not at the whole queue.
-struct Settled {
-    nodes: Table<NodeId, Versioned<Node>>,
-    allocs: Table<NodeId, Alloc>,
-    unheard: BTreeSet<NodeId>,
-    /// Shapes that find no room.
-    waiting: BTreeSet<Shape>,
-    seen: Revision,
-}
-
-impl Settled {
-    fn after(plan: &Plan, limits: &Limits, state: &State, unheard: BTreeSet<NodeId>) -> Option<Self> {
-        if plan.unfinished || limits.after.is_some() || !plan.places.is_empty() {
-            return None;
-        }
-        let mut waiting = BTreeSet::new();
-        for (task, _) in &plan.reasons {
-            let shape = &state.jobs.get(&task.job)?.value.spec.shape;
-            if !waiting.contains(shape) {
-                waiting.insert(shape.clone());
-            }
-        }
-        Some(Self { nodes: state.nodes.clone(), allocs: state.allocs.clone(), unheard, waiting, seen: state.meta.rev })
-    }
-
-    fn still_holds(&mut self, state: &State, unheard: &BTreeSet<NodeId>) -> bool {
-        if *unheard != self.unheard || !state.nodes.is_same(&self.nodes) || !state.allocs.is_same(&self.allocs) {
-            return false;
-        }
-        let Ok(mut events) = state.events_since(self.seen) else { return false };
-        let new_shape = events.any(|event| match &event.what {
-            Change::Queued { place } => {
-                state.jobs.get(&place.task.job).is_some_and(|job| !self.waiting.contains(&job.value.spec.shape))
-            }
-            _ => false,
-        });
-        self.seen = state.meta.rev;
-        !new_shape
     }
 }
 
