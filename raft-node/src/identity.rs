@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 const FORMAT: u32 = 20_261_125;
 const LOCK: &str = "LOCK";
 const IDENTITY: &str = "IDENTITY";
-const IDENTITY_NEW: &str = "IDENTITY.new";
 
 /// The cluster's id: drawn once, at the bootstrap.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -166,21 +165,25 @@ impl Home {
             stage: identity.stage,
         };
         let text = serde_json::to_string_pretty(&stored).expect("plain fields always encode") + "\n";
-        let (new, path) = (self.dir.join(IDENTITY_NEW), self.dir.join(IDENTITY));
+        self.replace(IDENTITY, text.as_bytes())
+    }
+
+    /// Replaces a file of the directory: durable, whole or not at all.
+    pub(crate) fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), IdentityError> {
+        let (new, path) = (self.dir.join(format!("{name}.new")), self.dir.join(name));
         let mut file = File::create(&new).map_err(io_error("create", &new))?;
-        file.write_all(text.as_bytes()).map_err(io_error("write", &new))?;
+        file.write_all(bytes).map_err(io_error("write", &new))?;
         file.sync_all().map_err(io_error("sync", &new))?;
         fs::rename(&new, &path).map_err(io_error("rename to", &path))?;
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(io_error("sync", &self.dir))
     }
 
-    /// Anything but the lock, an unfinished first identity, and what others may lay here before a replica exists (`env`, logs of the
-    /// process).
+    /// Not the lock, an unfinished first identity, or what others may lay here before a replica exists (`env`, logs of the process).
     fn holds_other_files(&self) -> Result<bool, IdentityError> {
         let entries = fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))?;
         for entry in entries {
             let name = entry.map_err(io_error("list", &self.dir))?.file_name();
-            if ![LOCK, IDENTITY_NEW].iter().any(|own| name == *own) && OWNED.iter().any(|owned| name == *owned) {
+            if OWNED.iter().any(|owned| name == *owned) {
                 return Ok(true);
             }
         }

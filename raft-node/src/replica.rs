@@ -1,6 +1,7 @@
 //! One replica of the group: starts it, stops it, and is the handle that the APIs and the leader's loops work with. No type of openraft leaves
 //! this handle. Changes of the membership are `members`'.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,8 +11,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use proto::v1;
 use proto::v1::peer_server::PeerServer;
-use statemachine::record::LogPosition;
-use statemachine::storage::{self, Image, LogBounds};
+use statemachine::storage::Image;
 use statemachine::{Cmd, Outcome, State};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -19,9 +19,9 @@ use tokio::sync::{oneshot, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::door::{self, Door, Obstacles, ProposeError};
-use crate::identity::{ClusterId, Home, Identity, IdentityError, LOG_DIR, Stage};
+use crate::identity::{ClusterId, Home, Identity, IdentityError, Stage};
 use crate::log::storage::LogStore;
-use crate::log::{self, EntryId, Log};
+use crate::log::{self, Log};
 use crate::office::{self, Office};
 use crate::raft::Raft;
 use crate::raft::image::Writer;
@@ -31,6 +31,7 @@ use crate::raft::service::PeerService;
 use crate::raft::upkeep::Changes;
 use crate::raft::{settings, upkeep};
 use crate::read::{ReadError, Reads};
+use crate::recovery;
 
 pub use crate::raft::machine::{Applied, Digest};
 pub use crate::raft::types::Peer;
@@ -121,6 +122,13 @@ pub enum StartError {
         dir.display()
     )]
     LogLost { dir: PathBuf, replica: u64 },
+    #[error(
+        "neither the image nor a snapshot in {} is usable, and the log no longer begins at its first entry: it begins behind entry \
+         {purged}. No other replica of the group is known that could give its state. If there is one, start with --join and its address; \
+         else restore the directory from a backup. Nothing was changed",
+        dir.display()
+    )]
+    StateLost { dir: PathBuf, purged: u64 },
     #[error("could not join through {addr}: {source}")]
     Join { addr: String, source: proto::Error },
     #[error("could not join through {addr}: {what}")]
@@ -129,7 +137,7 @@ pub enum StartError {
     Internal { doing: &'static str, what: String },
 }
 
-fn internal(doing: &'static str) -> impl FnOnce(String) -> StartError {
+pub(crate) fn internal(doing: &'static str) -> impl FnOnce(String) -> StartError {
     move |what| StartError::Internal { doing, what }
 }
 
@@ -470,7 +478,7 @@ async fn whose(options: &Options) -> Result<(Home, Identity), StartError> {
     Ok((home, identity))
 }
 
-fn group(addr: &str, cluster: &str, token: &str) -> Result<proto::Client, StartError> {
+pub(crate) fn group(addr: &str, cluster: &str, token: &str) -> Result<proto::Client, StartError> {
     let failed = |source| StartError::Join { addr: addr.to_owned(), source };
     let identity = proto::Identity::new(cluster, token).map_err(failed)?;
     Ok(proto::Client::new(vec![addr.to_owned()], identity))
@@ -546,9 +554,9 @@ async fn assemble(
     peer: Peer,
     listener: TcpListener,
 ) -> Result<Assembled, StartError> {
-    let (log, shared) = recover(&options, identity).await?;
     let cluster = identity.cluster.to_string();
     let pool = Pool::new(identity.replica, &cluster);
+    let (log, shared) = recovery::recover(&options, &home, identity, &pool).await?;
     let raft = start_raft(&options, identity, &pool, &log, &shared).await?;
     let office = start_office(&raft, &shared);
     let reads = Reads::new(shared.applied());
@@ -559,6 +567,7 @@ async fn assemble(
     tokio::spawn(packer.run());
     tokio::spawn(reads.clone().serve(raft.clone(), pool));
     start_upkeep(&raft, &shared, &disk_full);
+    tokio::spawn(upkeep::note_members(raft.clone(), home.clone()));
     tokio::spawn(upkeep::note_membership(raft.clone(), home.clone(), identity, log.durable_index()));
     let changes = Changes::new(raft.clone());
     tokio::spawn(changes.clone().look_after_members());
@@ -569,7 +578,7 @@ async fn assemble(
         reads: reads.clone(),
         replica: identity.replica.to_string(),
         cluster,
-        snapshots: shared.snapshots(),
+        shared: shared.clone(),
     };
     let stop_server = start_server(service, listener);
     if identity.stage == Stage::Founding {
@@ -590,30 +599,6 @@ async fn assemble(
         image_writer,
         stop_server,
     })
-}
-
-/// Log and vote first, then image and snapshots: the order of the recovery.
-async fn recover(options: &Options, identity: Identity) -> Result<(Arc<Log>, Arc<Shared>), StartError> {
-    let (dir, log_options) = (options.dir.clone(), options.log.clone());
-    let work = move || {
-        let log = Log::open(&dir.join(LOG_DIR), log_options)?;
-        let reader = log.reader();
-        let state = reader.state();
-        if identity.stage == Stage::Member && state.last.is_none() {
-            return Err(StartError::LogLost { dir: dir.join(LOG_DIR), replica: identity.replica });
-        }
-        let bounds = LogBounds { purged: state.purged.map(to_position), last: state.last.map(to_position) };
-        let recovered = storage::open(&dir, bounds)?;
-        tracing::info!(source = %recovered.source, applied = recovered.state.meta.applied.index, "the state is recovered");
-        let shared = Shared::new(&dir, identity.cluster.0, recovered);
-        let shared = shared.map_err(|err| internal("recover the state")(err.to_string()))?;
-        Ok((Arc::new(log), Arc::new(shared)))
-    };
-    tokio::task::spawn_blocking(work).await.map_err(|err| internal("recover")(err.to_string()))?
-}
-
-fn to_position(id: EntryId) -> LogPosition {
-    LogPosition { term: id.term, leader: id.node, index: id.index }
 }
 
 async fn start_raft(
@@ -686,6 +671,6 @@ async fn found(raft: &Raft, identity: Identity, peer: &Peer) -> Result<(), Start
     if raft.is_initialized().await.map_err(|err| failed(err.to_string()))? {
         return Ok(());
     }
-    let members = std::collections::BTreeMap::from([(identity.replica, peer.clone())]);
+    let members = BTreeMap::from([(identity.replica, peer.clone())]);
     raft.initialize(members).await.map_err(|err| failed(err.to_string()))
 }

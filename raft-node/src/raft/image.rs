@@ -8,15 +8,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::fs::statvfs;
-use statemachine::storage::CUT_MS;
+use statemachine::storage::{CUT_MS, StorageError};
 use tokio::sync::watch;
 
 use super::machine::Shared;
 
 /// A replica that ends waits so long for its log to be durable; a full disk may never let it.
 const FINISH: Duration = Duration::from_secs(5);
-/// No cut is begun with less than this free, in bytes. The image's store can't go on after a write that found the disk full, but it can
-/// wait: the log, which has a reserve for that, tells the group that the disk is full, and the replica goes on when there is space.
+/// No cut is begun with less than this free, in bytes: the log, which has a reserve for that, tells the group that the disk is full, and
+/// the replica goes on when there is space. A disk that fills within a cut all the same costs more: the store is opened again then.
 const ROOM: u64 = 16 << 20;
 
 /// What the thread is told.
@@ -40,6 +40,11 @@ pub struct Bell {
 }
 
 impl Bell {
+    /// Whether the replica ends.
+    pub fn ends(&self) -> bool {
+        matches!(self.order(), Order::Finish | Order::Abort)
+    }
+
     /// Called by apply when enough has changed for a cut.
     pub fn cut_now(&self) {
         self.tell(Order::CutNow, |now| now == Order::Run);
@@ -83,8 +88,17 @@ pub struct Writer {
 impl Writer {
     /// `durable`: the last index of the local log that is on disk.
     pub fn start(shared: Arc<Shared>, durable: watch::Receiver<Option<u64>>) -> io::Result<Self> {
+        Self::start_with(shared, durable, ROOM)
+    }
+
+    pub(super) fn start_with(
+        shared: Arc<Shared>,
+        durable: watch::Receiver<Option<u64>>,
+        room: u64,
+    ) -> io::Result<Self> {
         let its = shared.clone();
-        let thread = std::thread::Builder::new().name("ares-image".to_owned()).spawn(move || run(&its, durable))?;
+        let thread =
+            std::thread::Builder::new().name("ares-image".to_owned()).spawn(move || run(&its, durable, room))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -109,8 +123,10 @@ impl Drop for Writer {
     }
 }
 
-fn run(shared: &Shared, durable: watch::Receiver<Option<u64>>) {
+fn run(shared: &Shared, durable: watch::Receiver<Option<u64>>, room: u64) {
     let mut next = Instant::now() + Duration::from_millis(CUT_MS);
+    // A write found the disk full: the store must be opened again before it is written.
+    let mut stale = false;
     loop {
         let order = shared.bell.wait(next);
         if order == Order::Abort {
@@ -118,16 +134,26 @@ fn run(shared: &Shared, durable: watch::Receiver<Option<u64>>) {
         }
         let waited = *shared.short_of_room().borrow();
         // Twice as much to go on, else a disk at its edge would be full and not full in turn.
-        let waits = !has_room(shared.dir(), if waited { 2 * ROOM } else { ROOM });
-        shared.say_short_of_room(waits);
+        let mut waits = !has_room(shared.dir(), if waited { 2 * room } else { room });
         if waits {
             if !waited {
-                tracing::warn!(dir = %shared.dir().display(), "less than {ROOM} bytes are free: the image waits for more");
+                tracing::warn!(dir = %shared.dir().display(), "less than {room} bytes are free: the image waits for more");
             }
-        } else if let Err(reason) = write_cut(shared, &durable) {
-            shared.fail(reason);
-            return;
+        } else {
+            let written = if stale { shared.reopen_image() } else { Ok(()) }.and_then(|()| write_cut(shared, &durable));
+            match written {
+                Ok(()) => stale = false,
+                Err(full) if full.is_full() => {
+                    tracing::error!(%full, "the disk is full: the image waits for space, and is opened again then");
+                    (stale, waits) = (true, true);
+                }
+                Err(error) => {
+                    shared.fail(error.to_string());
+                    return;
+                }
+            }
         }
+        shared.say_short_of_room(waits);
         if order == Order::Finish {
             return;
         }
@@ -141,7 +167,7 @@ fn has_room(dir: &Path, room: u64) -> bool {
 }
 
 /// One cut, if anything was applied since the last one.
-fn write_cut(shared: &Shared, durable: &watch::Receiver<Option<u64>>) -> Result<(), String> {
+fn write_cut(shared: &Shared, durable: &watch::Receiver<Option<u64>>) -> Result<(), StorageError> {
     // Held to the end: a snapshot that is installed meanwhile replaces state and image together.
     let _alone = shared.writing.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(image) = shared.image() else { return Ok(()) };
@@ -150,7 +176,7 @@ fn write_cut(shared: &Shared, durable: &watch::Receiver<Option<u64>>) -> Result<
     if !wait_durable(shared, durable, index) {
         return Ok(());
     }
-    let persisted = image.write(cut).map_err(|err| err.to_string())?;
+    let persisted = image.write(cut.clone()).inspect_err(|_| shared.take_back(&cut))?;
     shared.cut_written(&persisted);
     Ok(())
 }

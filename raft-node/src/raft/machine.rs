@@ -34,6 +34,8 @@ pub const DIGEST_EVERY: u64 = 4_096;
 const DIGEST_STEP: usize = 512;
 /// How long a snapshot's installation waits for readers of the old image.
 const IMAGE_CLOSES: Duration = Duration::from_secs(60);
+/// Between tries to write to a full disk.
+const ROOM_RETRY: Duration = Duration::from_secs(1);
 /// Tries to write a snapshot while history is dropped under it.
 const SNAPSHOT_TRIES: usize = 3;
 
@@ -121,7 +123,8 @@ impl Shared {
                 let index = state.meta.applied.index;
                 (state, Some(index))
             }
-            Source::NeedsLeaderSnapshot => return Err(io::Error::other(NOTHING_TO_BEGIN_FROM)),
+            // `fetch` comes before this.
+            Source::NeedsLeaderSnapshot => return Err(io::Error::other("there is no state to begin from")),
         };
         let applied = applied_of(&state);
         let cut_at = state.meta.applied;
@@ -234,6 +237,39 @@ impl Shared {
         Some(live.state.cut())
     }
 
+    /// A cut that could not be written: its changes are the next one's.
+    pub(super) fn take_back(&self, cut: &Cut) {
+        let mut live = self.live();
+        live.state.take_back(cut);
+        // Nothing new need be applied for the next one.
+        live.cut_at = LogPosition::default();
+    }
+
+    /// Blocks: opens the image anew, as it was at the last cut that was written.
+    pub(super) fn reopen_image(&self) -> Result<(), StorageError> {
+        let _alone = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(old) = self.image_slot().take() {
+            close(old, &self.dir)?;
+        }
+        let image = storage::reopen(&self.dir)?;
+        *self.image_slot() = Some(Arc::new(image));
+        tracing::info!(dir = %self.dir.display(), "the image is open again");
+        Ok(())
+    }
+
+    /// Blocks: does what writes to the disk, again and again while that is full and the replica runs.
+    fn when_there_is_room<T>(&self, work: impl Fn() -> Result<T, StorageError>) -> Result<T, StorageError> {
+        loop {
+            match work() {
+                Err(full) if full.is_full() && !self.bell.ends() => {
+                    tracing::error!(%full, "the disk is full: it is tried again");
+                    std::thread::sleep(ROOM_RETRY);
+                }
+                done => return done,
+            }
+        }
+    }
+
     pub(super) fn cut_written(&self, persisted: &Persisted) {
         self.live().state.forget_archived(persisted);
         self.marks.send_modify(|marks| marks.image = Some(persisted.applied.index));
@@ -286,6 +322,11 @@ impl Shared {
             marks.bytes_since_snapshot = 0;
         });
         self.has_snapshot(Some(files.clone()))
+    }
+
+    /// The newest snapshot that verified.
+    pub(super) fn newest_snapshot(&self) -> Option<SnapshotFiles> {
+        self.current().clone()
     }
 
     fn current(&self) -> MutexGuard<'_, Option<SnapshotFiles>> {
@@ -386,9 +427,6 @@ fn meta(manifest: &Manifest) -> io::Result<SnapshotMeta> {
     Ok(SnapshotMeta { last_log_id: Some(log_id(at.term, at.leader, at.index)), last_membership })
 }
 
-const NOTHING_TO_BEGIN_FROM: &str = "neither the image nor a snapshot is usable, and the log no longer begins at its first entry. Keep the \
-    directory for inspection, remove this replica from the group, and let it join again with an empty directory, as a new member";
-
 /// Waits until no one reads the image any more, and closes it.
 fn close(mut image: Arc<Image>, dir: &Path) -> Result<(), StorageError> {
     let began = Instant::now();
@@ -458,7 +496,9 @@ impl RaftStateMachine<TypeConfig> for Machine {
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotFiles) -> io::Result<()> {
         let shared = self.shared.clone();
         tracing::info!(last = ?meta.last_log_id, dir = %snapshot.dir().display(), "a snapshot is installed");
-        blocking(move || shared.install(&snapshot)).await.inspect_err(|err| self.shared.fail(err.to_string()))
+        blocking(move || shared.when_there_is_room(|| shared.install(&snapshot)))
+            .await
+            .inspect_err(|err| self.shared.fail(err.to_string()))
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
@@ -477,7 +517,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
 
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
         let shared = self.shared.clone();
-        let files = blocking(move || shared.write_snapshot()).await?;
+        let files = blocking(move || shared.when_there_is_room(|| shared.write_snapshot())).await?;
         Ok(Snapshot { meta: meta(&files.manifest)?, snapshot: files })
     }
 }
@@ -539,6 +579,68 @@ mod tests {
         durable.send_replace(Some(2));
         writer.finish();
         assert_eq!(shared.marks().borrow().image, Some(2));
+    }
+
+    /// A file system of its own, in a mount namespace of its own; `None` where that is not allowed.
+    fn small_disk(mib: u64) -> Option<tempfile::TempDir> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mount = |args: &[&str]| {
+            let run = std::process::Command::new("mount").args(args).arg(dir.path()).output();
+            run.is_ok_and(|output| output.status.success())
+        };
+        // SAFETY: file descriptors stay shared.
+        let left = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.is_ok();
+        let private = left && std::process::Command::new("mount").args(["--make-rprivate", "/"]).status().is_ok();
+        if private && mount(&["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"]) {
+            return Some(dir);
+        }
+        eprintln!("SKIPPED: no disk was filled, that needs the right to mount");
+        None
+    }
+
+    #[test]
+    fn a_disk_that_fills_within_a_cut_holds_the_image_up_and_no_more() {
+        let Some(dir) = small_disk(48) else { return };
+        let home = dir.path().join("home");
+        let shared = shared(&home);
+        shared.apply(&first()).expect("applied");
+        shared.apply(&entry(1, LEVEL)).expect("applied");
+        let (_durable, log) = watch::channel(Some(u64::MAX));
+        // No room is asked for, so that the write itself finds the disk full.
+        let writer = Writer::start_with(shared.clone(), log, 0).expect("a thread");
+        let wait = |what: &str, holds: &dyn Fn() -> bool| {
+            let began = Instant::now();
+            while !holds() {
+                assert_eq!(*shared.failed().borrow(), None, "{what}");
+                assert!(began.elapsed() < Duration::from_secs(30), "{what}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        };
+        wait("a first cut", &|| shared.marks().borrow().image == Some(1));
+        for round in 0..2u64 {
+            let ballast = dir.path().join("ballast");
+            let mut file = std::fs::File::create(&ballast).expect("created");
+            while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+            let first = 2 + round * 2_000;
+            for index in first..first + 2_000 {
+                shared.apply(&entry(index, LEVEL)).expect("reads and apply go on");
+            }
+            wait("it says so", &|| *shared.short_of_room().borrow());
+            let written = shared.marks().borrow().image;
+            assert!(written < Some(first + 1_999), "{written:?}");
+            std::fs::remove_file(&ballast).expect("removed");
+            wait("it goes on", &|| shared.marks().borrow().image >= Some(first + 1_999));
+            wait("it says so", &|| !*shared.short_of_room().borrow());
+        }
+        writer.finish();
+        let mut state = shared.state();
+        drop(shared);
+        let last = Some(state.meta.applied);
+        let recovered = storage::open(&home, LogBounds { purged: None, last }).expect("a good image");
+        let mut found = recovered.state;
+        assert_eq!((recovered.source, found.meta.applied), (Source::Image, state.meta.applied));
+        assert_eq!(found.digest(), state.digest());
+        assert_eq!(found.events, state.events);
     }
 
     #[test]

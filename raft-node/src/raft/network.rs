@@ -19,12 +19,12 @@ use openraft::raft::{
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use proto::v1::peer_client::PeerClient;
-use proto::v1::{PeerBytes, ReadIndexRequest};
+use proto::v1::{FetchSnapshotRequest, PeerBytes, ReadIndexRequest, SnapshotPart};
 use tonic::metadata::{AsciiMetadataValue, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, Streaming};
 
 use super::machine::SnapshotFiles;
 use super::service::snapshot_parts;
@@ -117,6 +117,18 @@ impl Pool {
         let mut client = self.client(leader, &peer.peer_addr, Lane::Control)?;
         let reply = within(READ_INDEX, client.read_index(ReadIndexRequest {})).await?;
         Ok(reply.into_inner().index)
+    }
+
+    /// Asks a peer for a snapshot of the entries up to `at_least`, or more; it may have to write one first.
+    pub async fn fetch_snapshot(
+        &self,
+        from: u64,
+        peer: &Peer,
+        at_least: u64,
+    ) -> Result<Streaming<SnapshotPart>, Status> {
+        let mut client = self.client(from, &peer.peer_addr, Lane::Snapshot)?;
+        let request = FetchSnapshotRequest { at_least };
+        Ok(within(SNAPSHOT, client.fetch_snapshot(request)).await?.into_inner())
     }
 }
 

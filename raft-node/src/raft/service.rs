@@ -3,21 +3,23 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
 use proto::v1::snapshot_part::What;
-use proto::v1::{FileChunk, PeerBytes, ReadIndexReply, ReadIndexRequest, SnapshotPart};
+use proto::v1::{FetchSnapshotRequest, FileChunk, PeerBytes, ReadIndexReply, ReadIndexRequest, SnapshotPart};
 use statemachine::storage::Incoming;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::Raft;
-use super::machine::SnapshotFiles;
+use super::machine::{Shared, SnapshotFiles};
 use super::network::{CLUSTER, REPLICA};
 use super::types::TypeConfig;
 use super::wire::{self, AppendAnswer, SnapshotHeader, Wire};
@@ -27,6 +29,8 @@ use crate::read::Reads;
 const CHUNK: usize = 1 << 20;
 /// Chunks that wait for the network, or for the disk.
 const CHUNKS_QUEUED: usize = 4;
+/// How long a snapshot that somebody asked for may take to be written.
+const SNAPSHOT_MADE: Duration = Duration::from_secs(120);
 
 /// The service of one replica.
 pub struct PeerService {
@@ -36,8 +40,7 @@ pub struct PeerService {
     pub replica: String,
     /// Hex.
     pub cluster: String,
-    /// Where snapshots are kept.
-    pub snapshots: PathBuf,
+    pub shared: Arc<Shared>,
 }
 
 impl PeerService {
@@ -100,7 +103,7 @@ impl proto::v1::peer_server::Peer for PeerService {
             Some(What::Header(bytes)) => decoded::<SnapshotHeader>(bytes)?,
             _ => return Err(Status::invalid_argument("a snapshot begins with its header")),
         };
-        let files = receive_files(&self.snapshots, parts).await?;
+        let files = receive_files(&self.shared.snapshots(), parts).await?;
         let snapshot = openraft::Snapshot { meta: header.meta, snapshot: files };
         let answer = self.raft.install_full_snapshot(header.vote, snapshot).await.map_err(stopped)?;
         Ok(Response::new(encoded(&answer.vote)))
@@ -121,6 +124,37 @@ impl proto::v1::peer_server::Peer for PeerService {
         self.check(&request)?;
         let index = self.reads.leader_index().await.map_err(stopped)?;
         Ok(Response::new(ReadIndexReply { index }))
+    }
+
+    type FetchSnapshotStream = BoxStream<'static, Result<SnapshotPart, Status>>;
+
+    async fn fetch_snapshot(
+        &self,
+        request: Request<FetchSnapshotRequest>,
+    ) -> Result<Response<Self::FetchSnapshotStream>, Status> {
+        self.check(&request)?;
+        let files = self.snapshot_of(request.into_inner().at_least).await?;
+        Ok(Response::new(file_parts(files).map(Ok).boxed()))
+    }
+}
+
+impl PeerService {
+    /// A snapshot that holds entry `at_least`: the newest one, or one made now.
+    async fn snapshot_of(&self, at_least: u64) -> Result<SnapshotFiles, Status> {
+        let applied = self.shared.applied().borrow().index;
+        if applied < at_least {
+            return Err(Status::unavailable(format!("applied up to {applied} only")));
+        }
+        let reaches = |files: &SnapshotFiles| files.id.0.index >= at_least;
+        let newest = || self.shared.newest_snapshot().filter(reaches);
+        if let Some(files) = newest() {
+            return Ok(files);
+        }
+        self.raft.trigger().snapshot().await.map_err(stopped)?;
+        let mut marks = self.shared.marks();
+        let made = marks.wait_for(|marks| marks.newest_snapshot.is_some_and(|index| index >= at_least));
+        let made = tokio::time::timeout(SNAPSHOT_MADE, made).await.is_ok_and(|made| made.is_ok());
+        newest().filter(|_| made).ok_or_else(|| Status::unavailable("no snapshot was made in time"))
     }
 }
 
@@ -153,14 +187,19 @@ pub fn snapshot_parts(
     header: SnapshotHeader,
     files: SnapshotFiles,
 ) -> impl Stream<Item = SnapshotPart> + Send + 'static {
-    let (parts, queue) = mpsc::channel(CHUNKS_QUEUED);
     let header = SnapshotPart { what: Some(What::Header(wire::encode(&header))) };
+    futures::stream::once(async { header }).chain(file_parts(files))
+}
+
+/// Each file in chunks, the manifest last.
+fn file_parts(files: SnapshotFiles) -> impl Stream<Item = SnapshotPart> + Send + 'static {
+    let (parts, queue) = mpsc::channel(CHUNKS_QUEUED);
     tokio::task::spawn_blocking(move || {
         if let Err(err) = send_files(&files, &parts) {
             tracing::warn!(dir = %files.dir().display(), %err, "a snapshot could not be read to its end");
         }
     });
-    futures::stream::once(async { header }).chain(ReceiverStream::new(queue))
+    ReceiverStream::new(queue)
 }
 
 fn send_files(files: &SnapshotFiles, parts: &mpsc::Sender<SnapshotPart>) -> io::Result<()> {
@@ -188,7 +227,7 @@ fn send_files(files: &SnapshotFiles, parts: &mpsc::Sender<SnapshotPart>) -> io::
 }
 
 /// Writes what arrives below `root`; the snapshot once it is whole, verified and durable.
-async fn receive_files(root: &Path, mut parts: Streaming<SnapshotPart>) -> Result<SnapshotFiles, Status> {
+pub(super) async fn receive_files(root: &Path, mut parts: Streaming<SnapshotPart>) -> Result<SnapshotFiles, Status> {
     let (chunks, mut queue) = mpsc::channel::<FileChunk>(CHUNKS_QUEUED);
     let root = root.to_owned();
     let writer = tokio::task::spawn_blocking(move || {

@@ -1,7 +1,7 @@
 //! What a replica does by itself, beside serving: purges the log, makes snapshots when the log has grown by bytes, takes caught-up learners
 //! in as voters, hands leadership over when its disk is full, and notes in its identity that the group knows it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use super::machine::Shared;
 use super::settings::SNAPSHOT_BYTES;
 use super::types::{Peer, TypeConfig};
 use crate::identity::{Home, Identity, Stage};
+use crate::peers;
 
 /// Between tries while another change is being committed.
 const IN_PROGRESS: Duration = Duration::from_millis(20);
@@ -198,7 +199,8 @@ pub async fn note_membership(
     let mut metrics = raft.metrics();
     let named = metrics
         .wait_until(|metrics| metrics.committed_membership_config.membership().get_node(&identity.replica).is_some());
-    let Ok(named_at) = named.await.map(|metrics| metrics.committed_membership_config.log_id().map(|id| id.index)) else {
+    let Ok(named_at) = named.await.map(|metrics| metrics.committed_membership_config.log_id().map(|id| id.index))
+    else {
         return;
     };
     if durable.wait_for(|durable| *durable >= named_at).await.is_err() {
@@ -210,6 +212,29 @@ pub async fn note_membership(
         Ok(Err(err)) => tracing::error!(%err, "the identity could not be brought up to date"),
         Err(err) => tracing::error!(%err, "the identity could not be brought up to date"),
     }
+}
+
+/// Notes who belongs to the group, each time that this changes.
+pub async fn note_members(raft: Raft, home: Arc<Home>) {
+    let mut noted = peers::noted(&home);
+    let mut metrics = raft.metrics();
+    loop {
+        let changed = metrics.wait_until(|metrics| {
+            let members = members_of(metrics);
+            !members.is_empty() && members != noted
+        });
+        let Ok(changed) = changed.await else { return };
+        noted = members_of(&changed);
+        let (home, members) = (home.clone(), noted.clone());
+        let written = tokio::task::spawn_blocking(move || peers::note(&home, &members)).await;
+        if let Err(what) = written.map_err(|err| err.to_string()).and_then(|done| done.map_err(|err| err.to_string())) {
+            tracing::warn!(what, "who belongs to the group was not noted");
+        }
+    }
+}
+
+fn members_of(metrics: &RaftMetrics<TypeConfig>) -> BTreeMap<u64, Peer> {
+    metrics.committed_membership_config.membership().nodes().map(|(id, peer)| (*id, peer.clone())).collect()
 }
 
 /// Takes no part any more once this replica has failed: what it would say could differ from the others.

@@ -39,6 +39,12 @@ pub enum Cause {
 }
 
 impl StorageError {
+    /// Whether the disk, or the user's share of it, was full.
+    pub fn is_full(&self) -> bool {
+        let Cause::Io(error) = &self.cause else { return false };
+        matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
+
     pub(crate) fn damaged(file: &Path, operation: &'static str, what: impl Into<String>) -> Self {
         Self { file: file.into(), operation, cause: Cause::Damaged(what.into()) }
     }

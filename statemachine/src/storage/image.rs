@@ -32,7 +32,8 @@ pub const CUT_RECORDS: usize = 65_536;
 /// cuts grow with the load: what changes twice is written once.
 pub const CUT_MS: u64 = 1_000;
 
-/// A state to be written, with what changed in it since the cut before.
+/// A state to be written, with what changed in it since the cut before. Cloning is O(1).
+#[derive(Clone)]
 pub struct Cut {
     state: State,
 }
@@ -73,6 +74,13 @@ impl State {
             table.forget_uncut();
         }
         Cut { state }
+    }
+
+    /// Takes back a cut that could not be written: what changed in it is the next one's too.
+    pub fn take_back(&mut self, cut: &Cut) {
+        for ((_, table), (_, unwritten)) in rows::all_mut(self).into_iter().zip(rows::all(&cut.state)) {
+            table.change_again(unwritten);
+        }
     }
 
     /// Drops the archived rows that a written cut holds; the image serves them from now on. Call it before the next
@@ -125,7 +133,8 @@ impl Image {
         self.store.dir()
     }
 
-    /// Writes a cut and makes it durable: all of it or nothing. After an error the image must not be written again.
+    /// Writes a cut and makes it durable: all of it or nothing. After an error the image must not be written again; if the
+    /// disk was full ([`StorageError::is_full`]) the owner may give the cut back, and go on with `storage::reopen`.
     pub fn write(&self, cut: Cut) -> Result<Persisted, StorageError> {
         let mut state = cut.state;
         let mut written = self.written.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

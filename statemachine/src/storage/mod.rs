@@ -21,5 +21,5 @@ pub use codec::CodecError;
 pub use error::{Cause, StorageError};
 pub use history::{HistoryKey, weigh};
 pub use image::{BEHIND_BYTES, BEHIND_RECORDS, CUT_MS, CUT_RECORDS, Cut, Image, Persisted};
-pub use recovery::{LogBounds, Recovered, Source, install, open, snapshots_dir};
+pub use recovery::{LogBounds, Recovered, Source, install, open, reopen, set_snapshots_aside, snapshots_dir};
 pub use snapshot::{Incoming, Snapshot, SnapshotId};

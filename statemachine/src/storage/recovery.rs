@@ -18,6 +18,7 @@ const IMAGE: &str = "image";
 /// The image that was unusable, kept for inspection.
 const DAMAGED: &str = "image.damaged";
 const SNAPSHOTS: &str = "snapshots";
+const DAMAGED_SNAPSHOTS: &str = "snapshots.damaged";
 
 /// What the log on this machine holds, as far as recovery must know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,11 +93,32 @@ pub fn open(dir: &Path, log: LogBounds) -> Result<Recovered, StorageError> {
     Ok(Recovered { state: State::default(), image, source })
 }
 
+/// Opens the image again after a cut found the disk full: the cut before it is whole. All handles to the old one must be
+/// dropped.
+pub fn reopen(dir: &Path) -> Result<Image, StorageError> {
+    let image = Image::open(&dir.join(IMAGE))?;
+    image.load()?;
+    Ok(image)
+}
+
+/// Moves all snapshots out of the way of one from another replica: that may be older, and only the newest are kept. They
+/// stay for inspection.
+pub fn set_snapshots_aside(dir: &Path) -> Result<(), StorageError> {
+    let (path, aside) = (snapshots_dir(dir), dir.join(DAMAGED_SNAPSHOTS));
+    if snapshot::list(&path)?.is_empty() {
+        return Ok(());
+    }
+    remove_dir(&aside)?;
+    fs::rename(&path, &aside).at(&path, "move aside")?;
+    tracing::warn!(kept_as = %aside.display(), "no snapshot is usable: they were moved aside");
+    Ok(())
+}
+
 /// Makes a received snapshot this replica's state: a new image is written from it, finished jobs included. The old
 /// image must be closed (every handle dropped); until the new one is whole, a restart begins from the snapshot.
 pub fn install(dir: &Path, snapshot: &Snapshot) -> Result<(State, Image), StorageError> {
     let path = dir.join(IMAGE);
-    remove_image(&path)?;
+    remove_dir(&path)?;
     let mut state = snapshot.load()?;
     let image = Image::open(&path)?;
     put_history(&image, snapshot)?;
@@ -203,7 +225,7 @@ fn put_history(image: &Image, snapshot: &Snapshot) -> Result<(), StorageError> {
 /// Keeps a damaged image for inspection, the newest one only: it may be large.
 fn move_aside(path: &Path, why: &dyn fmt::Display) -> Result<(), StorageError> {
     let aside = path.with_file_name(DAMAGED);
-    remove_image(&aside)?;
+    remove_dir(&aside)?;
     fs::rename(path, &aside).at(path, "move aside")?;
     tracing::warn!(error = %why, kept_as = %aside.display(), "the image is unusable and was moved aside");
     Ok(())
@@ -213,12 +235,12 @@ fn move_aside(path: &Path, why: &dyn fmt::Display) -> Result<(), StorageError> {
 /// one that was kept before.
 fn set_unfinished_aside(path: &Path) -> Result<(), StorageError> {
     if path.with_file_name(DAMAGED).exists() {
-        return remove_image(path);
+        return remove_dir(path);
     }
     move_aside(path, &"it holds no whole cut")
 }
 
-fn remove_image(path: &Path) -> Result<(), StorageError> {
+fn remove_dir(path: &Path) -> Result<(), StorageError> {
     match fs::remove_dir_all(path) {
         Err(err) if err.kind() != std::io::ErrorKind::NotFound => Err(err).at(path, "remove"),
         _ => Ok(()),

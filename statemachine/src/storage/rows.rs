@@ -19,6 +19,8 @@ pub(crate) trait Rows {
     fn uncut_keys(&self) -> Vec<Vec<u8>>;
     fn uncut(&self) -> usize;
     fn forget_uncut(&mut self);
+    /// Counts as changed since the last cut, too, what is so in another state of the same table.
+    fn change_again(&mut self, other: &dyn Rows);
     /// Encodes the rows from `from` (or the first) up to, and without, `to` (or the last), and notes their hashes.
     fn encode_range(&self, tag: Tag, from: Option<&[u8]>, to: Option<&[u8]>, each: EachRow) -> Result<(), CodecError>;
     /// Puts back one row of an empty table.
@@ -42,6 +44,11 @@ impl<K: StoredKey, V: Clone + Serialize + DeserializeOwned> Rows for Table<K, V>
 
     fn forget_uncut(&mut self) {
         self.uncut = Default::default();
+    }
+
+    fn change_again(&mut self, other: &dyn Rows) {
+        let keys = other.uncut_keys();
+        self.uncut.extend(keys.iter().map(|key| K::take(key).expect("encoded by a table of the same type")));
     }
 
     fn encode_range(&self, tag: Tag, from: Option<&[u8]>, to: Option<&[u8]>, each: EachRow) -> Result<(), CodecError> {

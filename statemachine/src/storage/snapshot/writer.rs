@@ -21,15 +21,24 @@ use crate::state::State;
 pub fn write(snapshots: &Path, mut state: State, image: &Image) -> Result<Snapshot, StorageError> {
     let _history_stays = image.history.read().unwrap_or_else(|poisoned| poisoned.into_inner());
     let dir = super::begin(snapshots, "write")?;
-    let digest = state.digest();
-    let mut files = vec![write_live(&dir, &state, digest)?, write_events(&dir, &state)?];
-    for (bucket, sums) in state.buckets.iter() {
-        files.push(place_bucket(snapshots, &dir, &state, image, *bucket, sums)?);
+    let written = write_files(snapshots, &dir, &mut state, image);
+    if written.is_err() {
+        // What is half written must not keep a full disk full. Else the next snapshot, or start, removes it.
+        let _ = std::fs::remove_dir_all(&dir);
     }
-    Manifest::of(&state, digest, files).write(&dir)?;
+    written?;
     let snapshot = super::publish(&dir, snapshots, SnapshotId(state.meta.applied))?;
     super::prune(snapshots)?;
     Ok(snapshot)
+}
+
+fn write_files(snapshots: &Path, dir: &Path, state: &mut State, image: &Image) -> Result<(), StorageError> {
+    let digest = state.digest();
+    let mut files = vec![write_live(dir, state, digest)?, write_events(dir, state)?];
+    for (bucket, sums) in state.buckets.iter() {
+        files.push(place_bucket(snapshots, dir, state, image, *bucket, sums)?);
+    }
+    Manifest::of(state, digest, files).write(dir)
 }
 
 fn write_live(dir: &Path, state: &State, digest: u128) -> Result<FileEntry, StorageError> {
