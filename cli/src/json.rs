@@ -27,6 +27,9 @@ pub fn job(job: &v1::Job) -> Value {
         "gpu_types": shape.gpu_types,
         "limit_ms": spec.limit_ms,
         "lease_ttl_ms": spec.lease_ttl_ms,
+        "begin": none_if_empty(&time(spec.begin_unix_ms)),
+        "deadline": none_if_empty(&time(spec.deadline_unix_ms)),
+        "after": spec.after.iter().map(|after| json!({ "kind": after.kind, "job": after.job_id })).collect::<Vec<_>>(),
         "labels": spec.labels,
         "command": spec.body.map(|body| body.argv),
         "request_id": none_if_empty(&job.request_id),
@@ -62,6 +65,8 @@ fn result(result: &v1::Result) -> Value {
         "exit": exit(result.has_exit, &result.exit),
         "revision": result.revision,
         "time": time(result.unix_ms),
+        "cause": none_if_empty(&result.cause),
+        "parent": (result.parent_id != 0).then_some(result.parent_id),
     })
 }
 

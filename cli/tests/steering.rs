@@ -10,6 +10,37 @@ fn jobs_and_machines_do_as_they_are_told() {
     holds(&cluster);
     requeue(&cluster);
     drain(&cluster);
+    times(&cluster);
+    parents(&cluster);
+}
+
+fn times(cluster: &Cluster) {
+    let job = cluster.submit(&["--begin", "now+1500ms"], "true");
+    let shown = cluster.json(&["show", &job]);
+    assert!(shown["reason"].as_str().is_some_and(|reason| reason.starts_with("begins in ")), "{shown}");
+    assert!(shown["begin"].is_string() && shown["state"] == "PENDING");
+    cluster.ares(&["wait", &job]).ok();
+
+    let late = cluster.submit(&["--gpus", "64", "--deadline", "now+1s"], "true");
+    cluster.ares(&["wait", &late]).code(130).says(&["CANCELLED: it could not keep its deadline any more"]);
+    let submit = |options: &[&str]| cluster.ares(&[&["submit"], options, &["--", "true"]].concat());
+    submit(&["--deadline", "now+1h", "--time-limit", "2h"])
+        .refused(2, &["DEADLINE_TOO_SOON", "7200000 ms", "--deadline"]);
+    submit(&["--begin", "soon"]).refused(2, &["--begin \"soon\" is no time", "now+1h"]);
+}
+
+fn parents(cluster: &Cluster) {
+    let parent = cluster.submit(&["--hold", "--retries", "0"], "exit 3");
+    let good = cluster.submit(&["--after", &format!("afternotok:{parent}")], "true");
+    let never = cluster.submit(&["--after", &format!("afterok:{parent},afterany:{good}")], "true");
+    let shown = cluster.json(&["show", &never]);
+    assert_eq!(shown["reason"], format!("waits for job {parent} (afterok) and 1 more"));
+    cluster.ares(&["release", &parent]).ok();
+    cluster.ares(&["wait", &good]).ok();
+    cluster.ares(&["wait", &never]).code(1).says(&[&format!("SKIPPED: job {parent} did not end as it needs")]);
+    assert_eq!(cluster.json(&["show", &never])["result"]["parent"].to_string(), parent);
+    cluster.ares(&["submit", "--after", "afterok:999", "--", "true"]).refused(3, &["DEPENDENCY_UNKNOWN", "job 999"]);
+    cluster.ares(&["submit", "--after", "999", "--", "true"]).refused(2, &["--after \"999\"", "afterok:12"]);
 }
 
 fn holds(cluster: &Cluster) {

@@ -69,6 +69,8 @@ reasons! {
     LOCK_NOT_HELD FailedPrecondition "look who holds it: ares get /locks/NAME";
     FUTURE_REVISION OutOfRange "watch from a revision that exists, or from none: then from now on";
     LEVEL_TOO_OLD FailedPrecondition "upgrade the binary";
+    DEPENDENCY_UNKNOWN NotFound "name jobs that exist: ares queue --all lists them";
+    DEADLINE_TOO_SOON InvalidArgument "name a later --deadline, an earlier --begin or a shorter --time-limit";
 }
 
 /// The reason with this word.

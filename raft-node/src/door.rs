@@ -298,8 +298,12 @@ fn why_not_written(raft: &Raft, err: ClientWriteError<TypeConfig>) -> ProposeErr
     }
 }
 
+/// This machine's wall clock, as Unix time in ms: for display and calendar rules alone.
+pub(crate) fn wall_ms() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+}
+
 /// Cluster time is the clock at which the office was taken and the leader's own monotonic time since.
 fn stamp(office: &Office, cmds: Vec<Cmd>) -> Entry {
-    let wall_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64);
-    Entry { level: office.level, clock_ms: office.clock_ms(), wall_ms, salt: rand::random(), cmds }
+    Entry { level: office.level, clock_ms: office.clock_ms(), wall_ms: wall_ms(), salt: rand::random(), cmds }
 }

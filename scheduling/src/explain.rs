@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use statemachine::fit::{self, NoFit};
-use statemachine::record::{Alloc, GpuHealth, Node, NodeAdmin, Phase};
+use statemachine::record::{Alloc, GpuHealth, Job, Node, NodeAdmin, Phase};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
@@ -51,12 +51,27 @@ impl<'a> Explainer<'a> {
             return Some(Arc::new(Reason::Backoff { attempt, in_ms }));
         }
         if task.is_none_or(|task| task.phase == Phase::Pending) && job.holds.any() {
-            return Some(Arc::new(Reason::Held { holds: job.holds }));
+            return Some(Arc::new(held(state, job)));
         }
         let (shape, _) = waiting_task(state, key)?;
         let explained = || Arc::new(explain(&self.machines, self.cache, shape));
         Some(self.by_shape.entry(shape).or_insert_with(explained).clone())
     }
+}
+
+/// Which hold binds: a person's or a fault's first, then other jobs, then the calendar.
+fn held(state: &State, job: &Job) -> Reason {
+    let holds = job.holds;
+    if holds.user || holds.launch || holds.orphan {
+        return Reason::Held { holds };
+    }
+    let mut parents = job.waits_for();
+    if let Some(first) = parents.next() {
+        let more = u32::try_from(parents.count()).unwrap_or(u32::MAX);
+        return Reason::Dependency { first: (first.kind, first.job), parents: more.saturating_add(1) };
+    }
+    let in_ms = job.spec.begin_wall_ms().saturating_sub(state.meta.wall_ms);
+    Reason::BeginTime { in_ms: u64::try_from(in_ms).unwrap_or(0) }
 }
 
 /// The first thing that binds a shape on these machines.

@@ -3,7 +3,9 @@
 
 use std::fmt;
 
+use statemachine::JobId;
 use statemachine::record::Holds;
+use statemachine::spec::AfterKind;
 
 use crate::predict::gbps;
 
@@ -31,6 +33,10 @@ pub enum Reason {
     /// HELD: a person's word, 20 excused attempts in a row, or a machine that still runs an attempt without a lease.
     /// Cure: `ares release`; the last one ends by itself.
     Held { holds: Holds },
+    /// DEPENDENCY: jobs that it was told to wait for have not ended. Cure: wait, or look why they do.
+    Dependency { first: (AfterKind, JobId), parents: u32 },
+    /// BEGIN_TIME: it was told to start later. Cure: wait.
+    BeginTime { in_ms: u64 },
     /// BACKOFF: it failed, and the wait before its next attempt is not over. Cure: wait.
     Backoff { attempt: u32, in_ms: u64 },
     /// SOON: it fits; the planner starts it, or one before it in the order, next.
@@ -86,6 +92,8 @@ impl Reason {
             Reason::LeasesFull { .. } => "LEASES_FULL",
             Reason::Bandwidth { .. } => "BANDWIDTH",
             Reason::Held { .. } => "HELD",
+            Reason::Dependency { .. } => "DEPENDENCY",
+            Reason::BeginTime { .. } => "BEGIN_TIME",
             Reason::Backoff { .. } => "BACKOFF",
             Reason::Soon => "SOON",
         }
@@ -129,6 +137,11 @@ impl fmt::Display for Reason {
                 write!(f, "{} {} among the free GPUs of {}", best_of(*ready), speed(best), best.node)
             }
             Reason::Held { holds } => f.write_str(held(*holds)),
+            Reason::Dependency { first: (kind, job), parents } => {
+                write!(f, "waits for job {job} ({})", kind.name())?;
+                if *parents > 1 { write!(f, " and {} more", parents - 1) } else { Ok(()) }
+            }
+            Reason::BeginTime { in_ms } => write!(f, "begins in {}", seconds(*in_ms)),
             Reason::Backoff { attempt, in_ms } => {
                 write!(f, "attempt {attempt} may start in {}", seconds(*in_ms))
             }

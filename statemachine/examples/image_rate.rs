@@ -220,6 +220,7 @@ fn job(id: JobId, request: RequestId, state: &State) -> Job {
             kill_grace_ms: 5_000,
             retry,
             labels: Default::default(),
+            terms: None,
         },
         tenant: TenantId(0),
         user: UserId(1),
@@ -232,6 +233,7 @@ fn job(id: JobId, request: RequestId, state: &State) -> Job {
         stop: None,
         tasks: 1,
         ended: None,
+        unmet: 0,
     }
 }
 

@@ -47,6 +47,11 @@ impl State {
         let ended = matches!(task.map(|task| &task.phase), Some(Phase::Ended { .. }));
         must(ended == job.value.ended.is_some(), "result_once", || format!("job {id} and its task differ on the end"))?;
         let orphan = job.value.holds.orphan == self.has_orphan(id) || ended;
+        let after = (job.value.unmet != 0) == job.value.holds.after;
+        must(after, "queue_iff_pending", || format!("job {id} waits for parents {:b}", job.value.unmet))?;
+        must(job.value.waits_for().all(|after| after.job < id), "queue_iff_pending", || {
+            format!("job {id} waits for a job that is not older")
+        })?;
         must(orphan, "queue_iff_pending", || format!("job {id} is on hold for an orphan that is not there"))?;
         task.map_or(Ok(()), |task| self.check_task(id, &job.value, task))
     }

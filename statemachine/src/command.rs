@@ -339,6 +339,8 @@ pub enum Code {
     LockNotHeld,
     FutureRevision,
     LevelTooOld,
+    DependencyUnknown,
+    DeadlineTooSoon,
 }
 
 impl Code {
@@ -376,6 +378,8 @@ impl Code {
             Code::LockNotHeld => "LOCK_NOT_HELD",
             Code::FutureRevision => "FUTURE_REVISION",
             Code::LevelTooOld => "LEVEL_TOO_OLD",
+            Code::DependencyUnknown => "DEPENDENCY_UNKNOWN",
+            Code::DeadlineTooSoon => "DEADLINE_TOO_SOON",
         }
     }
 }

@@ -7,7 +7,7 @@ use crate::apply::Ctx;
 use crate::event::{Change, QueuePlace};
 use crate::id::*;
 use crate::record::*;
-use crate::state::{Index, NameKind, QueueKey, State, Timer, TimerKind};
+use crate::state::{Calendar, CalendarKind, Index, NameKind, QueueKey, State, Timer, TimerKind};
 use crate::view::{TaskView, task_view};
 
 /// Where a job stands in the indexes.
@@ -16,6 +16,8 @@ struct Standing {
     queue: Option<QueueKey>,
     waiting: Option<TaskKey>,
     timer: Option<Timer>,
+    begin: Option<Calendar>,
+    deadline: Option<Calendar>,
 }
 
 /// What the keyspace shows of a job.
@@ -26,6 +28,10 @@ struct Shown {
     task: TaskView,
     lease: Option<(Token, LeasePhase, Option<VerdictKind>, Option<Master>)>,
     result: bool,
+    /// Jobs that it waits for.
+    parents: Vec<JobId>,
+    /// It has not ended.
+    live: bool,
 }
 
 impl State {
@@ -39,6 +45,7 @@ impl State {
         let before = self.shown(id);
         let answer = change(self, ctx);
         let after = self.shown(id);
+        self.move_parents(id, before.as_ref(), after.as_ref());
         self.index.move_standing(
             before.as_ref().map(|shown| shown.standing).unwrap_or_default(),
             after.as_ref().map(|shown| shown.standing).unwrap_or_default(),
@@ -51,6 +58,25 @@ impl State {
             self.tell_result(ctx, id, before.as_ref(), after);
         }
         answer
+    }
+
+    /// Brings the index of parents and children to what the job says now.
+    fn move_parents(&mut self, id: JobId, before: Option<&Shown>, after: Option<&Shown>) {
+        let parents = |shown: Option<&Shown>| shown.map(|shown| shown.parents.clone()).unwrap_or_default();
+        let (old, new) = (parents(before), parents(after));
+        for parent in old.iter().filter(|parent| !new.contains(parent)) {
+            self.index.dependants.remove(&(*parent, id));
+            if !self.index.has_dependants(*parent) {
+                self.index.ripe.remove(parent);
+            }
+        }
+        for parent in new.iter().filter(|parent| !old.contains(parent)) {
+            self.index.dependants.insert((*parent, id));
+        }
+        let ends = before.is_some_and(|shown| shown.live) && after.is_some_and(|shown| !shown.live);
+        if ends && self.index.has_dependants(id) {
+            self.index.ripe.insert(id);
+        }
     }
 
     fn shown(&self, id: JobId) -> Option<Shown> {
@@ -69,6 +95,8 @@ impl State {
             task: task_view(self, job, task),
             lease,
             result: task.is_some_and(|task| task.result.is_some()),
+            parents: job.waits_for().map(|after| after.job).collect(),
+            live: job.ended.is_none(),
         })
     }
 
@@ -145,6 +173,12 @@ impl State {
         for (id, job) in self.jobs.iter() {
             let task = self.tasks.get(&(*id).into()).map(|task| &task.value);
             index.move_standing(Standing::default(), standing(*id, &job.value, task, &self.meta.settings));
+            for parent in job.value.waits_for() {
+                index.dependants.insert((parent.job, *id));
+                if self.jobs.get(&parent.job).is_none_or(|parent| parent.value.ended.is_some()) {
+                    index.ripe.insert(parent.job);
+                }
+            }
         }
         for (key, name) in self.names.iter() {
             let (kind, id) = match key {
@@ -185,6 +219,13 @@ fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::setting
         standing.timer = Some(Timer { due_ms, what: TimerKind::Archive(id) });
         return standing;
     }
+    if job.holds.begin {
+        standing.begin = Some(Calendar { due_wall_ms: job.spec.begin_wall_ms(), what: CalendarKind::Begin(id) });
+    }
+    let leased = matches!(task.map(|task| &task.phase), Some(Phase::Leased { .. }));
+    if let Some(due_wall_ms) = job.spec.latest_start_wall_ms().filter(|_| !leased) {
+        standing.deadline = Some(Calendar { due_wall_ms, what: CalendarKind::Deadline(id) });
+    }
     match task.map_or(&Phase::Pending, |task| &task.phase) {
         Phase::Pending if job.holds.any() || job.stop.is_some() => standing.waiting = Some(task_key),
         Phase::Pending => {
@@ -200,6 +241,10 @@ fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::setting
 }
 
 impl Index {
+    fn has_dependants(&self, parent: JobId) -> bool {
+        self.dependants.range((parent, JobId(0))..).next().is_some_and(|pair| pair.0 == parent)
+    }
+
     fn move_standing(&mut self, old: Standing, new: Standing) {
         if old == new {
             return;
@@ -212,6 +257,12 @@ impl Index {
         }
         if let Some(timer) = old.timer {
             self.timers.remove(&timer);
+        }
+        for rule in [old.begin, old.deadline].into_iter().flatten() {
+            self.calendar.remove(&rule);
+        }
+        for rule in [new.begin, new.deadline].into_iter().flatten() {
+            self.calendar.insert(rule);
         }
         if let Some(key) = new.queue {
             self.queue.insert(key, ());

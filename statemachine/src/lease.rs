@@ -183,6 +183,7 @@ impl State {
                     exit,
                     rev: ctx.rev,
                     wall_ms: self.meta.wall_ms,
+                    cause: None,
                 },
             );
         }

@@ -51,6 +51,8 @@ pub struct Job {
     /// Tasks of the job; 1 until arrays exist.
     pub tasks: u32,
     pub ended: Option<JobEnd>,
+    /// Which of `spec.after` are still waited for: bit n is the n-th.
+    pub unmet: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -61,11 +63,15 @@ pub struct Holds {
     pub orphan: bool,
     /// A person's word, until it is released.
     pub user: bool,
+    /// Its begin time has not come.
+    pub begin: bool,
+    /// A job that it waits for has not ended.
+    pub after: bool,
 }
 
 impl Holds {
     pub fn any(self) -> bool {
-        self.launch || self.orphan || self.user
+        self.launch || self.orphan || self.user || self.begin || self.after
     }
 }
 
@@ -161,6 +167,16 @@ pub struct TaskResult {
     pub exit: Option<Exit>,
     pub rev: Revision,
     pub wall_ms: i64,
+    /// What ended it before it could start, where that was no person's word.
+    pub cause: Option<EndCause>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum EndCause {
+    /// It could not keep its deadline any more.
+    Deadline,
+    /// This job, which it needed, ended in another way.
+    Parent(JobId),
 }
 
 /// How a process ended.

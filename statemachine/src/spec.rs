@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::GpuTypeId;
+use crate::id::{GpuTypeId, JobId};
 
 /// The immutable, small half of a job, read by apply and by the planner.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +22,69 @@ pub struct JobSpec {
     pub kill_grace_ms: u64,
     pub retry: Retry,
     pub labels: BTreeMap<String, String>,
+    /// What few jobs ask for.
+    pub terms: Option<Box<Terms>>,
+}
+
+/// Rare terms, apart so that a plain job that waits stays small.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// Does not start before this wall time; 0 = now.
+    pub begin_wall_ms: i64,
+    /// Ends by this wall time, or is cancelled instead of started; 0 = none.
+    pub deadline_wall_ms: i64,
+    /// Starts after these jobs have ended, at most 64.
+    pub after: Vec<After>,
+}
+
+/// A job that another one waits for, and how it must end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct After {
+    pub kind: AfterKind,
+    pub job: JobId,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum AfterKind {
+    /// SUCCEEDED.
+    Ok,
+    /// However it ends.
+    Any,
+    /// In any way but SUCCEEDED.
+    NotOk,
+    /// Index by index: the parent's task of the same index SUCCEEDED. Of a plain job the same as `Ok`.
+    Corr,
+}
+
+impl AfterKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            AfterKind::Ok => "afterok",
+            AfterKind::Any => "afterany",
+            AfterKind::NotOk => "afternotok",
+            AfterKind::Corr => "aftercorr",
+        }
+    }
+}
+
+impl JobSpec {
+    pub fn begin_wall_ms(&self) -> i64 {
+        self.terms.as_ref().map_or(0, |terms| terms.begin_wall_ms)
+    }
+
+    pub fn deadline_wall_ms(&self) -> i64 {
+        self.terms.as_ref().map_or(0, |terms| terms.deadline_wall_ms)
+    }
+
+    pub fn after(&self) -> &[After] {
+        self.terms.as_ref().map_or(&[], |terms| &terms.after)
+    }
+
+    /// The wall time after which a start can't keep the deadline any more; without a time limit the deadline itself.
+    pub fn latest_start_wall_ms(&self) -> Option<i64> {
+        let deadline_ms = self.deadline_wall_ms();
+        (deadline_ms != 0).then(|| deadline_ms.saturating_sub_unsigned(self.limit_ms))
+    }
 }
 
 /// What the ranks of a gang need. All nodes of a gang hold equally many ranks.

@@ -46,6 +46,12 @@ pub struct Index {
     /// PENDING tasks that may not start: their job is on hold.
     pub waiting: OrdSet<TaskKey>,
     pub timers: OrdSet<Timer>,
+    /// Rules of wall time.
+    pub calendar: OrdSet<Calendar>,
+    /// (parent, child) of each child that waits for this parent.
+    pub dependants: OrdSet<(JobId, JobId)>,
+    /// Parents that ended and have children to tell.
+    pub ripe: OrdSet<JobId>,
     /// Interned names by their text.
     pub names: OrdMap<(NameKind, String), u32>,
     pub node_by_name: OrdMap<String, NodeId>,
@@ -82,6 +88,21 @@ pub enum TimerKind {
     Archive(JobId),
     /// What still runs on a drained node goes back to the queue.
     Evict(NodeId),
+}
+
+/// Something that apply does by itself when wall time reaches `due_wall_ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Calendar {
+    pub due_wall_ms: i64,
+    pub what: CalendarKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CalendarKind {
+    /// The job may start.
+    Begin(JobId),
+    /// Too late for the job to start.
+    Deadline(JobId),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -9,8 +9,10 @@ use crate::record::{Phase, TaskOutcome, VerdictKind};
 pub(crate) enum By {
     /// A plan placed it.
     Grant { token: Token },
-    /// A cancel, of a task without a lease.
+    /// A cancel or a deadline, of a task without a lease.
     Cancel,
+    /// A job that it needed did not end as needed.
+    Skip,
     /// The wait before its next attempt is over.
     BackoffOver,
     /// The last part of its lease was released.
@@ -57,6 +59,7 @@ pub(crate) fn next(from: &Phase, by: By) -> Option<Next> {
     match (from, by) {
         (Phase::Pending, By::Grant { token }) => to(Phase::Leased { token }, None),
         (Phase::Pending | Phase::Retrying { .. }, By::Cancel) => end(Cancelled, None),
+        (Phase::Pending | Phase::Retrying { .. }, By::Skip) => end(Skipped, None),
         (Phase::Retrying { .. }, By::BackoffOver) => to(Phase::Pending, None),
         (Phase::Leased { .. }, By::Close { verdict, facts }) => {
             let again = Phase::Retrying { not_before_ms: facts.not_before_ms };
@@ -83,7 +86,7 @@ pub(crate) fn next(from: &Phase, by: By) -> Option<Next> {
         }
         (Phase::Pending, By::BackoffOver | By::Close { .. })
         | (Phase::Retrying { .. }, By::Grant { .. } | By::Close { .. })
-        | (Phase::Leased { .. }, By::Grant { .. } | By::Cancel | By::BackoffOver)
+        | (Phase::Leased { .. }, By::Grant { .. } | By::Cancel | By::Skip | By::BackoffOver)
         | (Phase::Ended { .. }, _) => None,
     }
 }
@@ -109,7 +112,7 @@ mod tests {
     fn nothing_happens_to_a_task_that_has_ended() {
         let ended = end(TaskOutcome::Failed);
         let close = By::Close { verdict: VerdictKind::Succeeded, facts: FACTS };
-        for by in [By::Grant { token: Token(2) }, By::Cancel, By::BackoffOver, close] {
+        for by in [By::Grant { token: Token(2) }, By::Cancel, By::Skip, By::BackoffOver, close] {
             assert_eq!(next(&ended, by), None);
         }
     }

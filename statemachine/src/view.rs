@@ -77,7 +77,13 @@ impl VerdictKind {
 impl Holds {
     /// The words of those that are set.
     pub fn names(self) -> Vec<&'static str> {
-        let words = [(self.launch, "LAUNCH"), (self.orphan, "ORPHAN"), (self.user, "USER")];
+        let words = [
+            (self.launch, "LAUNCH"),
+            (self.orphan, "ORPHAN"),
+            (self.user, "USER"),
+            (self.begin, "BEGIN"),
+            (self.after, "AFTER"),
+        ];
         words.into_iter().filter(|word| word.0).map(|word| word.1).collect()
     }
 }

@@ -11,6 +11,7 @@ use statemachine::command::*;
 use statemachine::keyspace::{self, Kv};
 use statemachine::record::*;
 use statemachine::settings::Settings;
+use statemachine::spec::{After, AfterKind, Terms};
 use statemachine::storage::codec;
 use statemachine::*;
 use world::*;
@@ -22,6 +23,7 @@ enum Op {
         kind: u8,
         request: Option<u8>,
         stale: bool,
+        terms: u8,
     },
     Cancel {
         pick: u8,
@@ -106,8 +108,8 @@ enum Op {
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
-        6 => (any::<u8>(), proptest::option::of(0..12u8), any::<bool>())
-            .prop_map(|(kind, request, stale)| Op::Submit { kind, request, stale }),
+        6 => (any::<u8>(), proptest::option::of(0..12u8), any::<bool>(), any::<u8>())
+            .prop_map(|(kind, request, stale, terms)| Op::Submit { kind, request, stale, terms }),
         2 => any::<u8>().prop_map(|pick| Op::Cancel { pick }),
         3 => (any::<u8>(), 0..4u8).prop_map(|(pick, how)| Op::Steer { pick, how }),
         8 => (proptest::collection::vec((any::<u8>(), any::<u8>()), 1..4), any::<u8>())
@@ -156,11 +158,12 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
         Some((token, state.leases.get(&token)?.value.clone()))
     };
     let body = match op {
-        Op::Submit { kind, request: id, stale } => {
+        Op::Submit { kind, request: id, stale, terms } => {
             let mut submit = job(shape(1 + u16::from(kind % 3 == 2), 1 + u16::from(kind & 1), u16::from(kind / 4 % 3)));
             submit.spec.retry.max = u16::from(kind / 16 % 3);
             submit.spec.priority = i32::from(kind % 5) - 2;
             submit.spec.limit_ms = u64::from(kind % 2) * 50_000;
+            submit.spec.terms = some_terms(state, &jobs, *terms);
             if *kind > 240 {
                 submit.spec.shape.nodes = 0;
             }
@@ -267,6 +270,25 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
         Op::Wait { .. } | Op::Cut => return None,
     };
     Some((None, body))
+}
+
+/// Half of the jobs have none; the others wait for jobs, times or both.
+fn some_terms(state: &State, jobs: &[JobId], terms: u8) -> Option<Box<Terms>> {
+    if terms < 128 {
+        return None;
+    }
+    let kinds = [AfterKind::Ok, AfterKind::Any, AfterKind::NotOk, AfterKind::Corr];
+    let after = |nth: u8| Some(After { kind: kinds[usize::from(nth) % 4], job: pick(jobs, nth)? });
+    let mut parents: Vec<After> = [after(terms), after(terms / 3)].into_iter().flatten().collect();
+    parents.truncate(usize::from(terms % 3));
+    if terms == 255 {
+        parents.push(After { kind: AfterKind::Ok, job: JobId(u64::from(terms)) });
+    }
+    let wall_ms = state.meta.wall_ms;
+    let at = |ms: i64| if ms == 0 { 0 } else { wall_ms + ms };
+    let begin_wall_ms = at(i64::from(terms / 4 % 2) * 90_000);
+    let deadline_wall_ms = at(i64::from(terms / 8 % 3) * 200_000);
+    Some(Box::new(Terms { begin_wall_ms, deadline_wall_ms, after: parents }))
 }
 
 fn twist_plan(places: &mut [Place], twist: u8) {
@@ -600,7 +622,7 @@ fn random_logs_reach_what_matters() {
     {
         assert!(verdicts.contains(verdict), "no lease was decided {verdict}: {verdicts:?}");
     }
-    for state in ["RUNNING", "RETRYING", "LOST", "PREEMPTED", "SUCCEEDED", "FAILED", "CANCELLED"] {
+    for state in ["RUNNING", "RETRYING", "LOST", "PREEMPTED", "SUCCEEDED", "FAILED", "CANCELLED", "SKIPPED"] {
         assert!(states.contains(state), "no task was {state}: {states:?}");
     }
     for code in ["GPU_TAKEN", "EPOCH_STALE", "TOKEN_STALE", "ALREADY_DECIDED", "REQUEST_MISMATCH", "IDENTITY_CONFLICT"]

@@ -19,6 +19,7 @@ mod topology;
 mod version;
 mod wait;
 mod watch;
+mod when;
 
 use crate::Global;
 use crate::exit::Outcome;

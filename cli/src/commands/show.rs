@@ -68,6 +68,10 @@ fn print(job: &v1::Job) {
     if spec.limit_ms > 0 {
         line("Limit", &output::age(spec.limit_ms as i64));
     }
+    line("Begin", &output::time(spec.begin_unix_ms));
+    line("Deadline", &output::time(spec.deadline_unix_ms));
+    let after: Vec<String> = spec.after.iter().map(|after| format!("{}:{}", after.kind, after.job_id)).collect();
+    line("After", &after.join(", "));
     line("Submitted", &output::time(job.submitted_unix_ms));
     line("Ended", &output::time(job.ended_unix_ms));
     if job.token != 0 {
@@ -83,7 +87,25 @@ fn print(job: &v1::Job) {
         line("Tried", &tried(attempt));
     }
     if let Some(result) = &job.result {
-        line("Result", &format!("{} by attempt {} with token {}", result.outcome, result.attempt, result.token));
+        line("Result", &ended(result));
+    }
+}
+
+/// `SUCCEEDED by attempt 1 with token 7`, `SKIPPED: job 3 did not end as it needs`.
+fn ended(result: &v1::Result) -> String {
+    match (why_ended(result), result.token) {
+        (Some(why), _) => format!("{}: {why}", result.outcome),
+        (None, 0) => result.outcome.clone(),
+        (None, token) => format!("{} by attempt {} with token {token}", result.outcome, result.attempt),
+    }
+}
+
+/// What ended a job before it could start.
+pub fn why_ended(result: &v1::Result) -> Option<String> {
+    match result.cause.as_str() {
+        "DEADLINE" => Some("it could not keep its deadline any more".to_owned()),
+        "PARENT" => Some(format!("job {} did not end as it needs", result.parent_id)),
+        _ => None,
     }
 }
 

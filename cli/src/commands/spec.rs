@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use jiff::SignedDuration;
 use proto::v1;
 
+use super::when;
 use crate::exit::Failure;
 
 /// Groups of options in the help.
@@ -60,6 +61,15 @@ pub struct JobArgs {
     /// Wait until `ares release` lets it start
     #[arg(long, short = 'H', help_heading = TIME)]
     hold: bool,
+    /// Start no sooner, such as now+1h, 08:30 or 2026-11-25T08:30
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "TIME", help_heading = TIME)]
+    begin: String,
+    /// Cancel it when it can't start by then any more; with --time-limit: start and end
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "TIME", help_heading = TIME)]
+    deadline: String,
+    /// Start after jobs have ended: afterok:ID, afterany:ID, afternotok:ID or aftercorr:ID, several with commas
+    #[arg(long, value_delimiter = ',', value_name = "KIND:ID", help_heading = TIME)]
+    after: Vec<String>,
     /// Longest run time of one attempt, such as 90s, 30m or 2h [default: none]
     #[arg(long, short = 't', default_value = "", hide_default_value = true, value_name = "TIME", help_heading = TIME)]
     time_limit: String,
@@ -200,6 +210,9 @@ impl JobArgs {
             body: Some(v1::Body { argv: self.command.clone(), env: self.environment()?, cwd: self.chdir.clone() }),
             image: self.image.clone(),
             hold: self.hold,
+            begin_unix_ms: when::unix_ms("--begin", &self.begin)?,
+            deadline_unix_ms: when::unix_ms("--deadline", &self.deadline)?,
+            after: when::after(&self.after)?,
         })
     }
 
@@ -213,7 +226,7 @@ impl JobArgs {
 }
 
 /// The options behind the fields that a cluster may refuse.
-const FLAGS: [(&str, &str); 17] = [
+const FLAGS: [(&str, &str); 20] = [
     ("shape.nodes", "--nodes"),
     ("shape.ranks_per_node", "--ranks-per-node"),
     ("shape.gpus_per_rank", "--gpus"),
@@ -231,6 +244,9 @@ const FLAGS: [(&str, &str); 17] = [
     ("labels", "--label"),
     ("body.env", "--env"),
     ("image", "--image"),
+    ("begin_wall_ms", "--begin"),
+    ("deadline_wall_ms", "--deadline"),
+    ("after", "--after"),
 ];
 
 /// A refused submission, with the options to correct beside the fields that it names.

@@ -91,6 +91,10 @@ pub fn tell(job: &v1::Job) {
         Some(exit) if result.has_exit => format!(", exit code {}", exit.code),
         _ => String::new(),
     };
+    if let Some(why) = super::show::why_ended(result) {
+        eprintln!("Job {} {}: {why}.", job.id, result.outcome);
+        return;
+    }
     let text = job.attempts.last().map(|attempt| attempt.text.as_str()).filter(|text| !text.is_empty());
     let why = text.filter(|_| result.outcome != "SUCCEEDED").map(|text| format!(": {text}")).unwrap_or_default();
     eprintln!("Job {} {} (attempt {}, token {}{exit}){why}.", job.id, result.outcome, result.attempt, result.token);

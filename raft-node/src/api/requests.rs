@@ -4,7 +4,7 @@ use proto::error::invalid_fields;
 use proto::{reason, v1};
 use statemachine::command::*;
 use statemachine::record::{Class, Exit, Nic};
-use statemachine::spec::{Body, JobSpec, Retry, Shape};
+use statemachine::spec::{After, Body, JobSpec, Retry, Shape, Terms};
 use statemachine::{JobId, NodeId, RequestId, Token};
 use tonic::Status;
 
@@ -85,6 +85,11 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
             format!("{kill_grace_ms} is above {grace_limit_ms}, a quarter of lease_ttl_ms ({ttl_ms})"),
         );
     }
+    let terms = Terms {
+        begin_wall_ms: job.begin_unix_ms,
+        deadline_wall_ms: job.deadline_unix_ms,
+        after: job.after.iter().filter_map(|parent| after(parent, &mut fields)).collect(),
+    };
     let name = if job.name.is_empty() { default_name(&body.argv) } else { job.name };
     let spec = JobSpec {
         name,
@@ -110,6 +115,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
             on_exit: retry.on_exit.iter().map(|code| fields.narrow("retry.on_exit", *code, 255)).collect(),
         },
         labels: job.labels.into_iter().collect(),
+        terms: (terms != Terms::default()).then(|| Box::new(terms)),
     };
     let gpu_types = shape.gpu_types;
     if gpu_types.len() > 4 {
@@ -126,6 +132,14 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
         body: Body { argv: body.argv, env: body.env.into_iter().collect(), cwd: body.cwd },
         hold: job.hold,
     })
+}
+
+fn after(parent: &v1::After, fields: &mut Fields) -> Option<After> {
+    let kind = words::parse_after(&parent.kind);
+    if kind.is_none() {
+        fields.refuse("after", format!("{:?}; afterok, afterany, afternotok or aftercorr", parent.kind));
+    }
+    kind.map(|kind| After { kind, job: JobId(parent.job_id) })
 }
 
 fn check_environment(env: &std::collections::HashMap<String, String>, fields: &mut Fields) {

@@ -109,6 +109,8 @@ fn result(job: &Job, task: Option<&Task>) -> Option<v1::Result> {
             has_exit: result.exit.is_some(),
             revision: result.rev.0,
             unix_ms: result.wall_ms,
+            cause: result.cause.map(|cause| cause.name().to_owned()).unwrap_or_default(),
+            parent_id: result.cause.and_then(EndCause::parent).unwrap_or_default().0,
         });
     }
     let end = job.ended.as_ref()?;
@@ -151,6 +153,13 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             cwd: body.cwd.clone(),
         }),
         hold: job.holds.user,
+        begin_unix_ms: spec.begin_wall_ms(),
+        deadline_unix_ms: spec.deadline_wall_ms(),
+        after: spec
+            .after()
+            .iter()
+            .map(|after| v1::After { kind: words::after(after.kind).to_owned(), job_id: after.job.0 })
+            .collect(),
         image: String::new(),
     }
 }

@@ -2,6 +2,7 @@
 
 use statemachine::GpuUuid;
 use statemachine::record::{ExitCause, KillStrength, PartState, PciClass, TaskOutcome};
+use statemachine::spec::AfterKind;
 use statemachine::view::ShownState;
 
 pub fn hex(bytes: &[u8]) -> String {
@@ -45,6 +46,9 @@ macro_rules! words {
 }
 
 words! {
+    after, parse_after: AfterKind {
+        Ok = "afterok", Any = "afterany", NotOk = "afternotok", Corr = "aftercorr",
+    }
     kill, parse_kill: KillStrength { PidNamespace = "pidns", Cgroup = "cgroup", Weak = "weak" }
     cause, parse_cause: ExitCause {
         Own = "OWN", Stopped = "STOPPED", TimeLimit = "TIME_LIMIT", LeaseEnd = "LEASE_END", GpuFault = "GPU_FAULT",

@@ -155,6 +155,7 @@ impl Site {
             kill_grace_ms: 10_000,
             retry: default_retry(),
             labels: BTreeMap::new(),
+            terms: None,
         };
         let submit = SubmitJob {
             tenant: "default".into(),

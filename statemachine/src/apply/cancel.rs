@@ -31,26 +31,31 @@ fn stop_task(state: &mut State, ctx: &mut Ctx<'_>, task: TaskKey) {
         let _ = state.decide(ctx, token, Ruling::new(VerdictKind::Cancelled, format!("cancelled by {}", ctx.actor)));
         return;
     }
-    state.touch_task(task);
-    let attempt = state.tasks.update(&task, |task| {
-        let task = &mut task.value;
-        if let Some(next) = transition::next(&task.phase, By::Cancel) {
-            task.phase = next.phase;
-        }
-        task.attempt
-    });
-    let result = TaskResult {
-        outcome: TaskOutcome::Cancelled,
-        token: None,
-        attempt: attempt.unwrap_or(0),
-        exit: None,
-        rev: ctx.rev,
-        wall_ms: state.meta.wall_ms,
-    };
-    state.end_task(ctx, task, result);
+    state.end_unstarted(ctx, task, By::Cancel, None);
 }
 
 impl State {
+    /// Ends a task that has no lease: for good, with a result that no attempt committed.
+    pub(crate) fn end_unstarted(&mut self, ctx: &Ctx<'_>, key: TaskKey, by: By, cause: Option<EndCause>) {
+        self.touch_task(key);
+        let next = self.tasks.get(&key).and_then(|task| transition::next(&task.value.phase, by));
+        let Some(Phase::Ended { outcome }) = next.map(|next| next.phase) else { return };
+        let attempt = self.tasks.update(&key, |task| {
+            task.value.phase = Phase::Ended { outcome };
+            task.value.attempt
+        });
+        let result = TaskResult {
+            outcome,
+            token: None,
+            attempt: attempt.unwrap_or(0),
+            exit: None,
+            rev: ctx.rev,
+            wall_ms: self.meta.wall_ms,
+            cause,
+        };
+        self.end_task(ctx, key, result);
+    }
+
     /// Gives the task its record, if it has none yet; it goes on from the job's revisions.
     pub(crate) fn touch_task(&mut self, key: TaskKey) {
         if self.tasks.contains(&key) {

@@ -2,7 +2,7 @@
 //! off in small steps what a command did at once (forgotten request ids, dropped history). Bounded per entry; the
 //! leader proposes a `Tick` while something is due.
 
-use super::{Ctx, node_admin, requests, retain};
+use super::{Ctx, calendar, dependents, node_admin, requests, retain};
 use crate::id::*;
 use crate::record::*;
 use crate::state::{State, TimerKind};
@@ -18,7 +18,8 @@ pub(super) fn archive_bucket(clock_ms: u64) -> u32 {
 
 pub(super) fn next_due_ms(state: &State) -> Option<u64> {
     let timer = state.index.timers.get_min().map(|timer| timer.due_ms);
-    let chore = if state.meta.retiring.is_empty() { requests::next_due_ms(state) } else { Some(state.meta.clock_ms) };
+    let idle = state.meta.retiring.is_empty() && state.index.ripe.is_empty();
+    let chore = if idle { requests::next_due_ms(state) } else { Some(state.meta.clock_ms) };
     [timer, chore].into_iter().flatten().min()
 }
 
@@ -38,13 +39,15 @@ pub(super) fn fire_timers(state: &mut State, salt: u64) {
         // A timer that found nothing to do must not come back.
         state.index.timers.remove(&timer);
     }
+    calendar::fire(state, &mut ctx, state.meta.settings.timers_per_entry);
     state.finish(ctx);
 }
 
 /// At most `chore_steps` steps an entry, in a fixed order.
-pub(super) fn run_chores(state: &mut State) {
+pub(super) fn run_chores(state: &mut State, salt: u64) {
     let steps = state.meta.settings.chore_steps;
-    let left = requests::forget_old(state, steps);
+    let left = dependents::resolve(state, salt, steps);
+    let left = requests::forget_old(state, left);
     retain::clear_dropped(state, left);
 }
 

@@ -3,10 +3,12 @@
 //!
 //! A command checks everything, then changes; a refused command has changed nothing.
 
+mod calendar;
 mod cancel;
 mod clock;
 mod compact;
 mod confirm_dead;
+mod dependents;
 mod gpu_health;
 mod hold;
 mod lease_due;
@@ -99,7 +101,7 @@ impl State {
         self.meta.wall_ms = entry.wall_ms;
         clock::fire_timers(self, entry.salt);
         let outcomes = entry.cmds.iter().map(|cmd| self.run(cmd, entry.salt)).collect();
-        clock::run_chores(self);
+        clock::run_chores(self, entry.salt);
         #[cfg(debug_assertions)]
         self.check_now_and_then();
         Ok(outcomes)
@@ -118,6 +120,11 @@ impl State {
     /// The cluster time at which a timer or chore is due: from then on the leader proposes a `Tick`.
     pub fn next_due_ms(&self) -> Option<u64> {
         clock::next_due_ms(self)
+    }
+
+    /// The wall time at which a begin or a deadline is due: from then on the leader proposes a `Tick`.
+    pub fn next_due_wall_ms(&self) -> Option<i64> {
+        self.index.calendar.get_min().map(|rule| rule.due_wall_ms)
     }
 
     fn run(&mut self, cmd: &Cmd, salt: u64) -> Outcome {

@@ -1,19 +1,20 @@
 //! SubmitJob: mints the job's id and puts it in its queue.
 //!
-//! Refuses TENANT_UNKNOWN, QUEUE_UNKNOWN; INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
+//! Refuses TENANT_UNKNOWN, QUEUE_UNKNOWN, DEPENDENCY_UNKNOWN, DEADLINE_TOO_SOON; INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
 //! the limits could hold (not: what no machine of today holds); STATE_FULL. Emits JobSubmitted and its first state.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use super::Ctx;
+use super::{Ctx, calendar, dependents};
 use crate::command::{Code, Rejection, Reply, SubmitJob};
 use crate::event::Change;
 use crate::fit::MAX_GPUS;
 use crate::id::*;
 use crate::record::*;
 use crate::settings::Settings;
-use crate::spec::{Retry, Shape};
+use crate::spec::{After, Retry, Shape};
 use crate::state::State;
+use crate::transition::By;
 
 /// Alternatives that a job may name, in order of preference.
 const GPU_TYPES: usize = 4;
@@ -35,6 +36,8 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
     check_shape(&submit.spec.shape, &state.meta.settings)?;
     state.gpu_types_left(submit.gpu_types.iter().map(String::as_str))?;
     check_room(state, submit.body.size())?;
+    calendar::check_deadline(state, &submit.spec)?;
+    let parents = dependents::judge(state, &submit.spec)?;
 
     let id = JobId(state.meta.next_job);
     state.meta.next_job = id.0.saturating_add(1);
@@ -50,10 +53,17 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
         submitted_wall_ms: state.meta.wall_ms,
         seq: ctx.rev.0,
         // After a restore from a backup, machines may run attempts of jobs that are yet to be submitted again.
-        holds: Holds { orphan: state.has_orphan(id), user: submit.hold, ..Holds::default() },
+        holds: Holds {
+            launch: false,
+            orphan: state.has_orphan(id),
+            user: submit.hold,
+            begin: submit.spec.begin_wall_ms() > state.meta.wall_ms,
+            after: parents.unmet != 0,
+        },
         stop: None,
         tasks: 1,
         ended: None,
+        unmet: parents.unmet,
     };
     ctx.tell(Change::JobSubmitted { job: id });
     let bytes = u64::try_from(submit.body.size()).unwrap_or(u64::MAX);
@@ -64,6 +74,9 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
             tenant.live_jobs = tenant.live_jobs.saturating_add(1);
             tenant.body_bytes = tenant.body_bytes.saturating_add(bytes);
         });
+        if let Some(parent) = parents.failed {
+            state.end_unstarted(ctx, id.into(), By::Skip, Some(EndCause::Parent(parent)));
+        }
     });
     Ok(Reply::Stored(StoredReply::Job(id)))
 }
@@ -121,6 +134,7 @@ fn check_fields(submit: &SubmitJob, settings: &Settings) -> Result<(), Rejection
     }
     check_retry(&mut wrong, &spec.retry);
     check_labels(&mut wrong, &spec.labels, settings);
+    check_parents(&mut wrong, spec.after());
     check_body(&mut wrong, &submit.body, settings);
     wrong.done()
 }
@@ -190,6 +204,17 @@ fn check_labels(wrong: &mut Wrong, labels: &BTreeMap<String, String>, settings: 
             let (key, limit) = (crate::lease::clip(key), settings.label_bytes);
             wrong.push(format!("label {key:?} has a value of {} bytes, the limit is {limit}", value.len()));
         }
+    }
+}
+
+fn check_parents(wrong: &mut Wrong, after: &[After]) {
+    if after.len() > dependents::PARENTS {
+        wrong.push(format!("after names {} jobs, the limit is {}", after.len(), dependents::PARENTS));
+        return;
+    }
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = after.iter().find(|after| !seen.insert(**after)) {
+        wrong.push(format!("after names {}:{} twice", twice.kind.name(), twice.job));
     }
 }
 

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 
 use crate::id::*;
 use crate::record::*;
+use crate::spec::After;
 use crate::state::State;
 use crate::view::{LeaseView, TaskView};
 
@@ -53,6 +54,9 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
             "on_exit": spec.retry.on_exit,
         },
         "labels": spec.labels,
+        "begin_wall_ms": spec.terms.as_ref().map(|terms| terms.begin_wall_ms).filter(|at| *at != 0),
+        "deadline_wall_ms": spec.terms.as_ref().map(|terms| terms.deadline_wall_ms).filter(|at| *at != 0),
+        "after": after(spec.after()),
         "argv": body.argv,
         "env_names": body.env.keys().collect::<Vec<_>>(),
         "cwd": body.cwd,
@@ -60,6 +64,29 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
         "submitted_clock_ms": job.submitted_clock_ms,
         "submitted_wall_ms": job.submitted_wall_ms,
     }))
+}
+
+fn after(parents: &[After]) -> Value {
+    let parents: Vec<Value> =
+        parents.iter().map(|after| json!({ "kind": after.kind.name(), "job_id": after.job.0 })).collect();
+    if parents.is_empty() { Value::Null } else { Value::Array(parents) }
+}
+
+impl EndCause {
+    pub fn name(self) -> &'static str {
+        match self {
+            EndCause::Deadline => "DEADLINE",
+            EndCause::Parent(_) => "PARENT",
+        }
+    }
+
+    /// The job that did not end as needed.
+    pub fn parent(self) -> Option<JobId> {
+        match self {
+            EndCause::Parent(job) => Some(job),
+            EndCause::Deadline => None,
+        }
+    }
 }
 
 pub(super) fn state(id: JobId, view: &TaskView) -> String {
@@ -121,6 +148,8 @@ pub(super) fn result(id: JobId, result: &TaskResult) -> String {
         "attempt": result.attempt,
         "exit": exit(result.exit),
         "wall_ms": result.wall_ms,
+        "cause": result.cause.map(EndCause::name),
+        "parent": result.cause.and_then(EndCause::parent).map(|job| job.0),
     }))
 }
 

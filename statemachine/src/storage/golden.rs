@@ -17,7 +17,7 @@ use crate::command::*;
 use crate::event::{Change, Event, QueuePlace};
 use crate::record::*;
 use crate::settings::Settings;
-use crate::spec::{Retry, Shape};
+use crate::spec::{After, AfterKind, Retry, Shape, Terms};
 use crate::view::{LeaseView, PartView, ShownState, TaskView};
 use crate::*;
 
@@ -90,6 +90,16 @@ fn spec() -> JobSpec {
         kill_grace_ms: 5_000,
         retry,
         labels: [("team".into(), "vision".into()), ("a".into(), "".into())].into(),
+        terms: Some(Box::new(terms())),
+    }
+}
+
+fn terms() -> Terms {
+    let kinds = [AfterKind::Ok, AfterKind::Any, AfterKind::NotOk, AfterKind::Corr];
+    Terms {
+        begin_wall_ms: 1_800_000_000_000,
+        deadline_wall_ms: -2,
+        after: kinds.map(|kind| After { kind, job: JobId(300) }).into(),
     }
 }
 
@@ -108,10 +118,11 @@ fn job() -> Job {
         submitted_clock_ms: 1 << 33,
         submitted_wall_ms: 1_800_000_000_000,
         seq: 42,
-        holds: Holds { launch: true, orphan: false, user: true },
+        holds: Holds { launch: true, orphan: false, user: true, begin: true, after: true },
         stop: Some(Stop { by: UserId(9), rev: Revision(8) }),
         tasks: 1,
         ended: Some(JobEnd { outcome: TaskOutcome::Succeeded, clock_ms: 5, wall_ms: -6 }),
+        unmet: 1 << 63 | 1,
     }
 }
 
@@ -132,7 +143,15 @@ fn attempt(verdict: VerdictKind) -> AttemptRow {
 }
 
 fn result(outcome: TaskOutcome) -> TaskResult {
-    TaskResult { outcome, token: Some(Token(5)), attempt: 2, exit: Some(EXIT), rev: Revision(9), wall_ms: -1 }
+    TaskResult {
+        outcome,
+        token: Some(Token(5)),
+        attempt: 2,
+        exit: Some(EXIT),
+        rev: Revision(9),
+        wall_ms: -1,
+        cause: Some(EndCause::Parent(JobId(4))),
+    }
 }
 
 fn task(phase: Phase) -> Task {
@@ -307,6 +326,10 @@ fn records_are_encoded_as_they_were() {
     golden.record("head", &Head { meta: meta(), digest: 1 << 127 | 1 });
     golden.record("meta", &meta());
     golden.record("job", &versioned(job()));
+    let plain = JobSpec { terms: None, ..spec() };
+    golden.record("job.plain", &versioned(Job { spec: plain, ..job() }));
+    let late = TaskResult { cause: Some(EndCause::Deadline), ..result(TaskOutcome::Cancelled) };
+    golden.record("task.late", &versioned(Task { result: Some(late), ..task(Phase::Pending) }));
     golden.record("body", &body());
     golden.record("task.pending", &versioned(task(Phase::Pending)));
     golden.record("task.retrying", &versioned(task(Phase::Retrying { not_before_ms: 99 })));
@@ -545,7 +568,7 @@ fn changes() -> Vec<Change> {
         token: Some(Token(2)),
         ending: Some(VerdictKind::Lost),
         not_before_ms: Some(3),
-        holds: Holds { launch: false, orphan: true, user: false },
+        holds: Holds { launch: false, orphan: true, user: false, begin: false, after: false },
         exit: Some(EXIT),
     };
     let lease = LeaseView {

@@ -212,6 +212,7 @@ fn job(random: &mut Random, request: RequestId) -> Job {
         kill_grace_ms: 5_000,
         retry,
         labels,
+        terms: None,
     };
     Job {
         spec,
@@ -226,6 +227,7 @@ fn job(random: &mut Random, request: RequestId) -> Job {
         stop: None,
         tasks: 1,
         ended: None,
+        unmet: 0,
     }
 }
 

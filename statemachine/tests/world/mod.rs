@@ -169,6 +169,7 @@ pub fn job(shape: Shape) -> SubmitJob {
             kill_grace_ms: 2_000,
             retry: default_retry(),
             labels: BTreeMap::new(),
+            terms: None,
         },
         body: Body { argv: vec!["python3".into(), "train.py".into()], env: BTreeMap::new(), cwd: String::new() },
         hold: false,
