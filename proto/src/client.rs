@@ -203,7 +203,10 @@ impl Client {
                     let Some(next) = classify(&failure) else {
                         return Err(failure.into());
                     };
-                    self.known().leader = None;
+                    // Over a bound, it still leads; and what a read met says nothing of the leader.
+                    if to_leader && !matches!(next, Event::Busy { .. }) {
+                        self.known().leader = None;
+                    }
                     let lost = next == Event::Lost;
                     sent |= to_leader && lost;
                     // What a replica answered says more than a later try that nobody did, unless that one may have done
@@ -331,6 +334,12 @@ calls! {
     read_call list_nodes(v1::cluster_client::ClusterClient<Transport>, v1::ListNodesRequest) -> v1::ListNodesReply;
     leader_call confirm_dead(v1::cluster_client::ClusterClient<Transport>, v1::ConfirmDeadRequest) -> v1::ConfirmDeadReply;
     leader_call set_node_admin(v1::cluster_client::ClusterClient<Transport>, v1::SetNodeAdminRequest) -> v1::SetNodeAdminReply;
+    leader_call set_tenant(v1::tenants_client::TenantsClient<Transport>, v1::SetTenantRequest) -> v1::SetTenantReply;
+    leader_call remove_tenant(v1::tenants_client::TenantsClient<Transport>, v1::RemoveTenantRequest) -> v1::RemoveTenantReply;
+    read_call list_tenants(v1::tenants_client::TenantsClient<Transport>, v1::ListTenantsRequest) -> v1::ListTenantsReply;
+    leader_call set_priority(v1::tenants_client::TenantsClient<Transport>, v1::SetPriorityRequest) -> v1::SetPriorityReply;
+    leader_call remove_priority(v1::tenants_client::TenantsClient<Transport>, v1::RemovePriorityRequest) -> v1::RemovePriorityReply;
+    read_call list_priorities(v1::tenants_client::TenantsClient<Transport>, v1::ListPrioritiesRequest) -> v1::ListPrioritiesReply;
     leader_call register(v1::agents_client::AgentsClient<Transport>, v1::RegisterRequest) -> v1::RegisterReply;
     leader_call report(v1::agents_client::AgentsClient<Transport>, v1::ReportRequest) -> v1::ReportReply;
     leader_call report_health(v1::agents_client::AgentsClient<Transport>, v1::ReportHealthRequest) -> v1::ReportHealthReply;
@@ -348,6 +357,60 @@ mod tests {
 
     fn refused(reason: reason::Reason) -> Option<Error> {
         Some(Failure::from(crate::error::refusal(reason, "no")).into())
+    }
+
+    /// Answers by the number of the try; `None` = none at all.
+    async fn call(client: &Client, to_leader: bool, answer: impl Fn(u32) -> Option<Status>) -> Result<u32, Error> {
+        let tries = std::sync::atomic::AtomicU32::new(0);
+        let ask = |_| {
+            let number = tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let answer = answer(number);
+            async move {
+                match answer {
+                    Some(status) if status.code() == Code::Ok => Ok(Response::new(number)),
+                    Some(status) => Err(status),
+                    None => std::future::pending().await,
+                }
+            }
+        };
+        if to_leader { client.leader_call(ask).await } else { client.read_call(ask).await }
+    }
+
+    fn client(call_ms: u64) -> Client {
+        let servers = vec!["127.0.0.1:1".to_owned(), "127.0.0.1:2".to_owned()];
+        let patience = Patience { call: Duration::from_millis(call_ms), attempt: Duration::from_secs(5) };
+        Client::new(servers, Identity::default()).with_patience(patience)
+    }
+
+    #[tokio::test]
+    async fn a_leader_over_a_bound_is_still_the_leader() {
+        for over in [reason::BUSY, reason::DISK_FULL] {
+            let client = client(400);
+            call(&client, true, |_| Some(Status::ok(""))).await.unwrap();
+            let leader = client.leader();
+            assert!(leader.is_some());
+            let refused =
+                call(&client, true, |_| Some(crate::error::retry_later(over, "over", Duration::from_millis(50)))).await;
+            assert_eq!(refused.unwrap_err().reason(), over.name);
+            assert_eq!(client.leader(), leader);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_read_met_does_not_make_the_leader_forgotten() {
+        let client = client(2_000);
+        call(&client, true, |_| Some(Status::ok(""))).await.unwrap();
+        let stopping = || crate::error::refusal(reason::STOPPING, "stopping");
+        let answer = |number| Some(if number == 0 { stopping() } else { Status::ok("") });
+        assert_eq!(call(&client, false, answer).await.unwrap(), 1);
+        assert!(client.leader().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_call_outlives_one_frozen_replica() {
+        let client = client(1_000);
+        let answer = |number| (number > 0).then(|| Status::ok(""));
+        assert_eq!(call(&client, true, answer).await.unwrap(), 1);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! A call repeats the *same* request (and request id) until it is answered or its deadline passes. NOT_LEADER is
 //! followed at once; without a hint, and when nobody answers, the client goes round the replicas with a growing wait.
+//! No try may spend the call's whole time: a replica that is frozen, or cut off, must leave time to ask the next one.
 
 /// What happened to the last try.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +35,9 @@ const WAIT_MAX_MS: u64 = 80;
 /// Leader hints followed in a row without a wait: two replicas may name each other during an election.
 const HINTS_IN_ROW: u32 = 3;
 
+/// A try gets half of the time that is left, but no less than this (as far as it is there).
+const TRY_MIN_MS: u64 = 250;
+
 /// One call's way through the replicas.
 #[derive(Clone, Debug)]
 pub struct Retry {
@@ -49,7 +53,7 @@ pub struct Retry {
 
 impl Retry {
     /// Begins at `first` where the client knows a leader, else at the `start`-th server. A try is given up after
-    /// `try_timeout_ms`, the whole call at `deadline_ms` on the caller's clock.
+    /// `try_timeout_ms` or half of what is left, the whole call at `deadline_ms` on the caller's clock.
     pub fn new(
         servers: Vec<String>,
         first: Option<String>,
@@ -99,7 +103,9 @@ impl Retry {
             Some(addr) => addr.clone(),
             None => self.servers[self.at].clone(),
         };
-        Action::Call { addr, timeout_ms: self.try_timeout_ms.min(self.deadline_ms - now_ms).max(1) }
+        let left = self.deadline_ms - now_ms;
+        let share = (left / 2).max(TRY_MIN_MS);
+        Action::Call { addr, timeout_ms: self.try_timeout_ms.min(share).min(left).max(1) }
     }
 
     /// A target that failed is forgotten; then the list, one after the other.
@@ -174,9 +180,35 @@ mod tests {
     }
 
     #[test]
+    fn a_frozen_replica_leaves_time_to_ask_the_others() {
+        let mut retry = Retry::new(vec!["a".into(), "b".into(), "c".into()], None, 0, 3_000, 5_000);
+        let mut now = 0;
+        let mut asked = Vec::new();
+        let mut event = Event::Ready;
+        loop {
+            match retry.step(event, now) {
+                Action::Call { addr, timeout_ms } => {
+                    asked.push((addr, timeout_ms));
+                    now += timeout_ms;
+                    event = Event::Lost;
+                }
+                Action::Wait { ms } => {
+                    now += ms;
+                    event = Event::Ready;
+                }
+                Action::GiveUp => break,
+            }
+        }
+        assert_eq!(asked[0], ("a".to_owned(), 1_500));
+        assert_eq!(asked[1].0, "b");
+        assert_eq!(asked[2].0, "c");
+        assert!(asked[2].1 >= TRY_MIN_MS, "{asked:?}");
+    }
+
+    #[test]
     fn the_deadline_ends_it_and_bounds_each_wait_and_try() {
         let mut retry = retry();
-        assert_eq!(retry.step(Event::Ready, 9_700), Action::Call { addr: "a".into(), timeout_ms: 300 });
+        assert_eq!(retry.step(Event::Ready, 9_800), Action::Call { addr: "a".into(), timeout_ms: 200 });
         assert_eq!(retry.step(Event::Busy { retry_ms: 5_000 }, 9_900), Action::Wait { ms: 100 });
         assert_eq!(retry.step(Event::Ready, 10_000), Action::GiveUp);
     }

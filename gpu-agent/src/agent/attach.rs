@@ -1,14 +1,16 @@
 //! What an agent finds when it starts: shims that outlived its predecessor, ends that were not acknowledged, and attempts
-//! of which nothing is left.
+//! of which nothing is left. One of which something may be alive that can't be killed, or whose records can't be read, is
+//! left alone: nobody hears that it is dead. It is looked at again, with growing waits, until that is settled.
 
 use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use proto::v1::DesiredLease;
+use tokio::sync::mpsc::UnboundedSender;
 
 use super::attempts::{Attempts, Kept, is_held};
-use super::core::Core;
+use super::core::{Core, Event};
 use super::cores::Cores;
 use super::fence::{Fence, Found, Live};
 use super::part::{Part, Rank};
@@ -22,51 +24,106 @@ const SHIM_APPEARS: Duration = Duration::from_secs(5);
 /// What survives its own SIGKILL for longer than this hangs in the kernel.
 const SWEEP_LIMIT: Duration = Duration::from_secs(10);
 
-pub struct Site<'a> {
-    pub attempts: &'a Attempts,
-    pub shims: &'a Shims,
-    pub boot: &'a str,
+/// An attempt that was left alone is looked at again so soon; doubles up to the maximum.
+const AGAIN_FIRST: Duration = Duration::from_secs(1);
+const AGAIN_MAX: Duration = Duration::from_secs(60);
+
+/// Clones share the shims.
+#[derive(Clone)]
+pub struct Site {
+    pub attempts: Attempts,
+    pub shims: Shims,
+    pub boot: String,
     /// How the fence file was found.
     pub found: Found,
 }
 
-/// Must be called within the runtime. Numbers of attempts found running, and of all found.
-pub fn attach_all(site: &Site, fence: &mut Fence, cores: &mut Cores, core: &mut Core) -> io::Result<(usize, usize)> {
+/// What was found.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Sum {
+    pub all: usize,
+    pub running: usize,
+    /// Attempts to look at again, with what the fence file knows of them.
+    pub left_alone: Vec<(u64, Option<Live>)>,
+}
+
+/// Must be called within the runtime.
+pub fn attach_all(site: &Site, fence: &mut Fence, cores: &mut Cores, core: &mut Core) -> io::Result<Sum> {
     let mut tokens = site.attempts.tokens()?;
     tokens.extend(fence.content.live.keys());
     tokens.sort_unstable();
     tokens.dedup();
-    let mut running = 0;
-    for token in &tokens {
-        let Some(kept) = kept(site, fence, *token) else {
-            core.leave_alone(*token);
+    let mut sum = Sum { all: tokens.len(), ..Sum::default() };
+    for token in tokens {
+        let live = fence.content.live.get(&token).cloned();
+        let Some(kept) = kept(site, live.as_ref(), token) else {
+            core.leave_alone(token);
+            sum.left_alone.push((token, live));
             continue;
         };
-        let settled = site.found == Found::Intact && !fence.content.live.contains_key(token);
-        let Some(part) = part(site, *token, &kept)? else {
-            core.leave_alone(*token);
+        let settled = site.found == Found::Intact && live.is_none();
+        if !settled {
+            // Before it is looked at: an agent that starts again must know that its end was not acknowledged.
+            fence.add(token, kept.live());
+        }
+        let Some(part) = part(site, token, &kept)? else {
+            core.leave_alone(token);
+            sum.left_alone.push((token, Some(kept.live())));
             continue;
         };
         if part.is_alive() {
-            running += 1;
-            cores.adopt(*token, kept.cpus.clone());
+            sum.running += 1;
+            cores.adopt(token, kept.cpus.clone());
         }
-        if !settled {
-            fence.add(
-                *token,
-                Live { job_id: kept.job_id, first_rank: kept.first_rank, ranks: kept.ranks, gpus: kept.gpus },
-            );
-        }
-        let deadline = site.shims.deadline(*token).unwrap_or(0);
-        core.adopt(*token, part, deadline, settled, boot_ms());
+        let deadline = site.shims.deadline(token).unwrap_or(0);
+        core.adopt(token, part, deadline, settled, boot_ms());
     }
     fence.save()?;
-    Ok((running, tokens.len()))
+    Ok(sum)
+}
+
+/// Looks at an attempt that was left alone again and again, until it can be said what became of it.
+pub fn look_again(site: Site, token: u64, live: Option<Live>, events: UnboundedSender<Event>) {
+    let mut wait = AGAIN_FIRST;
+    tokio::spawn(async move {
+        while !events.is_closed() {
+            tracing::warn!(
+                token,
+                again_in_s = wait.as_secs(),
+                "an attempt's processes can't be killed, or its records can't be read: left alone, and looked at again"
+            );
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(AGAIN_MAX);
+            let (site, live) = (site.clone(), live.clone());
+            let look = move || {
+                let Some(kept) = kept(&site, live.as_ref(), token) else { return Ok(None) };
+                let part = part(&site, token, &kept)?;
+                Ok(part.map(|part| (part, site.shims.deadline(token).unwrap_or(0))))
+            };
+            // Within the runtime: shims that are alive after all get their watchers.
+            let runtime = tokio::runtime::Handle::current();
+            let looked: Result<io::Result<_>, _> = tokio::task::spawn_blocking(move || {
+                let _inside = runtime.enter();
+                look()
+            })
+            .await;
+            match looked {
+                Ok(Ok(Some((part, deadline)))) => {
+                    tracing::info!(token, "what became of an attempt that was left alone is known now");
+                    let _ = events.send(Event::Found { token, part, deadline });
+                    return;
+                }
+                Ok(Ok(None)) => {}
+                Ok(Err(error)) => tracing::warn!(token, %error, "looking at an attempt again"),
+                Err(error) => tracing::warn!(token, %error, "looking at an attempt again"),
+            }
+        }
+    });
 }
 
 /// A token in the fence file without a directory never got as far as a shim.
-fn kept(site: &Site, fence: &Fence, token: u64) -> Option<Kept> {
-    match (site.attempts.kept(token), fence.content.live.get(&token)) {
+fn kept(site: &Site, live: Option<&Live>, token: u64) -> Option<Kept> {
+    match (site.attempts.kept(token), live) {
         (Ok(kept), _) => Some(kept),
         (Err(_), Some(live)) => {
             let lease = DesiredLease {

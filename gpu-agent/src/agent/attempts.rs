@@ -13,6 +13,7 @@ use proto::v1::DesiredLease;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use super::fence::Live;
 use crate::shim::record::{self, Containment, User, replace};
 
 const ATTEMPTS: &str = "attempts";
@@ -106,6 +107,11 @@ impl Attempts {
 }
 
 impl Kept {
+    /// As the fence file has it.
+    pub fn live(&self) -> Live {
+        Live { job_id: self.job_id, first_rank: self.first_rank, ranks: self.ranks, gpus: self.gpus.clone() }
+    }
+
     pub fn of(lease: &DesiredLease, grace_ms: u64, open: bool, boot: &str, containment: Containment) -> Self {
         Self {
             job_id: lease.job_id,

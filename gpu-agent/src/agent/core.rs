@@ -63,6 +63,12 @@ pub enum Event {
         local: u32,
         rank: Rank,
     },
+    /// An attempt that was left alone is known by now; `deadline`: that of its shims, 0 = none is alive.
+    Found {
+        token: u64,
+        part: Part,
+        deadline: u64,
+    },
     /// One refusal per item; empty = recorded.
     Reported(Vec<String>),
     /// Nothing is known of it; `stale_epoch`: refused because another registration came after ours.
@@ -152,7 +158,8 @@ pub struct Core {
     desired: Option<Vec<v1::DesiredLease>>,
     parts: BTreeMap<u64, Part>,
     finished: BTreeMap<u64, Finished>,
-    /// Attempts of which something may be alive that can't be killed or read: never taken up, and never told as gone.
+    /// Attempts of which something may be alive that can't be killed or read: never taken up, and not told as gone until
+    /// they are [`Event::Found`].
     left_alone: BTreeSet<u64>,
     bodies: BTreeMap<u64, v1::JobBody>,
     fetching: Vec<u64>,
@@ -323,6 +330,13 @@ impl Core {
                     *known = rank;
                 }
             }
+            Event::Found { token, part, deadline } => {
+                if self.left_alone.remove(&token) {
+                    self.adopt(token, part, deadline, false, now);
+                    // It was in no list of the last registration.
+                    self.want_registration();
+                }
+            }
             Event::Reported(refusals) => self.reported(refusals, now),
             Event::ReportFailed { stale_epoch } => {
                 self.reporting.clear();
@@ -377,7 +391,7 @@ impl Core {
             Some(What::Ack(ack)) if ack.epoch == self.epoch && ack.incarnation >= self.seen.0 => {
                 self.heard = now;
                 self.beat_first = false;
-                let moved = self.keeper.acked(ack.heartbeat, &ack.tokens);
+                let moved = self.keeper.acked(ack.heartbeat, &ack.tokens, now);
                 actions.extend(moved.into_iter().map(|(token, deadline)| Action::Extend { token, deadline }));
             }
             Some(What::Desired(set)) => self.desired(set),
@@ -468,7 +482,8 @@ impl Core {
         let mut listing = Listing::default();
         for (token, part) in &self.parts {
             let never = part.ranks.iter().all(|rank| matches!(rank, Rank::Ended(Outcome::NeverStarted)));
-            if part.is_alive() {
+            // A failed launch is in no list of ends: the part is kept, and the report that says why comes after.
+            if part.is_alive() || (part.failure().is_some() && !part.is_dead()) {
                 listing.running.push(v1::RunningPart {
                     token: *token,
                     job_id: part.job_id,
@@ -477,7 +492,7 @@ impl Core {
                 });
             } else if part.is_dead() || never {
                 listing.dead.push(*token);
-            } else if part.failure().is_none() {
+            } else {
                 listing.finished.push(v1::FinishedPart { token: *token, exits: part.exits() });
             }
         }

@@ -324,6 +324,32 @@ fn an_attempt_that_may_be_alive_is_neither_taken_up_nor_told_as_gone() {
 }
 
 #[test]
+fn an_attempt_left_alone_is_told_as_dead_once_it_is_found_so() {
+    let mut core = Core::new((1, 0));
+    core.leave_alone(7);
+    core.step(Event::Tick, 0);
+    core.step(registered(1), 0);
+    let part = Part::new(&lease(7), Rank::Vanished);
+    let actions = core.step(Event::Found { token: 7, part: part.clone(), deadline: 0 }, 50);
+    assert_eq!(registers(&actions).unwrap().dead, vec![7]);
+    core.step(registered(2), 60);
+    // Told twice, it is no second attempt.
+    assert_eq!(registers(&core.step(Event::Found { token: 7, part, deadline: 0 }, 70)), None);
+}
+
+#[test]
+fn a_launch_that_failed_is_kept_by_a_registration_and_told_after_it() {
+    let mut core = Core::new((1, 0));
+    let failed = Rank::Ended(Outcome::LaunchFailed { node_fault: true, why: "no space".into() });
+    core.adopt(7, Part::new(&lease(7), failed), 0, false, 0);
+    let listing = registers(&core.step(Event::Tick, 0)).unwrap();
+    assert_eq!(listing.running.iter().map(|part| (part.token, part.started)).collect::<Vec<_>>(), vec![(7, false)]);
+    assert!(listing.dead.is_empty() && listing.finished.is_empty());
+    let told = items(&core.step(registered(1), 10));
+    assert!(matches!(told[0].what, Some(report_item::What::LaunchFailed(_))), "{told:?}");
+}
+
+#[test]
 fn a_cluster_that_went_back_to_an_older_incarnation_is_left() {
     let mut core = Core::new((2, 5));
     core.step(Event::Tick, 0);

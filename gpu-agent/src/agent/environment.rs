@@ -59,7 +59,7 @@ pub fn of_rank(
         ("LOCAL_WORLD_SIZE", lease.ranks.to_string()),
         ("NODE_RANK", lease.node_rank.to_string()),
         ("GROUP_RANK", lease.node_rank.to_string()),
-        ("CUDA_VISIBLE_DEVICES", gpus(lease, local).join(",")),
+        ("CUDA_VISIBLE_DEVICES", visible(lease, body, local).join(",")),
         ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()),
     ];
     if port != 0 {
@@ -77,6 +77,22 @@ pub fn master(addr: &str, port: u32) -> Vec<(&'static str, String)> {
         ("MASTER_PORT", port.to_string()),
         ("JAX_COORDINATOR_ADDRESS", format!("{addr}:{port}")),
     ]
+}
+
+/// The variable of a job that says what its ranks see, `all` or `rank`; any other value is as if it were absent.
+pub const GPU_BIND: &str = "ARES_GPU_BIND";
+
+/// What a rank may open. Launchers of the torchrun kind start one process a GPU, show all of them to each, and scripts
+/// take the LOCAL_RANK-th: so ranks with one GPU each see the whole part, in rank order. A rank with more GPUs, or of a
+/// job that asks for `rank`, sees its own alone, from device 0 on.
+fn visible(lease: &v1::DesiredLease, body: &v1::JobBody, local: u32) -> Vec<String> {
+    let asked = body.env.get(GPU_BIND).map(String::as_str);
+    match asked {
+        Some("rank") => gpus(lease, local),
+        Some("all") => lease.gpu_uuids.clone(),
+        _ if lease.gpus_per_rank == 1 => lease.gpu_uuids.clone(),
+        _ => gpus(lease, local),
+    }
 }
 
 /// UUIDs of one local rank, in the lease's order.
@@ -152,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gang_rank_has_the_names_of_torchrun_and_its_own_gpus() {
+    fn a_gang_rank_has_the_names_of_torchrun_and_its_gpu_at_its_local_rank() {
         let env = env(1, &[], None, 29_500);
         for (name, value) in [
             ("RANK", "3"),
@@ -161,7 +177,7 @@ mod tests {
             ("LOCAL_WORLD_SIZE", "2"),
             ("GROUP_RANK", "1"),
             ("NODE_RANK", "1"),
-            ("CUDA_VISIBLE_DEVICES", "GPU-b"),
+            ("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b"),
             ("MASTER_ADDR", "10.0.0.1"),
             ("MASTER_PORT", "29500"),
             ("JAX_COORDINATOR_ADDRESS", "10.0.0.1:29500"),
@@ -171,6 +187,24 @@ mod tests {
             assert_eq!(env[name], value, "{name}");
         }
         assert!(!env.keys().any(|name| name.starts_with("SLURM")));
+    }
+
+    #[test]
+    fn what_a_rank_sees_is_the_part_by_local_rank_or_its_own_gpus() {
+        let seen = |lease: &v1::DesiredLease, bind: &str, local| {
+            let job: &[(&str, &str)] = &[(GPU_BIND, bind)];
+            visible(lease, &body(if bind.is_empty() { &[] } else { job }), local).join(",")
+        };
+        let one = lease();
+        for local in 0..2 {
+            let all: Vec<String> = seen(&one, "", local).split(',').map(str::to_owned).collect();
+            assert_eq!(all[local as usize], gpus(&one, local)[0], "LOCAL_RANK selects");
+        }
+        assert_eq!((seen(&one, "rank", 1).as_str(), seen(&one, "all", 1).as_str()), ("GPU-b", "GPU-a,GPU-b"));
+        let four = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"].map(str::to_owned).to_vec();
+        let two = v1::DesiredLease { gpus_per_rank: 2, gpu_uuids: four, ..lease() };
+        assert_eq!(seen(&two, "", 1), "GPU-c,GPU-d");
+        assert_eq!(seen(&two, "all", 1), "GPU-a,GPU-b,GPU-c,GPU-d");
     }
 
     #[test]

@@ -62,8 +62,9 @@ impl Keeper {
         self.held.remove(&token);
     }
 
-    /// An acknowledgement: the deadlines that it moved, none back. Only named tokens are extended.
-    pub fn acked(&mut self, number: u64, tokens: &[u64]) -> Vec<(u64, u64)> {
+    /// An acknowledgement: the deadlines that it moved, none back. Only named tokens are extended, and none whose deadline
+    /// has passed: a machine that was suspended finds what it must kill, whoever hears what first after it woke.
+    pub fn acked(&mut self, number: u64, tokens: &[u64], now: u64) -> Vec<(u64, u64)> {
         let Some(&(_, sent)) = self.sent.iter().find(|(known, _)| *known == number) else {
             return Vec::new();
         };
@@ -72,7 +73,7 @@ impl Keeper {
         for token in tokens {
             if let Some(held) = self.held.get_mut(token) {
                 let deadline = sent.saturating_add(held.ttl_ms);
-                if deadline > held.deadline {
+                if deadline > held.deadline && now < held.deadline {
                     held.deadline = deadline;
                     moved.push((*token, deadline));
                 }
@@ -100,8 +101,18 @@ mod tests {
     fn keeper() -> Keeper {
         let mut keeper = Keeper::default();
         let first = keeper.beat(1_000);
-        keeper.acked(first, &[]);
+        keeper.acked(first, &[], 1_000);
         keeper
+    }
+
+    #[test]
+    fn a_deadline_that_has_passed_is_not_moved_any_more() {
+        for (now, moved) in [(10_999, vec![(7, 13_000)]), (11_000, vec![]), (400_000, vec![])] {
+            let mut keeper = keeper();
+            keeper.hold(7, 10_000, 0, 1_000);
+            let number = keeper.beat(3_000);
+            assert_eq!(keeper.acked(number, &[7], now), moved, "at {now}");
+        }
     }
 
     #[test]
@@ -110,7 +121,7 @@ mod tests {
         keeper.hold(7, 10_000, 0, 1_000);
         keeper.hold(8, 10_000, 0, 1_000);
         let number = keeper.beat(3_000);
-        assert_eq!(keeper.acked(number, &[7]), vec![(7, 13_000)]);
+        assert_eq!(keeper.acked(number, &[7], 0), vec![(7, 13_000)]);
         assert_eq!(keeper.deadline(8), Some(11_000));
     }
 
@@ -120,7 +131,7 @@ mod tests {
         keeper.hold(7, 10_000, 0, 1_000);
         let number = keeper.beat(3_000);
         // The acknowledgement takes five seconds: nothing in it says so.
-        assert_eq!(keeper.acked(number, &[7]), vec![(7, 13_000)]);
+        assert_eq!(keeper.acked(number, &[7], 0), vec![(7, 13_000)]);
         assert_eq!(keeper.hold(9, 10_000, 0, 8_000), Some(13_000));
     }
 
@@ -136,7 +147,7 @@ mod tests {
         let mut keeper = keeper();
         assert_eq!(keeper.hold(7, 10_000, 2_500, 8_500), None);
         let number = keeper.beat(8_600);
-        keeper.acked(number, &[]);
+        keeper.acked(number, &[], 0);
         assert_eq!(keeper.hold(7, 10_000, 2_500, 8_700), Some(18_600));
     }
 
@@ -153,7 +164,7 @@ mod tests {
         keeper.hold(7, 10_000, 0, 1_000);
         let old = keeper.beat(3_000);
         keeper.new_epoch();
-        assert_eq!(keeper.acked(old, &[7]), vec![]);
+        assert_eq!(keeper.acked(old, &[7], 0), vec![]);
         assert_eq!(keeper.deadline(7), Some(11_000));
     }
 
@@ -163,8 +174,8 @@ mod tests {
         keeper.hold(7, 10_000, 0, 1_000);
         let early = keeper.beat(3_000);
         let late = keeper.beat(5_000);
-        assert_eq!(keeper.acked(late, &[7]), vec![(7, 15_000)]);
-        assert_eq!(keeper.acked(early, &[7]), vec![]);
+        assert_eq!(keeper.acked(late, &[7], 0), vec![(7, 15_000)]);
+        assert_eq!(keeper.acked(early, &[7], 0), vec![]);
         assert_eq!(keeper.deadline(7), Some(15_000));
     }
 
@@ -172,7 +183,7 @@ mod tests {
     fn an_ack_nobody_asked_for_extends_nothing() {
         let mut keeper = keeper();
         keeper.hold(7, 10_000, 0, 1_000);
-        assert_eq!(keeper.acked(99, &[7]), vec![]);
+        assert_eq!(keeper.acked(99, &[7], 0), vec![]);
     }
 
     proptest! {
@@ -193,7 +204,7 @@ mod tests {
                 if beat {
                     beats.push((keeper.beat(now), now));
                 } else if let Some((number, sent)) = beats.iter().rev().nth(which).copied() {
-                    keeper.acked(number, if named { &[7] } else { &[] });
+                    keeper.acked(number, if named { &[7] } else { &[] }, 0);
                     if named { allowed = allowed.max(sent + 10_000); }
                 }
                 prop_assert_eq!(keeper.deadline(7), Some(allowed));

@@ -68,15 +68,7 @@ mod tests {
     use crate::shim::record::Outcome;
 
     fn lease(token: u64) -> DesiredLease {
-        DesiredLease {
-            token,
-            ranks: 1,
-            nodes: 1,
-            go: true,
-            ttl_ms: 40_000,
-            kill_grace_ms: 7,
-            ..Default::default()
-        }
+        DesiredLease { token, ranks: 1, nodes: 1, go: true, ttl_ms: 40_000, kill_grace_ms: 7, ..Default::default() }
     }
 
     fn gang(token: u64, go: bool) -> DesiredLease {

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
-use super::attach::{Site, attach_all};
+use super::attach::{Site, attach_all, look_again};
 use super::attempts::Attempts;
 use super::core::{Action, Core, Event, Listing};
 use super::cores::Cores;
@@ -149,10 +149,13 @@ impl Agent {
         let shims = Shims::new(events.clone());
         let mut core = Core::new((fence.content.incarnation, fence.content.index));
         let mut cores = Cores::new(machine.cpus_by_numa.clone());
-        let site = Site { attempts: &attempts, shims: &shims, boot: &boot, found };
-        let (running, all) = attach_all(&site, &mut fence, &mut cores, &mut core).map_err(Error::io("attempts"))?;
-        if all > 0 {
-            tracing::info!(running, all, "attempts found");
+        let site = Site { attempts: attempts.clone(), shims: shims.clone(), boot: boot.clone(), found };
+        let sum = attach_all(&site, &mut fence, &mut cores, &mut core).map_err(Error::io("attempts"))?;
+        if sum.all > 0 {
+            tracing::info!(running = sum.running, all = sum.all, "attempts found");
+        }
+        for (token, live) in sum.left_alone {
+            look_again(site.clone(), token, live, events.clone());
         }
 
         let facts = v1::MachineFacts {

@@ -50,6 +50,9 @@ impl Shims {
     /// What a rank's directory says after its shim was started, or when the agent starts again: its state, and from here
     /// on a watcher where a shim is alive. Must be called within the runtime.
     pub fn attach(&self, key: Key, dir: &Path, containment: Containment) -> io::Result<Rank> {
+        if let Some(known) = self.lock().get(&key) {
+            return Ok(if known.control.phase() == Phase::Started { Rank::Started } else { Rank::Waiting });
+        }
         let ended =
             |dir: &Path| -> io::Result<Option<Rank>> { Ok(Ended::read(dir)?.map(|ended| Rank::Ended(ended.outcome))) };
         if let Some(rank) = ended(dir)? {

@@ -27,7 +27,7 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-use crate::clock::{boot_ms, wall_ms};
+use crate::clock::{boot_ms, leap, wall_ms};
 use control::{Control, Phase, Stop};
 use rank::{Answer, Failure, Starting};
 use record::{Containment, Ended, Exit, Outcome, Spec};
@@ -288,7 +288,7 @@ impl Shim {
 
     /// Until `at`, a signal, or a wake by the agent.
     fn sleep_until(&mut self, at: u64) -> io::Result<()> {
-        let at = at.max(1);
+        let at = at.saturating_sub(leap::ms()).max(1);
         let value = Timespec { tv_sec: (at / 1_000) as i64, tv_nsec: (at % 1_000 * 1_000_000) as i64 };
         let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
         timerfd_settime(&self.timer, TimerfdTimerFlags::ABSTIME, &once)?;
@@ -297,7 +297,7 @@ impl Shim {
             PollFd::from_borrowed_fd(self.timer.as_fd(), PollFlags::IN),
         ];
         fds.extend(self.starting.iter().map(|starting| PollFd::new(starting, PollFlags::IN)));
-        match poll(&mut fds, None) {
+        match poll(&mut fds, leap::wake().as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }

@@ -65,8 +65,8 @@ async fn ranks_of_one_node_find_each_other_by_their_environment() {
     let port = leader.started(12).await;
     let work = site.dir.path().canonicalize().unwrap().join("attempts/12/work");
     let work = work.display();
-    assert_eq!(site.log(12, 0), format!("0/2 GPU-a 127.0.0.1:{port} 12\n{work}\n"));
-    assert_eq!(site.log(12, 1), format!("1/2 GPU-b 127.0.0.1:{port} 12\n{work}\n"));
+    assert_eq!(site.log(12, 0), format!("0/2 GPU-a,GPU-b 127.0.0.1:{port} 12\n{work}\n"));
+    assert_eq!(site.log(12, 1), format!("1/2 GPU-a,GPU-b 127.0.0.1:{port} 12\n{work}\n"));
 }
 
 async fn output_is_followed_from_the_agents_own_port() {
@@ -146,15 +146,7 @@ async fn a_job_runs_as_the_user_that_the_agent_names() {
 }
 
 fn half(token: u64, node_rank: u32) -> DesiredLease {
-    DesiredLease {
-        ranks: 1,
-        world_size: 2,
-        nodes: 2,
-        node_rank,
-        first_rank: node_rank,
-        go: false,
-        ..lease(token)
-    }
+    DesiredLease { ranks: 1, world_size: 2, nodes: 2, node_rank, first_rank: node_rank, go: false, ..lease(token) }
 }
 
 async fn prepared(leader: &Leader, token: u64) -> Vec<u32> {
