@@ -15,6 +15,7 @@ tests![
     agent_and_shims_killed_is_dead_at_the_next_registration,
     agent_and_shims_killed_without_namespaces_is_dead_once_seen_so,
     agent_and_shims_killed_under_a_control_group_is_dead_once_seen_so,
+    an_attempt_left_alone_is_looked_at_again_without_a_restart,
     what_an_agent_sweeps_is_its_own,
     a_shim_that_is_killed_is_told_by_a_registration_and_its_gang_ends,
     what_left_the_process_group_dies_with_its_shim,
@@ -108,6 +109,26 @@ async fn agent_and_shims_killed_under_a_control_group_is_dead_once_seen_so() {
         return;
     }
     killed_together(Site::with("n1", &["root", "cgroup"]), 112).await;
+}
+
+async fn an_attempt_left_alone_is_looked_at_again_without_a_restart() {
+    let leader = Leader::start().await;
+    let mut site = Site::new("n1");
+    run(&mut site, &leader, lease(113), "exit 0").await;
+    leader.exits(113).await;
+    site.kill_agent();
+    // An attempt whose records can't be read, and of which nobody else knows.
+    let part = site.dir.path().join("attempts/113/part");
+    let known = std::fs::read(&part).unwrap();
+    let of_714 = site.dir.path().join("attempts/714");
+    std::fs::create_dir(&of_714).unwrap();
+    std::fs::write(of_714.join("part"), "no part").unwrap();
+    site.start(&leader.addr);
+    let registered = leader.registered(2).await;
+    assert!(!registered.dead.contains(&714) && registered.running.is_empty());
+    // The disk came back, say.
+    std::fs::write(of_714.join("part"), known).unwrap();
+    assert_eq!(leader.registered(3).await.dead, vec![714]);
 }
 
 async fn killed_together(mut site: Site, token: u64) {

@@ -16,6 +16,9 @@ tests![
     an_attempt_that_the_set_lacks_is_killed,
     the_time_limit_ends_a_rank,
     a_gpu_passes_to_the_next_attempt_only_when_the_last_is_gone,
+    a_machine_that_wakes_past_the_deadline_kills_before_anything_else,
+    daemons_of_a_rank_die_with_it,
+    daemons_of_a_rank_die_with_it_without_namespaces,
 ];
 
 const TTL: u64 = 3_000;
@@ -134,4 +137,61 @@ async fn a_gpu_passes_to_the_next_attempt_only_when_the_last_is_gone() {
     leader.grant("n1", on_gpu(lease(208)), &["sh", "-c", &script]);
     site.until_log(208, 0, |log| log.contains("up")).await;
     assert!(with_argument(&word).is_empty(), "the second started beside the first");
+}
+
+/// Agent, shim and job stand still, and the clock has leapt when they go on, as after a machine's suspension. The agent
+/// may be the first to wake: what the leader acknowledges then must not save the job.
+async fn a_machine_that_wakes_past_the_deadline_kills_before_anything_else() {
+    let leader = Leader::start().await;
+    let clock = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(clock.path(), "0").unwrap();
+    let mut site = Site::with("n1", &["root", &format!("leap={}", clock.path().display())]);
+    let word = deaf(&mut site, &leader, DesiredLease { ttl_ms: 30_000, ..short(209) }).await;
+    let shim = site.shim(209, 0);
+    let mut asleep = with_argument(&word);
+    asleep.extend([shim.number, site.agent_pid()]);
+    asleep.iter().for_each(|pid| signal(*pid, "STOP"));
+    std::fs::write(clock.path(), "31000").unwrap();
+    signal(site.agent_pid(), "CONT");
+    // A heartbeat goes out every 200 ms, and is acknowledged.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let woke = Instant::now();
+    asleep.iter().for_each(|pid| signal(*pid, "CONT"));
+    until("the job is dead", || with_argument(&word).is_empty()).await;
+    assert!(woke.elapsed() < Duration::from_secs(2), "{:?}", woke.elapsed());
+    let exits = leader.exits(209).await;
+    assert_eq!((exits[0].exit.as_ref().unwrap().signal, exits[0].cause.as_str()), (9, "LEASE_END"));
+}
+
+async fn daemons_of_a_rank_die_with_it() {
+    daemons_die(Site::new("n1"), 210).await;
+}
+
+async fn daemons_of_a_rank_die_with_it_without_namespaces() {
+    daemons_die(Site::with("n1", &["root", "weak"]), 212).await;
+}
+
+/// Forked twice, in sessions of their own, deaf, and one with an empty environment: gone when the rank's own process
+/// ends, and gone at the deadline.
+async fn daemons_die(mut site: Site, token: u64) {
+    let leader = Leader::start().await;
+    site.start(&leader.addr);
+    let daemons = |word: &str| {
+        format!(
+            "(setsid sh -c 'trap \"\" TERM HUP; sleep {word} & exec sleep {word}' &) ; \
+             (env -i setsid /bin/sh -c '/bin/sleep {word} & exit 0' &)"
+        )
+    };
+    let (ends, lives) = (word(token), word(token + 1));
+    let script = format!("{}; sleep 1; exit 0", daemons(&ends));
+    leader.grant("n1", lease(token), &["sh", "-c", &script]);
+    until("its daemons run", || with_argument(&ends).len() >= 3).await;
+    leader.exits(token).await;
+    assert_eq!(with_argument(&ends), Vec::<i32>::new(), "an end is told when nothing is left");
+
+    let script = format!("trap '' TERM; {}; while true; do sleep {lives}; done", daemons(&lives));
+    leader.grant("n1", short(token + 1), &["sh", "-c", &script]);
+    until("its daemons run", || with_argument(&lives).len() >= 4).await;
+    leader.state().muted = true;
+    until("the deadline killed them", || with_argument(&lives).is_empty()).await;
 }

@@ -35,6 +35,9 @@ impl Site {
         let mut command = Command::new("/proc/self/exe");
         command.args([AGENT, leader, &self.name]).arg(self.dir.path()).args(&self.extra);
         command.stdin(Stdio::null());
+        if let Some(file) = self.extra.iter().find_map(|word| word.strip_prefix("leap=")) {
+            command.env(gpu_agent::clock::LEAP_FILE, file);
+        }
         self.agent = Some(command.spawn().unwrap());
     }
 
@@ -174,6 +177,8 @@ pub fn agent_main(args: &[String]) -> i32 {
             "keep2" => options.keep_attempts = 2,
             word => match word.split_once('=') {
                 Some(("as", user)) => options.run_as = Some(user.to_owned()),
+                // Taken from the environment.
+                Some(("leap", _)) => {}
                 Some(("gpus", gpus)) => options.gpus = Some(gpus.to_owned()),
                 _ => panic!("{word}?"),
             },
