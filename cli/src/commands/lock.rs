@@ -16,7 +16,8 @@ use crate::signals::Signals;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 A lock is a hint that ends with its session: a holder that is frozen or cut off loses it after the TTL and may not know.
-The token is the exclusion: pass it with each write and let the storage refuse a lower one.")]
+The token is the exclusion: pass it with each write and let the storage refuse a lower one. For files, \
+`ares fence run PATH --token $ARES_LOCK_TOKEN -- COMMAND` does that.")]
 pub struct Args {
     #[command(subcommand)]
     verb: Verb,

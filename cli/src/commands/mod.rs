@@ -4,6 +4,7 @@ mod agent;
 mod bench;
 mod cluster;
 mod dev;
+mod fence;
 mod get;
 mod help;
 mod lock;
@@ -67,6 +68,8 @@ pub enum Command {
     Watch(watch::Args),
     /// Named locks with fencing tokens
     Lock(lock::Args),
+    /// Files and steps that refuse an older attempt, by its fencing token
+    Fence(fence::Args),
     /// The Raft group
     Cluster(cluster::Args),
     /// Measure the cluster
@@ -109,6 +112,7 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Get(args) => get::run(args, global),
         Command::Watch(args) => watch::run(args, global),
         Command::Lock(args) => lock::run(args, global),
+        Command::Fence(args) => fence::run(args, global),
         Command::Cluster(args) => cluster::run(args, global),
         Command::Bench(args) => bench::run(args, global),
         Command::Version(args) => version::run(args, global),

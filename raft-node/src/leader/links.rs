@@ -113,3 +113,21 @@ pub(super) async fn run(desk: Arc<Desk>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_late_old_stream_does_not_take_the_new_ones_place() {
+        let (links, node) = (Links::default(), NodeId(1));
+        let (old, _old_end) = Link::new();
+        let (new, _new_end) = Link::new();
+        links.connect(node, old.clone());
+        links.connect(node, new.clone());
+        links.disconnect(node, &old);
+        assert!(links.knows(node));
+        links.disconnect(node, &new);
+        assert!(!links.knows(node));
+    }
+}
