@@ -145,6 +145,7 @@ pub fn status(addr: &str, status: &v1::StatusReply) -> Value {
         "snapshot_index": status.snapshot_index,
         "purged_index": status.purged_index,
         "image_index": status.image_index,
+        "image_refusals": status.image_refusals,
         "revision": status.revision,
         "cluster_clock_ms": status.cluster_clock_ms,
         "members": status.members.iter().map(member).collect::<Vec<_>>(),

@@ -5,7 +5,7 @@
 //! callers' and apply's.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -80,6 +80,8 @@ pub struct Door {
     /// Entries that may still go out at once.
     window: Arc<Semaphore>,
     closed: Arc<AtomicBool>,
+    /// Commands refused because the image was behind.
+    behind: Arc<AtomicU64>,
     raft: Raft,
 }
 
@@ -98,7 +100,12 @@ impl Door {
         let (sender, queue) = mpsc::channel(QUEUE);
         let window = Arc::new(Semaphore::new(IN_FLIGHT));
         let packer = Packer { queue, held: None, office: office.clone(), window: window.clone(), raft: raft.clone() };
-        (Self { queue: sender, office, obstacles, window, closed: Arc::default(), raft }, packer)
+        (Self { queue: sender, office, obstacles, window, closed: Arc::default(), behind: Arc::default(), raft }, packer)
+    }
+
+    /// Commands refused since the start because the image was behind.
+    pub fn refused_behind(&self) -> u64 {
+        self.behind.load(Ordering::Relaxed)
     }
 
     /// Lets no command in any more, and waits until those inside have their answers.
@@ -142,6 +149,7 @@ impl Door {
             return Err(ProposeError::DiskFull);
         }
         if *self.obstacles.image_behind.borrow() {
+            self.behind.fetch_add(1, Ordering::Relaxed);
             return Err(ProposeError::ImageBehind { retry_ms: BUSY_RETRY_MS });
         }
         let bytes = encoded_len(&cmd);

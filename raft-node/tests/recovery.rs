@@ -26,9 +26,8 @@ async fn write(group: &Group, requests: std::ops::Range<u64>) {
 async fn with_purged_logs(size: usize) -> Group {
     let group = Group::with(size, ENTRIES).await;
     write(&group, 0..250).await;
-    let purged = until(SOON, || {
-        group.running().all(|(_, replica)| replica.metrics().purged_index > ENTRIES).then_some(())
-    });
+    let purged =
+        until(SOON, || group.running().all(|(_, replica)| replica.metrics().purged_index > ENTRIES).then_some(()));
     assert!(purged.await.is_some(), "every log is purged");
     group
 }

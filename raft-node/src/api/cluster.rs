@@ -44,6 +44,7 @@ impl v1::cluster_server::Cluster for Api {
             digest_index: metrics.digest.map(|digest| digest.index).unwrap_or_default(),
             incarnation: state.meta.incarnation,
             quorum_silent_ms: metrics.quorum_silent_ms.unwrap_or_default(),
+            image_refusals: self.replica.door().refused_behind(),
         }))
     }
 

@@ -133,7 +133,8 @@ fn replay(dir: &Path, numbers: &[u32], vote: Option<Vote>, options: &Options) ->
 
 /// Whether everything is there that was once durable.
 fn check_durable(dir: &Path, plan: &Plan, known: Known) -> Result<(), LogError> {
-    let end = plan.segments.back().map(|last| Known { segment: last.file.number, offset: last.len }).unwrap_or_default();
+    let end =
+        plan.segments.back().map(|last| Known { segment: last.file.number, offset: last.len }).unwrap_or_default();
     if end >= known {
         return Ok(());
     }
