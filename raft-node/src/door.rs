@@ -100,7 +100,10 @@ impl Door {
         let (sender, queue) = mpsc::channel(QUEUE);
         let window = Arc::new(Semaphore::new(IN_FLIGHT));
         let packer = Packer { queue, held: None, office: office.clone(), window: window.clone(), raft: raft.clone() };
-        (Self { queue: sender, office, obstacles, window, closed: Arc::default(), behind: Arc::default(), raft }, packer)
+        (
+            Self { queue: sender, office, obstacles, window, closed: Arc::default(), behind: Arc::default(), raft },
+            packer,
+        )
     }
 
     /// Commands refused since the start because the image was behind.
