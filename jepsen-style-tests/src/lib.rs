@@ -11,4 +11,5 @@ pub mod load;
 pub mod nemesis;
 pub mod powercut;
 pub mod process;
+pub mod sim;
 pub mod verdict;

@@ -1,0 +1,310 @@
+//! The auditor: what must hold, judged from the outside. It follows the log with a simple model of its own, and the simulated machines
+//! tell it which process really ran where and when.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use gpu_agent::shim::record::Exit;
+use proto::v1::DesiredLease;
+use statemachine::command::{Code, Outcome, Reply};
+use statemachine::event::Change;
+use statemachine::record::{StoredReply, TaskOutcome};
+use statemachine::{Command, Entry, JobId, RequestId, Revision, SessionId, Token};
+
+use super::event::Event;
+use super::machine::Key;
+use super::world::World;
+
+/// How long a process may go on after its machine woke: until its shim's timer has fired and the kernel has killed.
+const WAKING_US: u64 = 2_500_000;
+
+/// One rank's process, as it really was.
+#[derive(Clone, Debug)]
+struct Rank {
+    job: u64,
+    number: u32,
+    world: u32,
+    nodes: u32,
+    gpus: Vec<String>,
+    began: bool,
+    excused_until: u64,
+}
+
+type Id = (usize, u64, u32);
+
+#[derive(Default)]
+pub struct Audit {
+    /// Entries followed.
+    pub applied: u64,
+    pub offices: u64,
+    /// Newest epoch of each node.
+    pub epochs: BTreeMap<u32, u64>,
+    token: Token,
+    lock_token: Token,
+    /// Jobs by the log; true = it ended.
+    pub jobs: BTreeMap<JobId, bool>,
+    requests: BTreeMap<RequestId, (Arc<Entry>, usize, StoredReply)>,
+    leases: BTreeMap<Token, u32>,
+    results: BTreeMap<JobId, Token>,
+    ranks: BTreeMap<Id, Rank>,
+    alive: BTreeSet<Id>,
+    /// Exits by token and number of the rank in its gang.
+    exits: BTreeMap<(u64, u32), Exit>,
+    pub started: u64,
+    ended_sessions: BTreeSet<SessionId>,
+    /// The run is over.
+    pub over: bool,
+}
+
+impl World {
+    /// The first replica that applied this entry: what it says is compared with the model's word.
+    pub fn audit_entry(&mut self, at: usize, index: u64, seen: Revision, entry: Option<&Entry>, outcomes: &[Outcome]) {
+        self.audit.applied = index;
+        if entry.is_some() && self.raft.log[index as usize - 1].entry.is_some() {
+            let shared = self.raft.log[index as usize - 1].entry.clone().unwrap_or_else(|| unreachable!());
+            for (place, outcome) in outcomes.iter().enumerate() {
+                self.audit_command(&shared, place, outcome);
+            }
+        }
+        let replica = &self.replicas[at];
+        let Ok(events) = replica.state.events_since(seen) else { return };
+        let events: Vec<_> = events.cloned().collect();
+        for event in events {
+            self.audit_change(at, &event.what);
+        }
+        // Only now: within an entry the events come before their commands here.
+        let ended = entry.iter().flat_map(|entry| entry.cmds.iter().zip(outcomes));
+        for (cmd, outcome) in ended {
+            if let (Command::EndSession { session }, Outcome::Done(_)) = (&cmd.body, outcome) {
+                self.audit.ended_sessions.insert(*session);
+            }
+        }
+    }
+
+    fn audit_command(&mut self, entry: &Arc<Entry>, place: usize, outcome: &Outcome) {
+        let cmd = &entry.cmds[place];
+        if let Outcome::Done(Reply::Stored(StoredReply::Job(job))) = outcome
+            && self.audit.jobs.insert(*job, false).is_some()
+        {
+            return self.violate("request_once", format!("job {job} was submitted twice"));
+        }
+        let Some(request) = cmd.request else { return };
+        let known = self.audit.requests.get(&request);
+        match (known, outcome) {
+            (None, Outcome::Done(Reply::Stored(reply))) => {
+                self.audit.requests.insert(request, (entry.clone(), place, *reply));
+            }
+            (None, Outcome::Replayed(reply)) => {
+                self.violate("request_once", format!("a new request was answered as known: {reply:?}"));
+            }
+            (Some((first, at, reply)), outcome) => {
+                let same = first.cmds[*at].body == cmd.body;
+                let fits = match outcome {
+                    Outcome::Replayed(again) => same && again == reply,
+                    Outcome::Rejected(no) if same => no.code == Code::RequestExpired,
+                    Outcome::Rejected(no) => matches!(no.code, Code::RequestMismatch | Code::RequestExpired),
+                    Outcome::Done(_) => false,
+                };
+                if !fits {
+                    let text = format!("a request known as {reply:?} (same body: {same}) was answered {outcome:?}");
+                    return self.violate("request_once", text);
+                }
+                if same && matches!(outcome, Outcome::Replayed(_)) {
+                    self.sometimes.hit("a repeated request was answered from the table");
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn audit_change(&mut self, at: usize, change: &Change) {
+        match change {
+            Change::JobFenced { token, task } => {
+                if *token <= self.audit.token {
+                    let text = format!("job {} got token {token} after {}", task.job, self.audit.token);
+                    return self.violate("token_grows", text);
+                }
+                self.audit.token = *token;
+                let ranks = self.replicas[at].state.jobs.get(&task.job).map(|job| job.value.spec.shape.ranks());
+                self.audit.leases.insert(*token, ranks.unwrap_or(0));
+            }
+            Change::NodeShown { node, record } => {
+                let known = self.audit.epochs.insert(node.0, record.epoch).unwrap_or(0);
+                if known > record.epoch {
+                    self.violate("epoch_grows", format!("node {node} went from epoch {known} to {}", record.epoch));
+                }
+            }
+            Change::ResultCommitted { task, result } => {
+                self.audit.jobs.insert(task.job, true);
+                let token = result.token.unwrap_or_default();
+                if self.audit.results.insert(task.job, token).is_some() {
+                    return self.violate("result_once", format!("job {} has two results", task.job));
+                }
+                if result.outcome == TaskOutcome::Succeeded {
+                    self.audit_success(task.job, token);
+                }
+            }
+            Change::LockShown { name, holder: Some(holder), .. } => {
+                if self.audit.ended_sessions.contains(&holder.session) {
+                    let text = format!("{name} was given to session {}, which has ended", holder.session);
+                    return self.violate("lock_held", text);
+                }
+                if holder.token < self.audit.lock_token {
+                    self.violate("token_grows", format!("{name} went back to token {}", holder.token));
+                }
+                self.audit.lock_token = holder.token;
+            }
+            _ => {}
+        }
+    }
+
+    /// A success was committed: every rank of that attempt must really have ended with 0.
+    fn audit_success(&mut self, job: JobId, token: Token) {
+        let ranks = self.audit.leases.get(&token).copied().unwrap_or(0);
+        for rank in 0..ranks {
+            let exit = self.audit.exits.get(&(token.0, rank)).copied();
+            if exit != Some(Exit { code: 0, signal: 0 }) {
+                let text = format!("job {job} succeeded by token {token}, its rank {rank} ended as {exit:?}");
+                return self.violate("result_once", text);
+            }
+        }
+    }
+
+    // -------------------------------------------------------------------------------------- what really happened
+
+    pub fn rank_taken_up(&mut self, agent: usize, key: Key, lease: &DesiredLease) {
+        let each = lease.gpus_per_rank as usize;
+        let from = key.1 as usize * each;
+        let gpus = lease.gpu_uuids.get(from..from + each).unwrap_or_default().to_vec();
+        let rank = Rank {
+            job: lease.job_id,
+            number: lease.first_rank + key.1,
+            world: lease.world_size,
+            nodes: lease.nodes,
+            gpus,
+            began: false,
+            excused_until: 0,
+        };
+        if self.audit.ranks.insert((agent, key.0, key.1), rank).is_some() {
+            self.violate("one_attempt_alive", format!("rank {} of token {} was taken up twice", key.1, key.0));
+        }
+    }
+
+    pub fn rank_began(&mut self, agent: usize, key: Key) {
+        let id = (agent, key.0, key.1);
+        let Some(rank) = self.audit.ranks.get_mut(&id) else { return };
+        if std::mem::replace(&mut rank.began, true) {
+            return self.violate("one_attempt_alive", format!("rank {} of token {} was started twice", key.1, key.0));
+        }
+        let (world, nodes) = (rank.world, rank.nodes);
+        self.audit.started += 1;
+        self.audit.alive.insert(id);
+        self.judge(id);
+        if nodes > 1 {
+            let taken = self.audit.ranks.keys().filter(|(_, token, _)| *token == key.0).count();
+            if taken < world as usize {
+                let text = format!("a rank of token {} began when {taken} of {world} were taken up", key.0);
+                self.violate("gang_whole", text);
+            }
+        }
+    }
+
+    pub fn rank_ended(&mut self, agent: usize, key: Key, exit: Exit) {
+        let Some(rank) = self.audit.ranks.get(&(agent, key.0, key.1)) else { return };
+        self.audit.exits.insert((key.0, rank.number), exit);
+    }
+
+    pub fn rank_gone(&mut self, agent: usize, key: Key) {
+        self.audit.alive.remove(&(agent, key.0, key.1));
+    }
+
+    /// The machine slept with this process: what it does until its shim has looked at the clock nobody can prevent.
+    pub fn rank_woke(&mut self, agent: usize, key: Key) {
+        if !self.audit.alive.contains(&(agent, key.0, key.1)) {
+            return;
+        }
+        let until = self.now + WAKING_US;
+        self.excuse(agent, key, until);
+        self.after(WAKING_US + 1, Event::Judge { agent, key });
+    }
+
+    pub fn excuse(&mut self, agent: usize, key: Key, until: u64) {
+        if let Some(rank) = self.audit.ranks.get_mut(&(agent, key.0, key.1)) {
+            rank.excused_until = rank.excused_until.max(until);
+        }
+    }
+
+    pub fn judge_again(&mut self, agent: usize, key: Key) {
+        let id = (agent, key.0, key.1);
+        if self.audit.alive.contains(&id) {
+            self.judge(id);
+        }
+    }
+
+    /// Does this process run beside one that it must not meet?
+    fn judge(&mut self, id: Id) {
+        let Some(rank) = self.audit.ranks.get(&id) else { return };
+        if !self.counts(id, rank) {
+            return;
+        }
+        let mut found = None;
+        for other_id in &self.audit.alive {
+            let Some(other) = self.audit.ranks.get(other_id) else { continue };
+            if other_id.1 == id.1 || !self.counts(*other_id, other) {
+                continue;
+            }
+            if other.job == rank.job {
+                let text = format!("job {}: tokens {} and {} run at once", rank.job, other_id.1, id.1);
+                found = Some(("one_attempt_alive", text));
+            } else if let Some(gpu) = rank.gpus.iter().find(|gpu| other.gpus.contains(gpu)) {
+                let text = format!("{gpu} runs tokens {} and {} at once", other_id.1, id.1);
+                found = Some(("gpu_in_one_lease", text));
+            }
+        }
+        if let Some((invariant, text)) = found {
+            self.violate(invariant, text);
+        }
+    }
+
+    fn counts(&self, id: Id, rank: &Rank) -> bool {
+        rank.excused_until <= self.now && self.machines[id.0].asleep_until <= self.now
+    }
+
+    /// At the end: nothing that was acknowledged is missing anywhere, and every state is whole.
+    pub fn audit_end(&mut self) {
+        for at in 0..self.replicas.len() {
+            if !self.replicas[at].up {
+                continue;
+            }
+            let state = &self.replicas[at].state;
+            if let Err(violation) = state.check() {
+                return self.violate(violation.invariant, violation.detail);
+            }
+            let found = |job: &JobId| state.jobs.contains(job) || state.ended_job(*job).is_some();
+            let lost = self.users.jobs.iter().filter_map(|job| job.job).find(|job| !found(job));
+            if let Some(job) = lost {
+                return self.violate("nothing_lost", format!("job {job} was acknowledged, replica {at} lacks it"));
+            }
+        }
+        self.replay();
+    }
+
+    /// A snapshot and the rest of the log are the whole log.
+    fn replay(&mut self) {
+        let at = (0..self.replicas.len()).filter(|at| self.replicas[*at].up).max_by_key(|at| self.replicas[*at].applied);
+        let Some(at) = at else { return };
+        let (mut state, from) = self.replicas[at].snapshot.clone();
+        let upto = self.replicas[at].applied;
+        for logged in &self.raft.log[from as usize..upto as usize] {
+            if let Some(entry) = &logged.entry {
+                let _ = state.apply(entry);
+            }
+            state.set_applied(logged.position);
+        }
+        let (own, again) = (self.replicas[at].state.digest(), state.digest_from_scratch());
+        if own != again {
+            self.violate("replay_equal", format!("replica {at}: its snapshot at {from} and the log give another state"));
+        }
+        self.trace.note("end", upto, own as u64);
+    }
+}

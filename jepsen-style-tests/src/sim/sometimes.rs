@@ -1,0 +1,43 @@
+//! What a set of runs must have seen at least once. A run in which the interesting never happened shows nothing.
+
+use std::collections::BTreeMap;
+
+/// Must be reached by a run over many seeds.
+pub const REQUIRED: &[&str] = &[
+    "a leader was lost between a grant and its receipt",
+    "a new leader gave running leases their grace",
+    "a placement was refused",
+    "a process outlived its SIGKILL by more than the margin",
+    "a repeated request was answered from the table",
+    "a replica was restarted and replayed its log",
+    "a shim ended its rank after the agent had died",
+    "a stale leader refused a read",
+    "a superseded agent left",
+    "an agent re-attached to running ranks",
+    "an uncommitted entry was adopted by the next leader",
+    "an uncommitted entry was lost",
+    "heartbeats were not acknowledged for want of a quorum",
+    "snapshot installed on a replica that was away",
+    "two leaders alive in different terms",
+];
+
+/// Counts by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sometimes(pub BTreeMap<String, u64>);
+
+impl Sometimes {
+    pub fn hit(&mut self, what: &str) {
+        match self.0.get_mut(what) {
+            Some(hits) => *hits += 1,
+            None => {
+                self.0.insert(what.to_owned(), 1);
+            }
+        }
+    }
+
+    /// Of several kinds: counted in sum and each.
+    pub fn hit_code(&mut self, what: &str, code: &str) {
+        self.hit(what);
+        self.hit(&format!("{what}: {code}"));
+    }
+}

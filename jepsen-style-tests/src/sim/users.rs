@@ -1,0 +1,478 @@
+//! Users and their calls: the load of a run, and the real client's retry around each call. Users know nothing of faults; what they are
+//! told is compared with what the log says.
+
+use std::sync::Arc;
+
+use proto::retry::{Action, Event as Tried, Retry};
+use statemachine::command::{Code, Outcome, Reply, SubmitJob};
+use statemachine::record::StoredReply;
+use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape};
+use statemachine::{Command, JobId, NodeId, RequestId, SessionId};
+
+use super::event::{Answer, Event, Rpc, Site};
+use super::machine::Script;
+use super::net::Clock;
+use super::random::Rng;
+use super::setup::Setup;
+use super::world::World;
+
+const CALL_MS: u64 = 15_000;
+const TRY_MS: u64 = 5_000;
+const LOCKERS: usize = 3;
+
+/// What a user wants at some time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wish {
+    Submit(usize),
+    /// The same id and body once more, long after.
+    Again(usize),
+    /// The same id for another job.
+    OtherBody(usize),
+    Cancel(usize),
+    Requeue(usize),
+    Hold(usize),
+    Release(usize),
+    Read(usize),
+    Operate(Box<Command>),
+    OpenSession(usize),
+    Acquire(usize),
+    KeepAlive(usize),
+    Unlock(usize),
+}
+
+impl Wish {
+    pub fn number(&self) -> u64 {
+        match self {
+            Wish::Submit(n) | Wish::Again(n) | Wish::OtherBody(n) | Wish::Cancel(n) | Wish::Requeue(n) => *n as u64,
+            Wish::Hold(n) | Wish::Release(n) | Wish::Read(n) => *n as u64,
+            Wish::OpenSession(n) | Wish::Acquire(n) | Wish::KeepAlive(n) | Wish::Unlock(n) => *n as u64,
+            Wish::Operate(_) => 0,
+        }
+    }
+}
+
+/// Whose call it is.
+#[derive(Clone, Debug)]
+pub enum Owner {
+    Agent { agent: usize, life: u64 },
+    User { wish: Wish, floor: u64 },
+}
+
+pub struct Call {
+    owner: Owner,
+    rpc: Arc<Rpc>,
+    retry: Retry,
+    began: u64,
+    attempt: u32,
+}
+
+/// One job that somebody wants run.
+pub struct Submission {
+    request: RequestId,
+    command: SubmitJob,
+    pub job: Option<JobId>,
+    pub asked: bool,
+    /// The user stops asking when a call has no answer.
+    gives_up: bool,
+    cancel_request: Option<RequestId>,
+}
+
+impl Submission {
+    pub fn argv(&self) -> &[String] {
+        &self.command.body.argv
+    }
+}
+
+#[derive(Default)]
+pub struct Users {
+    pub jobs: Vec<Submission>,
+    sessions: Vec<Option<SessionId>>,
+    /// Highest revision that was acknowledged to anybody.
+    pub acknowledged: u64,
+    pub lockers_stop: bool,
+}
+
+impl World {
+    // --------------------------------------------------------------------------------------------------- calls
+
+    pub fn call(&mut self, owner: Owner, rpc: Rpc, call_ms: u64, try_ms: u64) {
+        let id = self.fresh();
+        let servers = (0..self.replicas.len()).map(|at| at.to_string()).collect();
+        let start = self.rng.below(self.replicas.len() as u64) as usize;
+        let retry = Retry::new(servers, None, start, call_ms, try_ms);
+        self.calls.insert(id, Call { owner, rpc: Arc::new(rpc), retry, began: self.now, attempt: 0 });
+        self.drive(id, Tried::Ready);
+    }
+
+    fn drive(&mut self, id: u64, event: Tried) {
+        let now = self.now;
+        let Some(call) = self.calls.get_mut(&id) else { return };
+        match call.retry.step(event, (now - call.began) / 1_000) {
+            Action::GiveUp => self.call_over(id, None),
+            Action::Wait { ms } => self.after(ms * 1_000, Event::CallReady { call: id }),
+            Action::Call { addr, timeout_ms } => {
+                call.attempt += 1;
+                let (attempt, rpc, from) = (call.attempt, call.rpc.clone(), site_of(&call.owner));
+                let replica = addr.parse().unwrap_or(0);
+                self.after(timeout_ms * 1_000, Event::CallTimeout { call: id, attempt });
+                self.send_request(replica, from, id, attempt, rpc);
+            }
+        }
+    }
+
+    fn send_request(&mut self, replica: usize, from: Site, call: u64, attempt: u32, rpc: Arc<Rpc>) {
+        if !self.replicas[replica].up {
+            let way = self.net.way(&mut self.rng);
+            return self.after(way, Event::Reply { to: from, call, attempt, answer: Answer::Unreachable });
+        }
+        let twice = self.net.duplicate_permille > 0 && self.rng.chance(self.net.duplicate_permille);
+        if twice {
+            // A repetition by whatever stands between: it may come long after the first.
+            let late = self.rng.range(10_000, 20_000_000);
+            self.after(late, Event::Request { replica, from, call, attempt, rpc: rpc.clone() });
+        }
+        if self.net.loses(&mut self.rng) {
+            return;
+        }
+        let way = self.net.way(&mut self.rng);
+        self.after(way, Event::Request { replica, from, call, attempt, rpc });
+    }
+
+    pub fn call_ready(&mut self, id: u64) {
+        self.drive(id, Tried::Ready);
+    }
+
+    pub fn call_timeout(&mut self, id: u64, attempt: u32) {
+        if self.calls.get(&id).is_some_and(|call| call.attempt == attempt) {
+            self.drive(id, Tried::Lost);
+        }
+    }
+
+    pub fn replied(&mut self, id: u64, attempt: u32, answer: Answer) {
+        let Some(call) = self.calls.get_mut(&id).filter(|call| call.attempt == attempt) else { return };
+        // Whatever comes of it, the timeout of this try is over.
+        call.attempt += 1;
+        match answer {
+            Answer::NotLeader(hint) => self.drive(id, Tried::NotLeader(hint.map(|at| at.to_string()))),
+            Answer::Unknown => self.drive(id, Tried::Lost),
+            Answer::Unreachable => self.drive(id, Tried::Unreachable),
+            answer => self.call_over(id, Some(answer)),
+        }
+    }
+
+    fn call_over(&mut self, id: u64, answer: Option<Answer>) {
+        let Some(call) = self.calls.remove(&id) else { return };
+        match call.owner {
+            Owner::Agent { agent, life } => self.agent_answered(agent, life, &call.rpc, answer),
+            Owner::User { wish, floor } => self.user_answered(wish, floor, answer),
+        }
+    }
+
+    // ----------------------------------------------------------------------------------------------------- load
+
+    /// Everything that users will want, drawn before the run.
+    pub fn draw_load(&mut self) {
+        let mut rng = Rng::new(self.setup.seed, 3);
+        let until = self.setup.busy_ms * 3 / 4;
+        let mut at_ms = 500;
+        for n in 0..self.setup.jobs {
+            // Bursts with pauses between them.
+            let wait = if rng.chance(800) { rng.range(0, 40) } else { rng.range(0, until * 9 / self.setup.jobs as u64) };
+            at_ms = (at_ms + wait).min(until);
+            self.draw_job(&mut rng, n, at_ms);
+        }
+        for locker in 0..LOCKERS {
+            self.users.sessions.push(None);
+            self.at_ms(rng.range(300, 3_000), Wish::OpenSession(locker));
+        }
+    }
+
+    fn draw_job(&mut self, rng: &mut Rng, n: usize, at_ms: u64) {
+        let (command, endless) = draw_submission(rng, &self.setup, n);
+        let limited = command.spec.limit_ms > 0;
+        let request = request_id(rng, &self.replicas[0].clock, at_ms);
+        self.users.jobs.push(Submission {
+            request,
+            command,
+            job: None,
+            asked: false,
+            gives_up: !endless && rng.chance(200),
+            cancel_request: None,
+        });
+        self.at_ms(at_ms, Wish::Submit(n));
+        let soon = at_ms + rng.range(5, 12_000);
+        if (endless && !limited) || rng.chance(150) {
+            self.at_ms(soon, Wish::Cancel(n));
+        }
+        if rng.chance(150) {
+            let late = if rng.chance(500) { rng.range(50, 20_000) } else { rng.range(350_000, 800_000) };
+            self.at_ms(at_ms + late, Wish::Again(n));
+        }
+        if rng.chance(60) {
+            self.at_ms(soon, Wish::OtherBody(n));
+        }
+        if rng.chance(60) {
+            self.at_ms(soon, Wish::Requeue(n));
+        }
+        if rng.chance(40) {
+            self.at_ms(soon, Wish::Hold(n));
+            self.at_ms(soon + rng.range(500, 9_000), Wish::Release(n));
+        }
+        if rng.chance(300) {
+            self.at_ms(soon, Wish::Read(n));
+        }
+    }
+
+    pub fn at_ms(&mut self, ms: u64, wish: Wish) {
+        self.queue.push(ms * 1_000, Event::User(wish));
+    }
+
+    pub fn wish_after(&mut self, us: u64, wish: Wish) {
+        self.after(us, Event::User(wish));
+    }
+
+    pub fn user(&mut self, wish: Wish) {
+        let mut rpc = None;
+        match &wish {
+            Wish::Submit(n) | Wish::Again(n) => {
+                let job = &mut self.users.jobs[*n];
+                if matches!(wish, Wish::Again(_)) && !job.asked {
+                    return;
+                }
+                job.asked = true;
+                let command = Command::SubmitJob(Box::new(job.command.clone()));
+                rpc = Some((job.request, command));
+            }
+            Wish::OtherBody(n) => {
+                let job = &self.users.jobs[*n];
+                let mut other = job.command.clone();
+                other.body.argv.push("other".to_owned());
+                if job.job.is_none() {
+                    // Else it might be the first, and run.
+                    return;
+                }
+                rpc = Some((job.request, Command::SubmitJob(Box::new(other))));
+            }
+            Wish::Cancel(n) => {
+                let Some(job) = self.users.jobs[*n].job else {
+                    return self.wish_after(500_000, wish);
+                };
+                let fresh = self.fresh_request();
+                let request = *self.users.jobs[*n].cancel_request.get_or_insert(fresh);
+                rpc = Some((request, Command::Cancel { job }));
+            }
+            Wish::Requeue(n) | Wish::Hold(n) | Wish::Release(n) => {
+                let Some(job) = self.users.jobs[*n].job else {
+                    if matches!(wish, Wish::Release(_)) {
+                        self.wish_after(700_000, wish);
+                    }
+                    return;
+                };
+                let command = match wish {
+                    Wish::Requeue(_) => Command::Requeue { job },
+                    Wish::Hold(_) => Command::Hold { job },
+                    _ => Command::Release { job },
+                };
+                rpc = Some((self.fresh_request(), command));
+            }
+            Wish::Read(n) => {
+                let Some(job) = self.users.jobs[*n].job else { return };
+                let owner = Owner::User { wish, floor: self.users.acknowledged };
+                return self.call(owner, Rpc::Read { job }, CALL_MS, TRY_MS);
+            }
+            Wish::Operate(command) => rpc = Some((self.fresh_request(), (**command).clone())),
+            Wish::OpenSession(n) => {
+                if self.users.lockers_stop {
+                    return;
+                }
+                let command = Command::OpenSession { owner: format!("locker {n}"), ttl_ms: 4_000 };
+                rpc = Some((self.fresh_request(), command));
+            }
+            Wish::Acquire(n) | Wish::Unlock(n) => {
+                let Some(session) = self.users.sessions[*n] else { return };
+                let name = "lock".to_owned();
+                let command = match wish {
+                    Wish::Acquire(_) => Command::Acquire { session, name },
+                    _ => Command::Unlock { session, name },
+                };
+                rpc = Some((self.fresh_request(), command));
+            }
+            Wish::KeepAlive(n) => {
+                let Some(session) = self.users.sessions[*n] else { return };
+                let owner = Owner::User { wish, floor: 0 };
+                return self.call(owner, Rpc::KeepAlive { session }, CALL_MS, TRY_MS);
+            }
+        }
+        if let Some((request, command)) = rpc {
+            let owner = Owner::User { wish, floor: self.users.acknowledged };
+            self.call(owner, Rpc::Propose { request, actor: "user".to_owned(), command }, CALL_MS, TRY_MS);
+        }
+    }
+
+    fn fresh_request(&mut self) -> RequestId {
+        let clock = self.replicas[0].clock;
+        let now_ms = self.now / 1_000;
+        request_id(&mut self.rng, &clock, now_ms)
+    }
+
+    fn user_answered(&mut self, wish: Wish, floor: u64, answer: Option<Answer>) {
+        if let Some(Answer::Outcome(_, revision)) = &answer {
+            self.users.acknowledged = self.users.acknowledged.max(*revision);
+        }
+        match (wish, answer) {
+            (Wish::Submit(n), None) if self.users.jobs[n].gives_up => {}
+            (wish @ (Wish::Submit(_) | Wish::Cancel(_) | Wish::Release(_) | Wish::Operate(_)), None) => {
+                self.wish_after(300_000, wish);
+            }
+            (Wish::Submit(n) | Wish::Again(n), Some(Answer::Outcome(outcome, _))) => self.submitted(n, outcome),
+            (Wish::OtherBody(n), Some(Answer::Outcome(outcome, _))) => {
+                let accepted = !matches!(outcome, Outcome::Rejected(_));
+                if accepted {
+                    let text = format!("request {n} was answered with {outcome:?} for another body");
+                    self.violate("request_once", text);
+                }
+            }
+            (Wish::Read(n), Some(Answer::Seen { revision, found })) => {
+                if revision < floor {
+                    let text = format!("a read saw revision {revision} after {floor} was acknowledged");
+                    self.violate("clients_linearizable", text);
+                } else if !found {
+                    self.violate("nothing_lost", format!("job {:?} was acknowledged, a read lacks it", self.users.jobs[n].job));
+                }
+            }
+            (Wish::OpenSession(n), answer) => self.session_opened(n, answer),
+            (Wish::KeepAlive(n), answer) => self.session_kept(n, answer),
+            (Wish::Acquire(n), _) => {
+                let wait = self.rng.range(200_000, 6_000_000);
+                self.wish_after(wait, Wish::Unlock(n));
+            }
+            (Wish::Unlock(n), _) => {
+                let wait = self.rng.range(100_000, 2_000_000);
+                self.wish_after(wait, Wish::Acquire(n));
+            }
+            _ => {}
+        }
+    }
+
+    fn submitted(&mut self, n: usize, outcome: Outcome) {
+        match outcome {
+            Outcome::Done(Reply::Stored(StoredReply::Job(job))) | Outcome::Replayed(StoredReply::Job(job)) => {
+                let known = self.users.jobs[n].job.replace(job);
+                if known.is_some_and(|known| known != job) {
+                    self.violate("request_once", format!("request {n} was job {known:?}, and now job {job}"));
+                }
+            }
+            Outcome::Rejected(no) if no.code == Code::RequestExpired => {
+                self.sometimes.hit("a request id was refused as too old");
+            }
+            other => self.violate("request_once", format!("submission {n} was answered with {other:?}")),
+        }
+    }
+
+    fn session_opened(&mut self, n: usize, answer: Option<Answer>) {
+        if let Some(Answer::Outcome(Outcome::Done(Reply::Stored(StoredReply::Session(session))), _)) = answer {
+            self.users.sessions[n] = Some(session);
+            self.wish_after(50_000, Wish::Acquire(n));
+            self.wish_after(1_200_000, Wish::KeepAlive(n));
+        } else {
+            self.wish_after(1_000_000, Wish::OpenSession(n));
+        }
+    }
+
+    /// Alive, or begun anew; now and then a user is silent for longer than its session lives.
+    fn session_kept(&mut self, n: usize, answer: Option<Answer>) {
+        if self.users.lockers_stop {
+            return;
+        }
+        if matches!(answer, Some(Answer::Alive(false))) {
+            self.users.sessions[n] = None;
+            return self.wish_after(100_000, Wish::OpenSession(n));
+        }
+        let wait = if self.rng.chance(80) { 6_000_000 } else { 1_200_000 };
+        self.wish_after(wait, Wish::KeepAlive(n));
+    }
+
+    /// Operators clean up after the faults: nodes go back in, jobs held for their machines' sake go on.
+    pub fn operators_clean_up(&mut self) {
+        let Some(leader) = self.raft.leader else { return };
+        let state = &self.replicas[leader].state;
+        let out = |node: &statemachine::record::Node| node.admin != statemachine::record::NodeAdmin::Ready;
+        let mut commands: Vec<Command> = state
+            .nodes
+            .iter()
+            .filter(|(_, node)| out(&node.value))
+            .map(|(id, _)| Command::NodeAdmin { node: NodeId(id.0), out: None })
+            .collect();
+        let held = state.jobs.iter().filter(|(_, job)| job.value.ended.is_none() && (job.value.holds.launch || job.value.holds.user));
+        commands.extend(held.map(|(id, _)| Command::Release { job: *id }));
+        for command in commands {
+            self.wish_after(1_000, Wish::Operate(Box::new(command)));
+        }
+    }
+}
+
+fn site_of(owner: &Owner) -> Site {
+    match owner {
+        Owner::Agent { agent, .. } => Site::Agent(*agent),
+        Owner::User { wish, .. } => Site::User((wish.number() % 3) as usize),
+    }
+}
+
+/// A UUIDv7 of this time.
+fn request_id(rng: &mut Rng, clock: &Clock, at_ms: u64) -> RequestId {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&((clock.wall_ms(at_ms * 1_000) as u64) << 16).to_be_bytes());
+    bytes[8..].copy_from_slice(&rng.next().to_be_bytes());
+    let low = rng.next();
+    bytes[6] = 0x70 | (low & 0xf) as u8;
+    bytes[7] = (low >> 8) as u8;
+    RequestId(bytes)
+}
+
+/// A job of any kind, and whether it ends only when it is told to.
+fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) {
+    let endless = rng.chance(120);
+    let script = Script {
+        run_ms: match rng.below(10) {
+            _ if endless => 100_000_000,
+            0 => rng.range(1, 50),
+            1..=6 => rng.range(200, 8_000),
+            _ => rng.range(8_000, 30_000),
+        },
+        code: if rng.chance(200) { rng.pick(&[1, 2, 137]) } else { 0 },
+        on_term: rng.chance(700).then(|| (rng.range(5, 4_000), rng.pick(&[143, 0]))),
+        forks: rng.chance(150),
+    };
+    let nodes = rng.pick(&[1, 1, 1, 1, 1, 1, 1, 2, 2, 3]);
+    let ttl_ms = rng.pick(&setup.ttls_ms);
+    let argv = if rng.chance(20) && !endless { vec!["missing".to_owned()] } else { script.argv() };
+    let spec = JobSpec {
+        name: format!("job-{n}"),
+        priority: rng.pick(&[0, 0, 0, 5]),
+        shape: Shape {
+            nodes,
+            ranks_per_node: rng.pick(&[1, 1, 2]),
+            gpus_per_rank: rng.pick(&[0, 1, 1, 1, 2]),
+            gpu_types: Vec::new(),
+            mix_types: false,
+            cores_per_rank: 0,
+            mem_mib_per_rank: 0,
+            min_bandwidth_mbps: 0,
+        },
+        limit_ms: if rng.chance(250) { rng.range(1_000, 12_000) } else { 0 },
+        lease_ttl_ms: ttl_ms,
+        kill_grace_ms: rng.range(100, ttl_ms / 4),
+        retry: JobRetry {
+            max: rng.below(4) as u16,
+            initial_ms: rng.range(100, 1_000),
+            mult_milli: 2_000,
+            max_ms: 2_000,
+            on_exit: Vec::new(),
+        },
+        labels: Default::default(),
+        terms: None,
+    };
+    let body = Body { argv, env: Default::default(), cwd: String::new() };
+    let command = SubmitJob { tenant: "default".into(), queue: "default".into(), gpu_types: Vec::new(), spec, body, hold: false };
+    (command, endless)
+}
