@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::path::Path;
 
-const FILES: [&str; 8] = ["common", "jobs", "keyspace", "locks", "cluster", "agents", "agentlogs", "peer"];
+const FILES: [&str; 9] = ["common", "jobs", "keyspace", "locks", "cluster", "agents", "agentlogs", "peer", "tenants"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = std::env::var("CARGO_MANIFEST_DIR")?;

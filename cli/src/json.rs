@@ -15,6 +15,7 @@ pub fn job(job: &v1::Job) -> Value {
         "tenant": spec.tenant,
         "queue": spec.queue,
         "priority": spec.priority,
+        "priority_class": none_if_empty(&spec.priority_class),
         "state": job.state,
         "ending": none_if_empty(&job.ending),
         "reason": none_if_empty(&job.reason),

@@ -12,6 +12,47 @@ fn jobs_and_machines_do_as_they_are_told() {
     drain(&cluster);
     times(&cluster);
     parents(&cluster);
+    tenants(&cluster);
+    priorities(&cluster);
+}
+
+fn tenants(cluster: &Cluster) {
+    cluster.ares(&["tenant", "create", "lab", "--weight", "3", "--limit-gpus", "1"]).ok().says(&["Tenant lab exists"]);
+    cluster.ares(&["tenant", "create", "vision", "--parent", "lab", "--default-limit", "2h"]).ok();
+    cluster.ares(&["tenant", "create", "vision"]).refused(5, &["CONFLICT", "exists already"]);
+    cluster.ares(&["tenant", "set", "nobody", "--weight", "2"]).refused(3, &["TENANT_UNKNOWN", "lab"]);
+    cluster.ares(&["tenant", "set", "lab", "--guarantee", "h100"]).refused(2, &["h100:8,a100:4"]);
+
+    let first = cluster.submit(&["--tenant", "vision", "--gpus", "1"], "exec sleep 600");
+    cluster.until_state(&first, "RUNNING");
+    assert_eq!(cluster.json(&["show", &first])["limit_ms"], 7_200_000);
+    let second = cluster.submit(&["--tenant", "vision", "--gpus", "1"], "true");
+    let wanted = "tenant \"lab\" uses 1 of its 1 GPUs, 1 more would pass the limit";
+    assert_eq!(cluster.json(&["show", &second])["reason"], wanted);
+    assert_eq!(cluster.json(&["tenant", "show", "lab"])["used_gpus"]["v100"], 1);
+    cluster.ares(&["tenant", "list"]).ok().shows(&["default", "lab", "  vision", "1 v100", "1 GPUs"]);
+    cluster.ares(&["tenant", "remove", "vision"]).refused(5, &["NOT_EMPTY", "2 jobs"]);
+    cluster.ares(&["tenant", "set", "lab", "--limit-gpus", "none"]).ok();
+    cluster.ares(&["wait", &second]).ok();
+    cluster.ares(&["cancel", &first]).ok();
+    cluster.ares(&["wait", &first]).code(143);
+    let shares = cluster.json(&["share"]);
+    let lab = shares.as_array().and_then(|all| all.iter().find(|tenant| tenant["name"] == "lab")).expect("lab");
+    assert!(lab["usage_gpu_ms"].as_u64() > Some(0) && lab["fair_ppm"] == 750_000, "{lab}");
+    cluster.ares(&["share"]).ok().shows(&["75.0 %"]).says(&["half after 7d00h"]);
+    cluster.ares(&["tenant", "remove", "vision"]).ok();
+    cluster.ares(&["submit", "--tenant", "vision", "--", "true"]).refused(3, &["TENANT_UNKNOWN"]);
+}
+
+fn priorities(cluster: &Cluster) {
+    cluster.ares(&["priority", "create", "urgent", "--value", "100", "--tenants", "lab", "--preempts"]).ok();
+    let job = cluster.submit(&["--tenant", "lab", "--priority-class", "urgent"], "true");
+    let shown = cluster.json(&["show", &job]);
+    assert_eq!((&shown["priority"], &shown["priority_class"]), (&100.into(), &"urgent".into()));
+    cluster.ares(&["submit", "--priority-class", "urgent", "--", "true"]).refused(4, &["PRIORITY_DENIED", "default"]);
+    cluster.ares(&["submit", "--priority-class", "none", "--", "true"]).refused(3, &["PRIORITY_UNKNOWN"]);
+    cluster.ares(&["priority", "list"]).ok().shows(&["urgent", "100", "lab"]);
+    cluster.ares(&["priority", "remove", "urgent"]).ok();
 }
 
 fn times(cluster: &Cluster) {

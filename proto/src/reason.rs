@@ -71,6 +71,12 @@ reasons! {
     LEVEL_TOO_OLD FailedPrecondition "upgrade the binary";
     DEPENDENCY_UNKNOWN NotFound "name jobs that exist: ares queue --all lists them";
     DEADLINE_TOO_SOON InvalidArgument "name a later --deadline, an earlier --begin or a shorter --time-limit";
+    CONFLICT FailedPrecondition "look at what is there, then say it anew";
+    NOT_EMPTY FailedPrecondition "wait until what it names has ended, or cancel it";
+    QUOTA_PENDING ResourceExhausted "wait until jobs of the tenant have started, or let it have more waiting";
+    PRIORITY_UNKNOWN NotFound "name one of ares priority list";
+    PRIORITY_DENIED PermissionDenied "use another priority, or let the tenant use it: ares priority set";
+    GENERATION_STALE FailedPrecondition "name a --generation above the backup's, or none";
 }
 
 /// The reason with this word.

@@ -12,6 +12,7 @@ use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 use crate::choose::Shortage;
 use crate::machines::{Cache, Machines, is_present, want_of};
 use crate::plan::waiting_task;
+use crate::quota::Planned;
 use crate::reason::{Best, Lack, Needs, Reason};
 
 /// Why a task waits, from any replica's state; `None` when it does not wait (it runs, has ended, or is unknown).
@@ -54,6 +55,9 @@ impl<'a> Explainer<'a> {
             return Some(Arc::new(held(state, job)));
         }
         let (shape, _) = waiting_task(state, key)?;
+        if let Some(reason) = Planned::default().hit_by_shape(state, job.tenant, shape) {
+            return Some(Arc::new(reason));
+        }
         let explained = || Arc::new(explain(&self.machines, self.cache, shape));
         Some(self.by_shape.entry(shape).or_insert_with(explained).clone())
     }

@@ -6,12 +6,17 @@
 pub mod bandwidth;
 pub mod choose;
 pub mod explain;
+pub mod fragmentation;
 pub mod links;
 mod machines;
 pub mod plan;
 pub mod predict;
+mod quota;
 pub mod reason;
+pub mod score;
 mod seats;
+pub mod simulate;
+pub mod world;
 
 pub use bandwidth::BandwidthTable;
 pub use explain::{Explainer, reason_for};

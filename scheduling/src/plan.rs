@@ -20,6 +20,7 @@ use statemachine::{NodeId, State, TaskKey};
 use crate::explain::explain;
 pub use crate::machines::Cache;
 use crate::machines::Machines;
+use crate::quota::Planned;
 use crate::reason::Reason;
 use crate::seats::Seats;
 
@@ -97,6 +98,7 @@ pub fn plan(state: &State, cache: &mut Cache, limits: &Limits, unheard: &BTreeSe
         machines: Machines::new(state, unheard),
         cache,
         shapes: BTreeMap::new(),
+        planned: Planned::default(),
         steps: 0,
         plan: Plan { base_index: state.meta.applied.index, ..Plan::default() },
     };
@@ -118,6 +120,7 @@ struct Cycle<'a> {
     machines: Machines<'a>,
     cache: &'a mut Cache,
     shapes: BTreeMap<&'a Shape, Verdict<'a>>,
+    planned: Planned,
     steps: u64,
     plan: Plan,
 }
@@ -132,9 +135,18 @@ enum Verdict<'a> {
 impl<'a> Cycle<'a> {
     fn look_at(&mut self, task: TaskKey) {
         self.steps += 1;
-        let Some((shape, record)) = waiting_task(self.machines.state, task) else { return };
-        match self.place(task, shape, record) {
+        let state = self.machines.state;
+        let Some((shape, record)) = waiting_task(state, task) else { return };
+        let Some(tenant) = state.jobs.get(&task.job).map(|job| job.value.tenant) else { return };
+        let placed = match self.planned.hit_by_shape(state, tenant, shape) {
+            Some(reason) => Err(Arc::new(reason)),
+            None => self.place(task, shape, record).and_then(|place| {
+                self.planned.hit_by(state, tenant, &place.parts).map_or(Ok(place), |reason| Err(Arc::new(reason)))
+            }),
+        };
+        match placed {
             Ok(place) => {
+                self.planned.add(state, tenant, &place.parts);
                 for part in &place.parts {
                     self.machines.take(part);
                 }

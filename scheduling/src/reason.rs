@@ -4,6 +4,7 @@
 use std::fmt;
 
 use statemachine::JobId;
+use statemachine::account::QuotaHit;
 use statemachine::record::Holds;
 use statemachine::spec::AfterKind;
 
@@ -33,6 +34,8 @@ pub enum Reason {
     /// HELD: a person's word, 20 excused attempts in a row, or a machine that still runs an attempt without a lease.
     /// Cure: `ares release`; the last one ends by itself.
     Held { holds: Holds },
+    /// QUOTA: its tenant, or one above it, uses all that it may. Cure: wait, ask for less, or raise the limit.
+    Quota { hit: QuotaHit, text: String },
     /// DEPENDENCY: jobs that it was told to wait for have not ended. Cure: wait, or look why they do.
     Dependency { first: (AfterKind, JobId), parents: u32 },
     /// BEGIN_TIME: it was told to start later. Cure: wait.
@@ -92,6 +95,7 @@ impl Reason {
             Reason::LeasesFull { .. } => "LEASES_FULL",
             Reason::Bandwidth { .. } => "BANDWIDTH",
             Reason::Held { .. } => "HELD",
+            Reason::Quota { .. } => "QUOTA",
             Reason::Dependency { .. } => "DEPENDENCY",
             Reason::BeginTime { .. } => "BEGIN_TIME",
             Reason::Backoff { .. } => "BACKOFF",
@@ -137,6 +141,7 @@ impl fmt::Display for Reason {
                 write!(f, "{} {} among the free GPUs of {}", best_of(*ready), speed(best), best.node)
             }
             Reason::Held { holds } => f.write_str(held(*holds)),
+            Reason::Quota { text, .. } => f.write_str(text),
             Reason::Dependency { first: (kind, job), parents } => {
                 write!(f, "waits for job {job} ({})", kind.name())?;
                 if *parents > 1 { write!(f, " and {} more", parents - 1) } else { Ok(()) }

@@ -173,7 +173,7 @@ fn entry(state: &mut State, options: &Options) {
         state.requests.insert(request, stored);
         state.index.requests.insert((3, request));
         state.tenants.update(&TenantId(0), |tenant| tenant.live_jobs += 1).unwrap_or_else(|| {
-            let tenant = Tenant { name: "default".into(), parent: None, live_jobs: 1, body_bytes: 0, used_gpus: 0 };
+            let tenant = Tenant { name: "default".into(), live_jobs: 1, ..Tenant::default() };
             state.tenants.insert(TenantId(0), tenant);
         });
         if options.churn && id.0 > ALIVE {

@@ -163,6 +163,7 @@ impl State {
 
     fn check_tenants(&self) -> Result<(), Violation> {
         let mut counted: BTreeMap<TenantId, (u64, u64, u64)> = BTreeMap::new();
+        let mut used: BTreeMap<TenantId, Amounts> = BTreeMap::new();
         for (id, job) in self.jobs.iter() {
             let entry = counted.entry(job.value.tenant).or_default();
             entry.0 += u64::from(job.value.ended.is_none());
@@ -170,14 +171,25 @@ impl State {
         }
         for (_, lease) in self.leases.iter() {
             let Some(job) = self.jobs.get(&lease.value.task.job) else { continue };
-            let gpus: u64 = lease.value.parts.iter().map(|part| u64::from(part.gpus.count_ones())).sum();
-            counted.entry(job.value.tenant).or_default().2 += gpus;
+            counted.entry(job.value.tenant).or_default().2 += 1;
+            for (tenant, _) in self.tenant_chain(job.value.tenant) {
+                used.entry(tenant).or_default().add(&lease.value.amounts);
+            }
         }
         for (id, tenant) in self.tenants.iter() {
-            let has = (tenant.live_jobs, tenant.body_bytes, tenant.used_gpus);
+            let has = (tenant.live_jobs, tenant.body_bytes, tenant.leases);
             let should = counted.remove(id).unwrap_or_default();
             must(has == should, "quota_holds", || {
-                format!("tenant {id} counts (jobs, bytes, GPUs) {has:?}, its jobs give {should:?}")
+                format!("tenant {id} counts (jobs, bytes, leases) {has:?}, its jobs give {should:?}")
+            })?;
+            let should = used.remove(id).unwrap_or_default();
+            must(tenant.used == should, "quota_holds", || {
+                format!("tenant {id} uses {:?}, its leases give {should:?}", tenant.used)
+            })?;
+            let hit = tenant.over(*id);
+            must(hit.is_none(), "quota_holds", || format!("tenant {id} was let over a bound: {hit:?}"))?;
+            must(self.tenant_chain(*id).last().is_some_and(|(_, top)| top.parent.is_none()), "quota_holds", || {
+                format!("tenant {id} stands in a ring or too deep")
             })?;
         }
         Ok(())

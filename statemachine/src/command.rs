@@ -104,6 +104,18 @@ pub enum Command {
     Requeue {
         job: JobId,
     },
+    SetTenant(Box<SetTenant>),
+    RemoveTenant {
+        name: String,
+    },
+    SetPriority(SetPriority),
+    RemovePriority {
+        name: String,
+    },
+    /// A cluster goes on from a backup, as a new generation.
+    Restore {
+        generation: u32,
+    },
 }
 
 /// Out of scheduling.
@@ -112,6 +124,41 @@ pub struct NodeOut {
     pub reason: String,
     /// What still runs there after so many ms of cluster time goes back to the queue; absent = it runs on.
     pub evict_in_ms: Option<u64>,
+}
+
+/// A tenant as it shall be; what is absent stays, or begins at its default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetTenant {
+    pub name: String,
+    /// It must not exist yet; otherwise it must.
+    pub create: bool,
+    /// Empty = a top one.
+    pub parent: Option<String>,
+    pub weight: Option<u32>,
+    /// GPUs by type slug; the whole map.
+    pub guaranteed: Option<BTreeMap<String, u32>>,
+    pub limit_by_type: Option<BTreeMap<String, u32>>,
+    /// The inner `None` lifts the limit.
+    pub limit_gpus: Option<Option<u32>>,
+    pub limit_cores: Option<Option<u32>>,
+    pub limit_mem_mib: Option<Option<u64>>,
+    pub may_borrow: Option<bool>,
+    /// 0 = none.
+    pub default_limit_ms: Option<u64>,
+    /// 0 = no limit.
+    pub max_pending: Option<u64>,
+}
+
+/// A named priority as it shall be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetPriority {
+    pub name: String,
+    pub create: bool,
+    pub value: i32,
+    /// Empty = everybody.
+    pub tenants: Vec<String>,
+    pub preempts: bool,
+    pub preemptible: bool,
 }
 
 /// The spec as a client names things; apply interns tenant, queue and GPU types.
@@ -125,6 +172,8 @@ pub struct SubmitJob {
     pub body: Body,
     /// Waits until it is released.
     pub hold: bool,
+    /// A named priority, which gives the spec's its value; empty = none.
+    pub priority_class: String,
 }
 
 /// Placements computed at one log index. Apply re-checks each against the state as it is.
@@ -341,6 +390,12 @@ pub enum Code {
     LevelTooOld,
     DependencyUnknown,
     DeadlineTooSoon,
+    GenerationStale,
+    Conflict,
+    NotEmpty,
+    QuotaPending,
+    PriorityUnknown,
+    PriorityDenied,
 }
 
 impl Code {
@@ -380,6 +435,12 @@ impl Code {
             Code::LevelTooOld => "LEVEL_TOO_OLD",
             Code::DependencyUnknown => "DEPENDENCY_UNKNOWN",
             Code::DeadlineTooSoon => "DEADLINE_TOO_SOON",
+            Code::Conflict => "CONFLICT",
+            Code::NotEmpty => "NOT_EMPTY",
+            Code::QuotaPending => "QUOTA_PENDING",
+            Code::PriorityUnknown => "PRIORITY_UNKNOWN",
+            Code::PriorityDenied => "PRIORITY_DENIED",
+            Code::GenerationStale => "GENERATION_STALE",
         }
     }
 }

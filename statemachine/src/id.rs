@@ -60,6 +60,14 @@ pub struct Token(pub u64);
 impl Token {
     const COUNTER_BITS: u32 = 40;
 
+    /// The highest generation.
+    pub const GENERATION_MAX: u32 = (1 << 24) - 1;
+
+    /// Where the counter of a generation begins: the token before its first.
+    pub fn first_of(generation: u32) -> Self {
+        Self(u64::from(generation.min(Self::GENERATION_MAX)) << Self::COUNTER_BITS)
+    }
+
     /// The first 24 bits: which life of the cluster minted it.
     pub fn generation(self) -> u32 {
         (self.0 >> Self::COUNTER_BITS) as u32

@@ -3,7 +3,7 @@
 
 use std::cmp::Reverse;
 
-use crate::apply::Ctx;
+use crate::apply::{Ctx, restore};
 use crate::event::{Change, QueuePlace};
 use crate::id::*;
 use crate::record::*;
@@ -18,6 +18,7 @@ struct Standing {
     timer: Option<Timer>,
     begin: Option<Calendar>,
     deadline: Option<Calendar>,
+    restoring: Option<(u64, JobId)>,
 }
 
 /// What the keyspace shows of a job.
@@ -187,6 +188,9 @@ impl State {
             };
             index.names.insert((kind, name.clone()), id);
         }
+        for (id, tenant) in self.tenants.iter().filter(|(_, tenant)| !tenant.removed) {
+            index.tenant_by_name.insert(tenant.name.clone(), *id);
+        }
         for (id, node) in self.nodes.iter() {
             index.node_by_name.insert(node.value.name.clone(), *id);
             if let Some(timer) = node.value.admin.timer(*id) {
@@ -221,6 +225,9 @@ fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::setting
     }
     if job.holds.begin {
         standing.begin = Some(Calendar { due_wall_ms: job.spec.begin_wall_ms(), what: CalendarKind::Begin(id) });
+    }
+    if job.holds.restore {
+        standing.restoring = Some((restore::span_ms(job), id));
     }
     let leased = matches!(task.map(|task| &task.phase), Some(Phase::Leased { .. }));
     if let Some(due_wall_ms) = job.spec.latest_start_wall_ms().filter(|_| !leased) {
@@ -263,6 +270,12 @@ impl Index {
         }
         for rule in [new.begin, new.deadline].into_iter().flatten() {
             self.calendar.insert(rule);
+        }
+        if let Some(held) = old.restoring {
+            self.restoring.remove(&held);
+        }
+        if let Some(held) = new.restoring {
+            self.restoring.insert(held);
         }
         if let Some(key) = new.queue {
             self.queue.insert(key, ());

@@ -161,7 +161,9 @@ impl State {
             node: None,
             text: String::new(),
         });
-        self.give_back_gpus(lease);
+        if let Some(tenant) = self.jobs.get(&lease.task.job).map(|job| job.value.tenant) {
+            self.discharge(tenant, lease);
+        }
         let stopped = self.jobs.get(&lease.task.job).is_some_and(|job| job.value.stop.is_some());
         let verdict = if stopped { verdict } else { soften(lease, verdict) };
         let Some(facts) = self.close_facts(ctx, lease, &verdict) else { return };
@@ -186,14 +188,6 @@ impl State {
                     cause: None,
                 },
             );
-        }
-    }
-
-    fn give_back_gpus(&mut self, lease: &Lease) {
-        let gpus: u64 = lease.parts.iter().map(|part| u64::from(part.gpus.count_ones())).sum();
-        let Some(tenant) = self.jobs.get(&lease.task.job).map(|job| job.value.tenant) else { return };
-        if gpus > 0 {
-            self.tenants.update(&tenant, |tenant| tenant.used_gpus = tenant.used_gpus.saturating_sub(gpus));
         }
     }
 

@@ -3,6 +3,7 @@
 //! No clock, no randomness, no hash order here: time and salt ride in each [`command::Entry`]. IO lives in `storage`
 //! alone.
 
+pub mod account;
 pub mod apply;
 pub mod check;
 pub mod command;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::account::{Amounts, Ceiling, Policy, Tenant, Usage};
 use crate::id::*;
 use crate::settings::Settings;
 pub use crate::spec::{Body, JobSpec};
@@ -67,11 +68,13 @@ pub struct Holds {
     pub begin: bool,
     /// A job that it waits for has not ended.
     pub after: bool,
+    /// The cluster was restored from a backup: an attempt that the backup does not know may still run.
+    pub restore: bool,
 }
 
 impl Holds {
     pub fn any(self) -> bool {
-        self.launch || self.orphan || self.user || self.begin || self.after
+        self.launch || self.orphan || self.user || self.begin || self.after || self.restore
     }
 }
 
@@ -215,6 +218,8 @@ pub struct Lease {
     pub master: Option<Master>,
     /// Ordered by rank: part i holds the ranks from `first_rank` on.
     pub parts: Vec<Part>,
+    /// What its tenants are charged with while it lasts.
+    pub amounts: Amounts,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -449,16 +454,15 @@ pub struct Nic {
 
 // -------------------------------------------------------------------------------------------- tenants and clients
 
+/// A named priority: its value, who may use it, and what it may do to others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tenant {
-    pub name: String,
-    pub parent: Option<TenantId>,
-    /// Jobs that have not ended.
-    pub live_jobs: u64,
-    /// Bytes of the bodies of all jobs in memory, ended ones too until they are archived.
-    pub body_bytes: u64,
-    /// GPUs in leases that are not closed.
-    pub used_gpus: u64,
+pub struct Priority {
+    pub value: i32,
+    /// They and the tenants below them; empty = everybody.
+    pub tenants: Vec<TenantId>,
+    /// Its jobs may take the place of preemptible ones of a lower priority.
+    pub preempts: bool,
+    pub preemptible: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -550,7 +554,7 @@ pub struct LogPosition {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meta {
     pub cluster: [u8; 16],
-    /// Grows by a restore from a backup.
+    /// Grows by a restore from a backup: the generation of the tokens that are minted.
     pub incarnation: u32,
     pub applied: LogPosition,
     /// The consensus layer's membership and the position of its entry, opaque here.
@@ -566,6 +570,9 @@ pub struct Meta {
     pub next_user: u32,
     pub next_gpu_type: u16,
     pub next_session: u64,
+    pub next_tenant: u32,
+    /// Grows with each change of what operators decide: tenants, priorities, reservations.
+    pub policy: u64,
     /// The last token minted.
     pub token: Token,
     pub level: u16,
@@ -577,6 +584,8 @@ pub struct Meta {
     pub request_horizon_wall_ms: i64,
     /// Dropped buckets of history whose jobs still stand in `ended`, each with the next chunk to clear.
     pub retiring: BTreeMap<u32, u64>,
+    /// Cluster time of the last restore from a backup.
+    pub restored_ms: Option<u64>,
 }
 
 /// What a name is interned as.

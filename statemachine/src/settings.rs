@@ -46,6 +46,10 @@ pub struct Settings {
     pub node_launch_fails: u8,
     /// Events kept in memory for watches.
     pub event_ring: u32,
+    /// Removed ones included.
+    pub tenants: u32,
+    /// Past usage counts half after this long, in ms of cluster time.
+    pub usage_half_life_ms: u64,
     pub chore_steps: u32,
     pub timers_per_entry: u32,
 }
@@ -83,6 +87,8 @@ impl Default for Settings {
             excused_in_sum: 100,
             node_launch_fails: 3,
             event_ring: 65_536,
+            tenants: 10_000,
+            usage_half_life_ms: 7 * 24 * HOUR,
             chore_steps: 1_000,
             timers_per_entry: 1_000,
         }

@@ -35,6 +35,8 @@ pub struct Terms {
     pub deadline_wall_ms: i64,
     /// Starts after these jobs have ended, at most 64.
     pub after: Vec<After>,
+    /// The named priority that gave the job its own; empty = none.
+    pub class: String,
 }
 
 /// A job that another one waits for, and how it must end.

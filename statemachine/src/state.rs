@@ -22,6 +22,7 @@ pub struct State {
     pub classes: Table<ClassId, Class>,
     pub tenants: Table<TenantId, Tenant>,
     pub queues: Table<QueueId, Queue>,
+    pub priorities: Table<String, Priority>,
     pub sessions: Table<SessionId, Session>,
     pub locks: Table<String, Versioned<Lock>>,
     pub requests: Table<RequestId, Request>,
@@ -55,6 +56,8 @@ pub struct Index {
     /// Interned names by their text.
     pub names: OrdMap<(NameKind, String), u32>,
     pub node_by_name: OrdMap<String, NodeId>,
+    /// Tenants that were not removed.
+    pub tenant_by_name: OrdMap<String, TenantId>,
     pub class_by_facts: OrdMap<Class, ClassId>,
     /// Requests by bucket, the order in which they are forgotten.
     pub requests: OrdSet<(u32, RequestId)>,
@@ -62,6 +65,8 @@ pub struct Index {
     pub gpus: OrdMap<GpuUuid, NodeId>,
     /// Attempts that run without a live lease: as long as a job has one, it is on hold.
     pub orphans: OrdSet<(JobId, NodeId, Token)>,
+    /// Jobs on hold `restore`, by how long after the restore that ends.
+    pub restoring: OrdSet<(u64, JobId)>,
 }
 
 /// Sorts by priority descending, then by queue position.

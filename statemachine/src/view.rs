@@ -83,6 +83,7 @@ impl Holds {
             (self.user, "USER"),
             (self.begin, "BEGIN"),
             (self.after, "AFTER"),
+            (self.restore, "RESTORE"),
         ];
         words.into_iter().filter(|word| word.0).map(|word| word.1).collect()
     }

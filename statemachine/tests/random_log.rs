@@ -102,6 +102,12 @@ enum Op {
     Wait {
         ms: u32,
     },
+    Tenant {
+        name: u8,
+        parent: u8,
+        limit: u8,
+        remove: bool,
+    },
     /// Ends the entry: what follows sees its effect.
     Cut,
 }
@@ -138,6 +144,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         2 => (any::<u64>(), any::<u32>(), any::<u64>(), any::<u64>(), any::<u8>())
             .prop_map(|(token, node, job, epoch, which)| Op::Wild { token, node, job, epoch, which }),
         3 => (0..400_000u32).prop_map(|ms| Op::Wait { ms }),
+        2 => (0..3u8, 0..4u8, any::<u8>(), any::<bool>())
+            .prop_map(|(name, parent, limit, remove)| Op::Tenant { name, parent, limit, remove: remove && limit < 40 }),
         12 => Just(Op::Cut),
     ];
     proptest::collection::vec(op, 1..160)
@@ -163,6 +171,9 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             submit.spec.retry.max = u16::from(kind / 16 % 3);
             submit.spec.priority = i32::from(kind % 5) - 2;
             submit.spec.limit_ms = u64::from(kind % 2) * 50_000;
+            if world.state.index.tenant_by_name.contains_key(tenant_name(kind / 64)) {
+                submit.tenant = tenant_name(kind / 64).into();
+            }
             submit.spec.terms = some_terms(state, &jobs, *terms);
             if *kind > 240 {
                 submit.spec.shape.nodes = 0;
@@ -267,9 +278,28 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
         }
         Op::Retain { bucket } => Command::Retain { bucket: u32::from(*bucket) },
         Op::Wild { token, node, job, epoch, which } => wild(*token, *node, *job, *epoch, *which),
+        Op::Tenant { name, remove: true, .. } => Command::RemoveTenant { name: tenant_name(*name).into() },
+        Op::Tenant { name, parent, limit, remove: false } => {
+            let exists = state.index.tenant_by_name.contains_key(tenant_name(*name));
+            Command::SetTenant(Box::new(SetTenant {
+                name: tenant_name(*name).into(),
+                create: !exists,
+                parent: (*parent < 3).then(|| tenant_name(*parent).into()),
+                guaranteed: (limit % 2 == 0).then(|| [("h100".into(), u32::from(limit % 3))].into()),
+                limit_gpus: Some((limit % 5 != 0).then(|| u32::from(limit % 7))),
+                may_borrow: Some(limit % 4 != 0),
+                max_pending: Some(u64::from(limit / 4 % 8)),
+                default_limit_ms: Some(u64::from(limit / 32) * 10_000),
+                ..SetTenant::default()
+            }))
+        }
         Op::Wait { .. } | Op::Cut => return None,
     };
     Some((None, body))
+}
+
+fn tenant_name(nth: u8) -> &'static str {
+    ["default", "a", "b"][usize::from(nth) % 3]
 }
 
 /// Half of the jobs have none; the others wait for jobs, times or both.
@@ -288,7 +318,7 @@ fn some_terms(state: &State, jobs: &[JobId], terms: u8) -> Option<Box<Terms>> {
     let at = |ms: i64| if ms == 0 { 0 } else { wall_ms + ms };
     let begin_wall_ms = at(i64::from(terms / 4 % 2) * 90_000);
     let deadline_wall_ms = at(i64::from(terms / 8 % 3) * 200_000);
-    Some(Box::new(Terms { begin_wall_ms, deadline_wall_ms, after: parents }))
+    Some(Box::new(Terms { begin_wall_ms, deadline_wall_ms, after: parents, class: String::new() }))
 }
 
 fn twist_plan(places: &mut [Place], twist: u8) {
@@ -625,7 +655,8 @@ fn random_logs_reach_what_matters() {
     for state in ["RUNNING", "RETRYING", "LOST", "PREEMPTED", "SUCCEEDED", "FAILED", "CANCELLED", "SKIPPED"] {
         assert!(states.contains(state), "no task was {state}: {states:?}");
     }
-    for code in ["GPU_TAKEN", "EPOCH_STALE", "TOKEN_STALE", "ALREADY_DECIDED", "REQUEST_MISMATCH", "IDENTITY_CONFLICT"]
+    for code in
+        ["GPU_TAKEN", "EPOCH_STALE", "TOKEN_STALE", "ALREADY_DECIDED", "REQUEST_MISMATCH", "IDENTITY_CONFLICT", "QUOTA"]
     {
         assert!(codes.contains(code), "no command was refused as {code}: {codes:?}");
     }

@@ -7,8 +7,10 @@ mod dev;
 mod fence;
 mod get;
 mod help;
+mod history;
 mod lock;
 mod node;
+mod priority;
 mod queue;
 mod run;
 mod server;
@@ -16,6 +18,7 @@ mod show;
 mod spec;
 mod steer;
 mod submit;
+mod tenant;
 mod topology;
 mod version;
 mod wait;
@@ -56,6 +59,12 @@ pub enum Command {
     Show(show::Args),
     /// Jobs that wait and run, in the order in which the planner looks at them
     Queue(queue::Args),
+    /// Tenants: who pays, for how much
+    Tenant(tenant::Args),
+    /// Named priorities, and who may use them
+    Priority(priority::Args),
+    /// Who has used what, and who is owed what
+    Share(tenant::ShareArgs),
     /// The GPU machines
     Nodes(node::ListArgs),
     /// Operate one machine: drain, resume, confirm dead
@@ -66,6 +75,10 @@ pub enum Command {
     Get(get::Args),
     /// Follow the keyspace
     Watch(watch::Args),
+    /// The cluster's events in a file, for ares verify
+    History(history::Args),
+    /// Judge an exported history: one result a job, no GPU shared, tokens that grow
+    Verify(history::VerifyArgs),
     /// Named locks with fencing tokens
     Lock(lock::Args),
     /// Files and steps that refuse an older attempt, by its fencing token
@@ -106,11 +119,16 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Requeue(args) => steer::run(args, steer::Verb::Requeue, global),
         Command::Show(args) => show::run(args, global),
         Command::Queue(args) => queue::run(args, global),
+        Command::Tenant(args) => tenant::run(args, global),
+        Command::Priority(args) => priority::run(args, global),
+        Command::Share(args) => tenant::share(args, global),
         Command::Nodes(args) => node::list(args, global),
         Command::Node(args) => node::run(args, global),
         Command::Topology(args) => topology::run(args, global),
         Command::Get(args) => get::run(args, global),
         Command::Watch(args) => watch::run(args, global),
+        Command::History(args) => history::run(args, global),
+        Command::Verify(args) => history::verify(args, global),
         Command::Lock(args) => lock::run(args, global),
         Command::Fence(args) => fence::run(args, global),
         Command::Cluster(args) => cluster::run(args, global),

@@ -48,7 +48,9 @@ fn print(job: &v1::Job) {
     line("Reason", &job.reason);
     line("Command", &command);
     line("User", &job.user);
-    line("Priority", &spec.priority.to_string());
+    line("Tenant", &spec.tenant);
+    let class = if spec.priority_class.is_empty() { String::new() } else { format!(" ({})", spec.priority_class) };
+    line("Priority", &format!("{}{class}", spec.priority));
     line(
         "Shape",
         &format!(

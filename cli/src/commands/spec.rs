@@ -58,6 +58,12 @@ pub struct JobArgs {
     /// Higher goes first
     #[arg(long, short = 'p', default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
     priority: i32,
+    /// A named priority, in place of a number: ares priority list
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME", conflicts_with = "priority")]
+    priority_class: String,
+    /// Who pays: ares tenant list [default: default]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "TENANT")]
+    tenant: String,
     /// Wait until `ares release` lets it start
     #[arg(long, short = 'H', help_heading = TIME)]
     hold: bool,
@@ -205,7 +211,8 @@ impl JobArgs {
             labels: pairs("--label", &self.label, |name| {
                 Err(Failure::usage(format!("--label {name:?} has no value; write NAME=VALUE")))
             })?,
-            tenant: String::new(),
+            tenant: self.tenant.clone(),
+            priority_class: self.priority_class.clone(),
             queue: String::new(),
             body: Some(v1::Body { argv: self.command.clone(), env: self.environment()?, cwd: self.chdir.clone() }),
             image: self.image.clone(),
@@ -305,7 +312,7 @@ fn optional_ms(option: &str, text: &str) -> Result<u64, Failure> {
 }
 
 /// `512`, `512MiB`, `16G`, `16GiB`: MiB unless it says otherwise; powers of two, as memory is.
-fn size_mib(option: &str, text: &str) -> Result<u64, Failure> {
+pub fn size_mib(option: &str, text: &str) -> Result<u64, Failure> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = text[digits.len()..].to_ascii_lowercase();
     let shift = match unit.as_str() {

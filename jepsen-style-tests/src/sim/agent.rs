@@ -271,7 +271,7 @@ impl World {
             finished: listing.finished,
             dead: listing.dead,
         };
-        self.agent_call(agent, Rpc::Register(request));
+        self.agent_call(agent, Rpc::Register(Box::new(request)));
     }
 
     fn agent_call(&mut self, agent: usize, rpc: Rpc) {
@@ -364,8 +364,10 @@ impl World {
         for launch in launches {
             let lease = launch.lease.clone();
             let machine = &mut self.machines[agent];
-            let port = if launch.open && lease.nodes > 1 { lease.master_port } else { 20_000 + (lease.token % 10_000) as u32 };
-            let kept = Kept { lease: lease.clone(), open: launch.open, port, boot: machine.boot, exits: Default::default() };
+            let port =
+                if launch.open && lease.nodes > 1 { lease.master_port } else { 20_000 + (lease.token % 10_000) as u32 };
+            let kept =
+                Kept { lease: lease.clone(), open: launch.open, port, boot: machine.boot, exits: Default::default() };
             machine.disk.attempts.insert(lease.token, kept);
             let grace_ms = lease.kill_grace_ms.min(lease.ttl_ms / 4);
             let script = Script::parse(&launch.body.argv);
@@ -468,4 +470,3 @@ fn message(process: &AgentProcess, heartbeat: u64, tokens: Vec<u64>) -> v1::Agen
 fn live(lease: &v1::DesiredLease) -> Live {
     Live { job_id: lease.job_id, first_rank: lease.first_rank, ranks: lease.ranks, gpus: lease.gpu_uuids.clone() }
 }
-

@@ -291,7 +291,8 @@ impl World {
 
     /// A snapshot and the rest of the log are the whole log.
     fn replay(&mut self) {
-        let at = (0..self.replicas.len()).filter(|at| self.replicas[*at].up).max_by_key(|at| self.replicas[*at].applied);
+        let at =
+            (0..self.replicas.len()).filter(|at| self.replicas[*at].up).max_by_key(|at| self.replicas[*at].applied);
         let Some(at) = at else { return };
         let (mut state, from) = self.replicas[at].snapshot.clone();
         let upto = self.replicas[at].applied;
@@ -303,7 +304,10 @@ impl World {
         }
         let (own, again) = (self.replicas[at].state.digest(), state.digest_from_scratch());
         if own != again {
-            self.violate("replay_equal", format!("replica {at}: its snapshot at {from} and the log give another state"));
+            self.violate(
+                "replay_equal",
+                format!("replica {at}: its snapshot at {from} and the log give another state"),
+            );
         }
         self.trace.note("end", upto, own as u64);
     }

@@ -8,7 +8,20 @@ fn main() {
         let faults = sim::faults_of(&setup, &[]);
         let began = std::time::Instant::now();
         let report = sim::run(&setup, &faults, loud);
-        println!("seed {seed}: {:016x} {:?} events {} sim {} s wall {:?} started {} entries {} offices {} took {:?}", report.hash, report.failure, report.events, report.simulated_ms / 1000, began.elapsed(), report.started, report.entries, report.offices, report.took);
-        if report.failure.is_some() { println!("{}", report.tail); }
+        println!(
+            "seed {seed}: {:016x} {:?} events {} sim {} s wall {:?} started {} entries {} offices {} took {:?}",
+            report.hash,
+            report.failure,
+            report.events,
+            report.simulated_ms / 1000,
+            began.elapsed(),
+            report.started,
+            report.entries,
+            report.offices,
+            report.took
+        );
+        if loud {
+            println!("{}", report.tail);
+        }
     }
 }

@@ -121,7 +121,7 @@ impl World {
         replica.elected = None;
         self.audit.offices += 1;
         self.trace.note("office", at as u64, term);
-        if self.replicas[at].state.leases.len() > 0 && self.audit.offices > 1 {
+        if !self.replicas[at].state.leases.is_empty() && self.audit.offices > 1 {
             self.sometimes.hit("a new leader gave running leases their grace");
         }
         self.after(0, Event::Duty { replica: at, desk: id });
@@ -153,7 +153,7 @@ impl World {
                 let cmd = Cmd { request: Some(*request), actor: actor.clone(), body: command.clone() };
                 return self.enter(at, cmd, waiter);
             }
-            Rpc::Register(request) => match requests::register(request.clone()) {
+            Rpc::Register(request) => match requests::register((**request).clone()) {
                 Ok(register) => Command::RegisterNode(Box::new(register)),
                 Err(_) => return self.answer(at, &waiter, Answer::RegisterRefused),
             },
@@ -347,7 +347,15 @@ impl World {
 
     // ------------------------------------------------------------------------------------------- agents' streams
 
-    fn open_session(&mut self, at: usize, agent: usize, life: u64, generation: u64, hello: v1::AgentMessage, waiter: &Waiter) {
+    fn open_session(
+        &mut self,
+        at: usize,
+        agent: usize,
+        life: u64,
+        generation: u64,
+        hello: v1::AgentMessage,
+        waiter: &Waiter,
+    ) {
         let id = self.fresh();
         let Some(desk) = self.replicas[at].desk.as_deref_mut() else { return };
         desk.conns.insert(id, Conn { agent, life, generation, node: None, last: None, sent_until: 0 });
@@ -411,7 +419,8 @@ impl World {
             let acks = matches!(what, v1::leader_message::What::Ack(_));
             if acks && beat.epoch < beat.known_epoch {
                 let (node, epoch, known) = (beat.node, beat.epoch, beat.known_epoch);
-                let text = format!("a heartbeat of node {node} in epoch {epoch} was acknowledged after epoch {known} began");
+                let text =
+                    format!("a heartbeat of node {node} in epoch {epoch} was acknowledged after epoch {known} began");
                 return self.violate("epoch_grows", text);
             }
             self.say(at, beat.conn, what);
@@ -446,9 +455,12 @@ impl World {
         let replica = &mut self.replicas[at];
         let Some(desk) = replica.desk.as_deref_mut() else { return };
         let mut news = Vec::new();
-        for (node, id) in desk.links.iter().filter(|(node, _)| nodes.is_none_or(|nodes| nodes.contains(&NodeId(**node)))) {
+        for (node, id) in
+            desk.links.iter().filter(|(node, _)| nodes.is_none_or(|nodes| nodes.contains(&NodeId(**node))))
+        {
             let keeper = &desk.keeper;
-            let Some(set) = desired(&replica.state, NodeId(*node), |token| keeper.is_ending(token, NodeId(*node))) else {
+            let Some(set) = desired(&replica.state, NodeId(*node), |token| keeper.is_ending(token, NodeId(*node)))
+            else {
                 continue;
             };
             let Some(conn) = desk.conns.get_mut(id) else { continue };

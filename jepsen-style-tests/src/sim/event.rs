@@ -21,15 +21,28 @@ pub enum Site {
 /// A call to a replica, as any of them could get it.
 #[derive(Clone, Debug)]
 pub enum Rpc {
-    Propose { request: RequestId, actor: String, command: Command },
-    Read { job: JobId },
-    KeepAlive { session: SessionId },
-    Register(v1::RegisterRequest),
+    Propose {
+        request: RequestId,
+        actor: String,
+        command: Command,
+    },
+    Read {
+        job: JobId,
+    },
+    KeepAlive {
+        session: SessionId,
+    },
+    Register(Box<v1::RegisterRequest>),
     Report(v1::ReportRequest),
     Health(v1::ReportHealthRequest),
     Fetch(Vec<u64>),
     /// Opens an agent's stream; `hello` is its first message.
-    Session { agent: usize, life: u64, generation: u64, hello: v1::AgentMessage },
+    Session {
+        agent: usize,
+        life: u64,
+        generation: u64,
+        hello: v1::AgentMessage,
+    },
 }
 
 /// What a replica answers.
@@ -46,9 +59,15 @@ pub enum Answer {
     Reported(Vec<String>),
     Refused,
     Bodies(Vec<v1::JobBody>),
-    Opened { replica: usize, conn: u64 },
+    Opened {
+        replica: usize,
+        conn: u64,
+    },
     /// Revision of the state that was read, and whether the job is there.
-    Seen { revision: u64, found: bool },
+    Seen {
+        revision: u64,
+        found: bool,
+    },
     Alive(bool),
 }
 
@@ -81,32 +100,121 @@ pub enum Word {
 pub enum Event {
     Fault(Fault),
     FaultOver(Fault),
-    Request { replica: usize, from: Site, call: u64, attempt: u32, rpc: Arc<Rpc> },
-    Reply { to: Site, call: u64, attempt: u32, answer: Answer },
-    CallReady { call: u64 },
-    CallTimeout { call: u64, attempt: u32 },
+    Request {
+        replica: usize,
+        from: Site,
+        call: u64,
+        attempt: u32,
+        rpc: Arc<Rpc>,
+    },
+    Reply {
+        to: Site,
+        call: u64,
+        attempt: u32,
+        answer: Answer,
+    },
+    CallReady {
+        call: u64,
+    },
+    CallTimeout {
+        call: u64,
+        attempt: u32,
+    },
     RaftTick,
     Commit,
-    Apply { replica: usize, life: u64 },
-    Pack { replica: usize, desk: u64 },
-    FromAgent { replica: usize, conn: u64, message: v1::AgentMessage },
-    ToAgent { agent: usize, life: u64, generation: u64, word: Word },
-    Gather { replica: usize, desk: u64 },
-    Checked { replica: usize, desk: u64, began_index: u64, check: Check },
-    Duty { replica: usize, desk: u64 },
-    Links { replica: usize, desk: u64 },
-    Plan { replica: usize, desk: u64, serial: u64 },
-    Planned { replica: usize, desk: u64, plans: Vec<statemachine::command::Plan>, unfinished: bool },
-    AgentTick { agent: usize, life: u64, at: u64 },
-    Agent { agent: usize, life: u64, event: Box<core::Event> },
-    StartAgent { agent: usize },
-    Fence { agent: usize, life: u64, set: (u32, u64), launches: Vec<Launch> },
-    Spawn { agent: usize, life: u64, launches: Vec<Launch> },
-    Shim { agent: usize, boot: u64, key: (u64, u32), serial: u64 },
-    Process { agent: usize, boot: u64, key: (u64, u32), what: Process },
+    Apply {
+        replica: usize,
+        life: u64,
+    },
+    Pack {
+        replica: usize,
+        desk: u64,
+    },
+    FromAgent {
+        replica: usize,
+        conn: u64,
+        message: v1::AgentMessage,
+    },
+    ToAgent {
+        agent: usize,
+        life: u64,
+        generation: u64,
+        word: Word,
+    },
+    Gather {
+        replica: usize,
+        desk: u64,
+    },
+    Checked {
+        replica: usize,
+        desk: u64,
+        began_index: u64,
+        check: Check,
+    },
+    Duty {
+        replica: usize,
+        desk: u64,
+    },
+    Links {
+        replica: usize,
+        desk: u64,
+    },
+    Plan {
+        replica: usize,
+        desk: u64,
+        serial: u64,
+    },
+    Planned {
+        replica: usize,
+        desk: u64,
+        plans: Vec<statemachine::command::Plan>,
+        unfinished: bool,
+    },
+    AgentTick {
+        agent: usize,
+        life: u64,
+        at: u64,
+    },
+    Agent {
+        agent: usize,
+        life: u64,
+        event: Box<core::Event>,
+    },
+    StartAgent {
+        agent: usize,
+    },
+    Fence {
+        agent: usize,
+        life: u64,
+        set: (u32, u64),
+        launches: Vec<Launch>,
+    },
+    Spawn {
+        agent: usize,
+        life: u64,
+        launches: Vec<Launch>,
+    },
+    Shim {
+        agent: usize,
+        boot: u64,
+        key: (u64, u32),
+        serial: u64,
+    },
+    Process {
+        agent: usize,
+        boot: u64,
+        key: (u64, u32),
+        what: Process,
+    },
     /// A process that survived its machine's sleep, or a late SIGKILL, must be gone by now.
-    Judge { agent: usize, key: (u64, u32) },
-    Wake { agent: usize, slept_us: u64 },
+    Judge {
+        agent: usize,
+        key: (u64, u32),
+    },
+    Wake {
+        agent: usize,
+        slept_us: u64,
+    },
     User(super::users::Wish),
 }
 

@@ -10,55 +10,134 @@ use super::setup::Setup;
 #[serde(rename_all = "snake_case")]
 pub enum Fault {
     /// This share of messages, in thousandths, gets lost.
-    Loss { permille: u64, for_ms: u64 },
+    Loss {
+        permille: u64,
+        for_ms: u64,
+    },
     /// Messages take this long more, with a heavy tail.
-    Delay { mean_ms: u64, for_ms: u64 },
+    Delay {
+        mean_ms: u64,
+        for_ms: u64,
+    },
     /// This share of requests arrives twice, the second time late.
-    Duplicate { permille: u64, for_ms: u64 },
+    Duplicate {
+        permille: u64,
+        for_ms: u64,
+    },
     /// The leader alone, or with the agents whose number is in `with` (modulo 4).
-    IsolateLeader { with: u64, for_ms: u64 },
+    IsolateLeader {
+        with: u64,
+        for_ms: u64,
+    },
     /// What this replica sends to replicas arrives nowhere.
-    Mute { replica: usize, for_ms: u64 },
+    Mute {
+        replica: usize,
+        for_ms: u64,
+    },
     /// Replicas of the mask see only each other.
-    Halves { mask: u64, for_ms: u64 },
+    Halves {
+        mask: u64,
+        for_ms: u64,
+    },
     /// An agent sees every replica but the leader.
-    FollowersOnly { agent: usize, for_ms: u64 },
+    FollowersOnly {
+        agent: usize,
+        for_ms: u64,
+    },
     /// What is sent to this agent is lost; what it sends arrives.
-    DeafAgent { agent: usize, for_ms: u64 },
+    DeafAgent {
+        agent: usize,
+        for_ms: u64,
+    },
     /// Users reach only the replica that leads now.
-    UsersSeeOne { for_ms: u64 },
-    CrashReplica { replica: usize, for_ms: u64 },
-    CrashLeader { for_ms: u64 },
-    PauseReplica { replica: usize, for_ms: u64 },
-    PauseLeader { for_ms: u64 },
+    UsersSeeOne {
+        for_ms: u64,
+    },
+    CrashReplica {
+        replica: usize,
+        for_ms: u64,
+    },
+    CrashLeader {
+        for_ms: u64,
+    },
+    PauseReplica {
+        replica: usize,
+        for_ms: u64,
+    },
+    PauseLeader {
+        for_ms: u64,
+    },
     /// Away for so long that its log was purged: it comes back by a snapshot.
-    Outage { replica: usize, for_ms: u64 },
+    Outage {
+        replica: usize,
+        for_ms: u64,
+    },
     /// An operator moves the leadership.
     Transfer,
     /// Fsync takes so much longer on the leader.
-    SlowDisk { by_ms: u64, for_ms: u64 },
+    SlowDisk {
+        by_ms: u64,
+        for_ms: u64,
+    },
     /// A replica's wall clock leaps.
-    WallLeap { replica: usize, by_ms: i64 },
-    CrashAgent { agent: usize, for_ms: u64 },
-    PauseAgent { agent: usize, for_ms: u64 },
+    WallLeap {
+        replica: usize,
+        by_ms: i64,
+    },
+    CrashAgent {
+        agent: usize,
+        for_ms: u64,
+    },
+    PauseAgent {
+        agent: usize,
+        for_ms: u64,
+    },
     /// The whole machine sleeps: nothing runs there, its boot clock goes on.
-    Suspend { agent: usize, for_ms: u64 },
+    Suspend {
+        agent: usize,
+        for_ms: u64,
+    },
     /// The machine's power fails, and comes back.
-    Reboot { agent: usize, for_ms: u64 },
+    Reboot {
+        agent: usize,
+        for_ms: u64,
+    },
     /// A shim of the machine is killed.
-    KillShim { agent: usize, nth: u64 },
+    KillShim {
+        agent: usize,
+        nth: u64,
+    },
     /// Agent and shims of the machine are killed together.
-    KillAll { agent: usize, for_ms: u64 },
+    KillAll {
+        agent: usize,
+        for_ms: u64,
+    },
     /// SIGKILL takes so long to work on this machine.
-    Stubborn { agent: usize, by_ms: u64, for_ms: u64 },
+    Stubborn {
+        agent: usize,
+        by_ms: u64,
+        for_ms: u64,
+    },
     /// The agent finds its fence file damaged when it starts again.
-    LoseFence { agent: usize },
+    LoseFence {
+        agent: usize,
+    },
     /// The driver says that a GPU fell off the bus.
-    LoseGpu { agent: usize, slot: u64 },
+    LoseGpu {
+        agent: usize,
+        slot: u64,
+    },
     /// Launches on this machine fail by its own fault.
-    BadMachine { agent: usize, for_ms: u64 },
+    BadMachine {
+        agent: usize,
+        for_ms: u64,
+    },
     /// An operator takes the node out, and back in after a while.
-    Drain { agent: usize, evict_ms: u64, for_ms: u64 },
+    Drain {
+        agent: usize,
+        evict_ms: u64,
+        for_ms: u64,
+    },
 }
 
 impl Fault {

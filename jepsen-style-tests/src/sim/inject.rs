@@ -55,10 +55,10 @@ impl World {
                 self.net.cuts.push(Cut::UsersSee(replica));
             }
             Fault::CrashReplica { replica, .. } | Fault::Outage { replica, .. } => {
-                return std::mem::replace(&mut self.replicas[replica].up, true) && {
-                    self.crash_replica(replica);
-                    true
-                };
+                if !self.replicas[replica].up {
+                    return false;
+                }
+                self.crash_replica(replica);
             }
             Fault::CrashLeader { .. } => {
                 let Some(leader) = self.lasting() else { return false };
@@ -221,6 +221,8 @@ impl World {
         for at in 0..self.replicas.len() {
             self.replicas[at].paused_until = self.replicas[at].paused_until.min(self.now);
             self.replicas[at].disk_us = 0;
+            // Somebody sets the clocks right.
+            self.replicas[at].clock.wall_offset_ms = 0;
             if Some(at) == away && self.replicas[at].received < self.committed() {
                 self.crash_replica(at);
             } else {

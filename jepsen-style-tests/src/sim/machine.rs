@@ -28,7 +28,8 @@ pub struct Script {
 impl Script {
     pub fn argv(&self) -> Vec<String> {
         let (term, code) = self.on_term.map_or((String::from("-"), 0), |(ms, code)| (ms.to_string(), code));
-        let words = [self.run_ms.to_string(), self.code.to_string(), term, code.to_string(), u8::from(self.forks).to_string()];
+        let words =
+            [self.run_ms.to_string(), self.code.to_string(), term, code.to_string(), u8::from(self.forks).to_string()];
         std::iter::once("script".to_owned()).chain(words).collect()
     }
 

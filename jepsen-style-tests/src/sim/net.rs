@@ -94,7 +94,12 @@ pub struct Clock {
 impl Clock {
     pub fn new(rng: &mut Rng, drift_ppm: u64) -> Self {
         let rate_ppm = 1_000_000 - drift_ppm + rng.below(2 * drift_ppm + 1);
-        Self { rate_ppm, offset_us: rng.range(1_000_000, 1 << 40), wall_offset_ms: rng.range(0, 400) as i64, slept_us: 0 }
+        Self {
+            rate_ppm,
+            offset_us: rng.range(1_000_000, 1 << 40),
+            wall_offset_ms: rng.range(0, 400) as i64,
+            slept_us: 0,
+        }
     }
 
     fn local_us(&self, true_us: u64) -> u64 {

@@ -251,7 +251,7 @@ impl World {
     /// Proposes one entry of this office.
     pub fn propose(&mut self, replica: usize, cmds: Vec<Cmd>, waiters: Vec<Waiter>) {
         let wait = self.commit_wait(replica);
-        let salt = self.rng.next();
+        let salt = self.rng.draw();
         let now = self.now;
         let at = &self.replicas[replica];
         let Some(desk) = &at.desk else { return };
@@ -352,10 +352,10 @@ impl World {
         };
         replica.state.set_applied(position);
         replica.applied = index;
-        if index % DIGEST_EVERY == 0 {
+        if index.is_multiple_of(DIGEST_EVERY) {
             self.compare_digest(at, index);
         }
-        if index % self.setup.snapshot_every == 0 {
+        if index.is_multiple_of(self.setup.snapshot_every) {
             let replica = &mut self.replicas[at];
             replica.snapshot = (replica.state.clone(), index);
         }
@@ -393,11 +393,13 @@ impl World {
         let Some(desk) = self.replicas[at].desk.take() else { return };
         let mut waiters: Vec<Waiter> = desk.door.into_iter().map(|(_, waiter)| waiter).collect();
         waiters.extend(desk.waiting.into_values().flatten());
-        for pending in self.raft.pending.iter_mut().filter(|pending| pending.leader == at && pending.term == desk.term) {
+        for pending in self.raft.pending.iter_mut().filter(|pending| pending.leader == at && pending.term == desk.term)
+        {
             waiters.append(&mut pending.waiters);
         }
         for waiter in waiters {
-            let answer = if self.rng.chance(500) { Answer::Unknown } else { Answer::NotLeader(self.replicas[at].leader) };
+            let answer =
+                if self.rng.chance(500) { Answer::Unknown } else { Answer::NotLeader(self.replicas[at].leader) };
             self.answer(at, &waiter, answer);
         }
         for (_, conn) in desk.conns {

@@ -73,7 +73,7 @@ pub struct Submission {
     pub job: Option<JobId>,
     pub asked: bool,
     /// The user stops asking when a call has no answer.
-    gives_up: bool,
+    pub gives_up: bool,
     cancel_request: Option<RequestId>,
 }
 
@@ -177,7 +177,8 @@ impl World {
         let mut at_ms = 500;
         for n in 0..self.setup.jobs {
             // Bursts with pauses between them.
-            let wait = if rng.chance(800) { rng.range(0, 40) } else { rng.range(0, until * 9 / self.setup.jobs as u64) };
+            let wait =
+                if rng.chance(800) { rng.range(0, 40) } else { rng.range(0, until * 9 / self.setup.jobs as u64) };
             at_ms = (at_ms + wait).min(until);
             self.draw_job(&mut rng, n, at_ms);
         }
@@ -232,8 +233,7 @@ impl World {
     }
 
     pub fn user(&mut self, wish: Wish) {
-        let mut rpc = None;
-        match &wish {
+        let (request, command) = match &wish {
             Wish::Submit(n) | Wish::Again(n) => {
                 let job = &mut self.users.jobs[*n];
                 if matches!(wish, Wish::Again(_)) && !job.asked {
@@ -241,7 +241,7 @@ impl World {
                 }
                 job.asked = true;
                 let command = Command::SubmitJob(Box::new(job.command.clone()));
-                rpc = Some((job.request, command));
+                (job.request, command)
             }
             Wish::OtherBody(n) => {
                 let job = &self.users.jobs[*n];
@@ -251,19 +251,23 @@ impl World {
                     // Else it might be the first, and run.
                     return;
                 }
-                rpc = Some((job.request, Command::SubmitJob(Box::new(other))));
+                (job.request, Command::SubmitJob(Box::new(other)))
             }
             Wish::Cancel(n) => {
                 let Some(job) = self.users.jobs[*n].job else {
-                    return self.wish_after(500_000, wish);
+                    // Nobody knows yet which job it became.
+                    if !self.users.jobs[*n].gives_up {
+                        self.wish_after(500_000, wish);
+                    }
+                    return;
                 };
                 let fresh = self.fresh_request();
                 let request = *self.users.jobs[*n].cancel_request.get_or_insert(fresh);
-                rpc = Some((request, Command::Cancel { job }));
+                (request, Command::Cancel { job })
             }
             Wish::Requeue(n) | Wish::Hold(n) | Wish::Release(n) => {
                 let Some(job) = self.users.jobs[*n].job else {
-                    if matches!(wish, Wish::Release(_)) {
+                    if matches!(wish, Wish::Release(_)) && !self.users.jobs[*n].gives_up {
                         self.wish_after(700_000, wish);
                     }
                     return;
@@ -273,20 +277,20 @@ impl World {
                     Wish::Hold(_) => Command::Hold { job },
                     _ => Command::Release { job },
                 };
-                rpc = Some((self.fresh_request(), command));
+                (self.fresh_request(), command)
             }
             Wish::Read(n) => {
                 let Some(job) = self.users.jobs[*n].job else { return };
                 let owner = Owner::User { wish, floor: self.users.acknowledged };
                 return self.call(owner, Rpc::Read { job }, CALL_MS, TRY_MS);
             }
-            Wish::Operate(command) => rpc = Some((self.fresh_request(), (**command).clone())),
+            Wish::Operate(command) => (self.fresh_request(), (**command).clone()),
             Wish::OpenSession(n) => {
                 if self.users.lockers_stop {
                     return;
                 }
                 let command = Command::OpenSession { owner: format!("locker {n}"), ttl_ms: 4_000 };
-                rpc = Some((self.fresh_request(), command));
+                (self.fresh_request(), command)
             }
             Wish::Acquire(n) | Wish::Unlock(n) => {
                 let Some(session) = self.users.sessions[*n] else { return };
@@ -295,18 +299,16 @@ impl World {
                     Wish::Acquire(_) => Command::Acquire { session, name },
                     _ => Command::Unlock { session, name },
                 };
-                rpc = Some((self.fresh_request(), command));
+                (self.fresh_request(), command)
             }
             Wish::KeepAlive(n) => {
                 let Some(session) = self.users.sessions[*n] else { return };
                 let owner = Owner::User { wish, floor: 0 };
                 return self.call(owner, Rpc::KeepAlive { session }, CALL_MS, TRY_MS);
             }
-        }
-        if let Some((request, command)) = rpc {
-            let owner = Owner::User { wish, floor: self.users.acknowledged };
-            self.call(owner, Rpc::Propose { request, actor: "user".to_owned(), command }, CALL_MS, TRY_MS);
-        }
+        };
+        let owner = Owner::User { wish, floor: self.users.acknowledged };
+        self.call(owner, Rpc::Propose { request, actor: "user".to_owned(), command }, CALL_MS, TRY_MS);
     }
 
     fn fresh_request(&mut self) -> RequestId {
@@ -324,6 +326,13 @@ impl World {
             (wish @ (Wish::Submit(_) | Wish::Cancel(_) | Wish::Release(_) | Wish::Operate(_)), None) => {
                 self.wish_after(300_000, wish);
             }
+            // The leader's wall clock is wrong: users come again until somebody has set it right.
+            (wish, Some(Answer::Outcome(Outcome::Rejected(no), _))) if no.code == Code::RequestFromFuture => {
+                self.sometimes.hit("a request id was refused as from the future");
+                if !matches!(wish, Wish::Again(_) | Wish::OtherBody(_)) {
+                    self.wish_after(1_000_000, wish);
+                }
+            }
             (Wish::Submit(n) | Wish::Again(n), Some(Answer::Outcome(outcome, _))) => self.submitted(n, outcome),
             (Wish::OtherBody(n), Some(Answer::Outcome(outcome, _))) => {
                 let accepted = !matches!(outcome, Outcome::Rejected(_));
@@ -337,7 +346,10 @@ impl World {
                     let text = format!("a read saw revision {revision} after {floor} was acknowledged");
                     self.violate("clients_linearizable", text);
                 } else if !found {
-                    self.violate("nothing_lost", format!("job {:?} was acknowledged, a read lacks it", self.users.jobs[n].job));
+                    self.violate(
+                        "nothing_lost",
+                        format!("job {:?} was acknowledged, a read lacks it", self.users.jobs[n].job),
+                    );
                 }
             }
             (Wish::OpenSession(n), answer) => self.session_opened(n, answer),
@@ -364,6 +376,10 @@ impl World {
             }
             Outcome::Rejected(no) if no.code == Code::RequestExpired => {
                 self.sometimes.hit("a request id was refused as too old");
+                if self.users.jobs[n].job.is_none() && !self.users.jobs[n].gives_up {
+                    self.users.jobs[n].request = self.fresh_request();
+                    self.wish_after(500_000, Wish::Submit(n));
+                }
             }
             other => self.violate("request_once", format!("submission {n} was answered with {other:?}")),
         }
@@ -403,7 +419,10 @@ impl World {
             .filter(|(_, node)| out(&node.value))
             .map(|(id, _)| Command::NodeAdmin { node: NodeId(id.0), out: None })
             .collect();
-        let held = state.jobs.iter().filter(|(_, job)| job.value.ended.is_none() && (job.value.holds.launch || job.value.holds.user));
+        let held = state
+            .jobs
+            .iter()
+            .filter(|(_, job)| job.value.ended.is_none() && (job.value.holds.launch || job.value.holds.user));
         commands.extend(held.map(|(id, _)| Command::Release { job: *id }));
         for command in commands {
             self.wish_after(1_000, Wish::Operate(Box::new(command)));
@@ -422,8 +441,8 @@ fn site_of(owner: &Owner) -> Site {
 fn request_id(rng: &mut Rng, clock: &Clock, at_ms: u64) -> RequestId {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&((clock.wall_ms(at_ms * 1_000) as u64) << 16).to_be_bytes());
-    bytes[8..].copy_from_slice(&rng.next().to_be_bytes());
-    let low = rng.next();
+    bytes[8..].copy_from_slice(&rng.draw().to_be_bytes());
+    let low = rng.draw();
     bytes[6] = 0x70 | (low & 0xf) as u8;
     bytes[7] = (low >> 8) as u8;
     RequestId(bytes)
@@ -473,6 +492,14 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
         terms: None,
     };
     let body = Body { argv, env: Default::default(), cwd: String::new() };
-    let command = SubmitJob { tenant: "default".into(), queue: "default".into(), gpu_types: Vec::new(), spec, body, hold: false };
+    let command = SubmitJob {
+        tenant: "default".into(),
+        queue: "default".into(),
+        gpu_types: Vec::new(),
+        spec,
+        body,
+        hold: false,
+        priority_class: String::new(),
+    };
     (command, endless)
 }

@@ -67,9 +67,8 @@ impl World {
             ..Settings::default()
         };
         let state = State::new([7; 16], settings);
-        let replicas = (0..setup.replicas)
-            .map(|_| Replica::new(state.clone(), Clock::new(&mut rng, setup.drift_ppm)))
-            .collect();
+        let replicas =
+            (0..setup.replicas).map(|_| Replica::new(state.clone(), Clock::new(&mut rng, setup.drift_ppm))).collect();
         let machines = (0..setup.agents).map(|at| machine(at, &setup, &mut rng)).collect();
         let net = Net { way_us: setup.way_us, ..Net::default() };
         let mut world = Self {
@@ -191,7 +190,7 @@ impl World {
         if since % 10_000_000 < 100_000 {
             self.operators_clean_up();
         }
-        let wanted = self.users.jobs.iter().any(|job| job.asked && job.job.is_none());
+        let wanted = self.users.jobs.iter().any(|job| job.asked && job.job.is_none() && !job.gives_up);
         let running = self.audit.jobs.values().filter(|ended| !**ended).count();
         let settled = self.replicas.iter().all(|replica| !replica.up || replica.applied == self.raft.log.len() as u64);
         if running == 0 && !wanted && self.calls.is_empty() {

@@ -9,6 +9,7 @@ mod locks;
 pub mod requests;
 mod server;
 pub mod status;
+mod tenants;
 mod view;
 pub mod words;
 

@@ -19,10 +19,10 @@ const USER_BYTES: usize = 64;
 
 /// Gathers what is wrong with a request.
 #[derive(Default)]
-struct Fields(Vec<(String, String)>);
+pub(super) struct Fields(Vec<(String, String)>);
 
 impl Fields {
-    fn refuse(&mut self, field: &str, what: impl Into<String>) {
+    pub(super) fn refuse(&mut self, field: &str, what: impl Into<String>) {
         self.0.push((field.to_owned(), what.into()));
     }
 
@@ -37,7 +37,7 @@ impl Fields {
         }
     }
 
-    fn done<T>(self, value: T) -> Result<T, Status> {
+    pub(super) fn done<T>(self, value: T) -> Result<T, Status> {
         if self.0.is_empty() { Ok(value) } else { Err(invalid_fields(&self.0)) }
     }
 }
@@ -89,6 +89,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
         begin_wall_ms: job.begin_unix_ms,
         deadline_wall_ms: job.deadline_unix_ms,
         after: job.after.iter().filter_map(|parent| after(parent, &mut fields)).collect(),
+        class: String::new(),
     };
     let name = if job.name.is_empty() { default_name(&body.argv) } else { job.name };
     let spec = JobSpec {
@@ -131,6 +132,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
         spec,
         body: Body { argv: body.argv, env: body.env.into_iter().collect(), cwd: body.cwd },
         hold: job.hold,
+        priority_class: job.priority_class,
     })
 }
 

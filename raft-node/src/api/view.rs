@@ -153,6 +153,7 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             cwd: body.cwd.clone(),
         }),
         hold: job.holds.user,
+        priority_class: spec.terms.as_ref().map(|terms| terms.class.clone()).unwrap_or_default(),
         begin_unix_ms: spec.begin_wall_ms(),
         deadline_unix_ms: spec.deadline_wall_ms(),
         after: spec

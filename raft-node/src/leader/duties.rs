@@ -38,7 +38,7 @@ pub fn due(state: &State, keeper: &mut Keeper, round: u64, now_ms: u64, cluster_
     if state.next_due_ms().is_some_and(|due| due <= cluster_now_ms) {
         commands.push(Command::Tick);
     }
-    if round % KEEPER_EVERY == 0 {
+    if round.is_multiple_of(KEEPER_EVERY) {
         commands.extend(keeper.due(state, now_ms, cluster_now_ms));
     }
     if round % HOUSEKEEPING_EVERY == HOUSEKEEPING_EVERY - 1 {

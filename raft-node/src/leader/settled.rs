@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use scheduling::plan::{Limits, Plan};
+use scheduling::reason::Reason;
 use statemachine::event::Change;
 use statemachine::record::{Alloc, Node, Versioned};
 use statemachine::spec::Shape;
@@ -18,6 +19,8 @@ pub struct Settled {
     /// Shapes that find no room.
     waiting: BTreeSet<Shape>,
     seen: Revision,
+    /// What operators had decided.
+    policy: u64,
 }
 
 impl Settled {
@@ -27,18 +30,33 @@ impl Settled {
             return None;
         }
         let mut waiting = BTreeSet::new();
-        for (task, _) in &plan.reasons {
+        for (task, reason) in &plan.reasons {
+            // The bound of one tenant says nothing about the shape.
+            if matches!(**reason, Reason::Quota { .. }) {
+                continue;
+            }
             let shape = &state.jobs.get(&task.job)?.value.spec.shape;
             if !waiting.contains(shape) {
                 waiting.insert(shape.clone());
             }
         }
-        Some(Self { nodes: state.nodes.clone(), allocs: state.allocs.clone(), unheard, waiting, seen: state.meta.rev })
+        Some(Self {
+            nodes: state.nodes.clone(),
+            allocs: state.allocs.clone(),
+            unheard,
+            waiting,
+            seen: state.meta.rev,
+            policy: state.meta.policy,
+        })
     }
 
     /// False as soon as a machine changed, or a shape waits that was not looked at.
     pub fn still_holds(&mut self, state: &State, unheard: &BTreeSet<NodeId>) -> bool {
-        if *unheard != self.unheard || !state.nodes.is_same(&self.nodes) || !state.allocs.is_same(&self.allocs) {
+        if state.meta.policy != self.policy
+            || *unheard != self.unheard
+            || !state.nodes.is_same(&self.nodes)
+            || !state.allocs.is_same(&self.allocs)
+        {
             return false;
         }
         let Ok(mut events) = state.events_since(self.seen) else { return false };

@@ -164,6 +164,7 @@ impl Site {
             spec,
             body: Body { argv: vec!["true".into()], ..Body::default() },
             hold: false,
+            priority_class: String::new(),
         };
         match self.done(Command::SubmitJob(Box::new(submit))) {
             Reply::Stored(StoredReply::Job(job)) => job,

@@ -2,7 +2,7 @@
 //! off in small steps what a command did at once (forgotten request ids, dropped history). Bounded per entry; the
 //! leader proposes a `Tick` while something is due.
 
-use super::{Ctx, calendar, dependents, node_admin, requests, retain};
+use super::{Ctx, calendar, dependents, node_admin, requests, restore, retain};
 use crate::id::*;
 use crate::record::*;
 use crate::state::{State, TimerKind};
@@ -20,7 +20,7 @@ pub(super) fn next_due_ms(state: &State) -> Option<u64> {
     let timer = state.index.timers.get_min().map(|timer| timer.due_ms);
     let idle = state.meta.retiring.is_empty() && state.index.ripe.is_empty();
     let chore = if idle { requests::next_due_ms(state) } else { Some(state.meta.clock_ms) };
-    [timer, chore].into_iter().flatten().min()
+    [timer, chore, restore::next_due_ms(state)].into_iter().flatten().min()
 }
 
 /// The timers due by now, oldest first; all of one entry are one revision.
@@ -40,6 +40,7 @@ pub(super) fn fire_timers(state: &mut State, salt: u64) {
         state.index.timers.remove(&timer);
     }
     calendar::fire(state, &mut ctx, state.meta.settings.timers_per_entry);
+    restore::end_holds(state, &mut ctx, state.meta.settings.timers_per_entry);
     state.finish(ctx);
 }
 

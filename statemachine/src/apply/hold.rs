@@ -2,8 +2,8 @@
 //! in the queue.
 //!
 //! All refuse NOT_FOUND, ALREADY_ENDED, NOT_OWNER. A held job that runs goes on; the hold waits for its way back to the
-//! queue. Release ends a person's hold and the one that too many excused attempts brought, and begins their count
-//! anew; the hold for an orphan ends by itself. Requeue ends a running attempt as PREEMPTED (ALREADY_DECIDED when it
+//! queue. Release ends a person's hold, the one that too many excused attempts brought, with their count begun anew, and
+//! the one of a restore (by the word that nothing of the job is left); the hold for an orphan ends by itself. Requeue ends a running attempt as PREEMPTED (ALREADY_DECIDED when it
 //! was decided before) and cuts a backoff short. Each accepts what is already so and changes nothing.
 
 use super::{Ctx, DONE, owned};
@@ -23,11 +23,12 @@ pub(super) fn hold(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<Re
 
 pub(super) fn release(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<Reply, Rejection> {
     let holds = owned::live_job(state, ctx, id)?.holds;
-    if holds.user || holds.launch {
+    if holds.user || holds.launch || holds.restore {
         state.change_job(ctx, id, |state, _| {
             state.jobs.update(&id, |job| {
                 job.value.holds.user = false;
                 job.value.holds.launch = false;
+                job.value.holds.restore = false;
             });
             state.tasks.update(&id.into(), |task| task.value.excused_in_row = 0);
         });

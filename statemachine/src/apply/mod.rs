@@ -21,9 +21,11 @@ mod plan;
 mod register;
 mod report;
 mod requests;
+pub(crate) mod restore;
 mod retain;
 mod session;
 mod submit;
+mod tenant;
 
 use crate::command::*;
 use crate::event::Change;
@@ -80,14 +82,15 @@ impl State {
             next_user: 1,
             next_gpu_type: 1,
             next_session: 1,
+            next_tenant: 1,
             level: LEVEL,
             settings,
             request_horizon_wall_ms: i64::MIN,
             ..Meta::default()
         };
         let mut state = State { meta, ..State::default() };
-        let tenant = Tenant { name: "default".into(), parent: None, live_jobs: 0, body_bytes: 0, used_gpus: 0 };
-        state.tenants.insert(TenantId(0), tenant);
+        state.tenants.insert(TenantId(0), Tenant { name: "default".into(), ..Tenant::default() });
+        state.index.tenant_by_name.insert("default".into(), TenantId(0));
         state.queues.insert(QueueId(0), Queue { name: "default".into(), tenant: TenantId(0) });
         state
     }
@@ -172,6 +175,11 @@ impl State {
             Command::Hold { job } => hold::hold(self, ctx, *job),
             Command::Release { job } => hold::release(self, ctx, *job),
             Command::Requeue { job } => hold::requeue(self, ctx, *job),
+            Command::SetTenant(set) => tenant::set(self, set),
+            Command::RemoveTenant { name } => tenant::remove(self, name),
+            Command::SetPriority(set) => tenant::set_priority(self, set),
+            Command::RemovePriority { name } => tenant::remove_priority(self, name),
+            Command::Restore { generation } => restore::apply(self, ctx, *generation),
         }
     }
 

@@ -1,10 +1,11 @@
 //! Plan: grants leases for the placements that still hold. Each is checked whole against the state as it is after the
 //! placements before it: one failing part refuses its placement, and no other.
 //!
-//! Per placement: TASK_GONE, ATTEMPT_MOVED, NODE_NOT_READY, EPOCH_MOVED, GPU_TAKEN, GPU_UNHEALTHY, NO_FIT, LIMIT.
+//! Per placement: TASK_GONE, ATTEMPT_MOVED, NODE_NOT_READY, EPOCH_MOVED, GPU_TAKEN, GPU_UNHEALTHY, NO_FIT, LIMIT,
+//! QUOTA at any level of the tenants.
 //! Emits the lease, the fences of its job and GPUs, and the task's state.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Ctx;
 use crate::command::{Code, Place, PlacePart, Plan, Rejection, Reply};
@@ -29,10 +30,14 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, plan: &Plan) -> Result
 fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, Rejection> {
     let job = check_task(state, place)?;
     let masks = check_parts(state, &job.spec.shape, &place.parts)?;
+    let amounts = state.amounts_of(place.parts.iter().map(PlacePart::takes));
+    if let Some(hit) = state.quota_hit(job.tenant, &amounts, &BTreeMap::new()) {
+        return Err(Rejection::new(Code::Quota, state.quota_text(&hit)));
+    }
     let (ttl_ms, tenant, ranks) = (job.spec.lease_ttl_ms, job.tenant, job.spec.shape.ranks_per_node);
     let token = state.mint().ok_or_else(|| Rejection::new(Code::Limit, "fencing tokens are used up"))?;
 
-    let lease = build_lease(state, place, &masks, ttl_ms, ranks);
+    let lease = Lease { amounts, ..build_lease(state, place, &masks, ttl_ms, ranks) };
     state.change_job(ctx, place.task.job, |state, ctx| {
         state.touch_task(place.task);
         state.tasks.update(&place.task, |task| {
@@ -77,6 +82,13 @@ fn check_task<'a>(state: &'a State, place: &Place) -> Result<&'a Job, Rejection>
         return Err(Rejection::new(Code::AttemptMoved, detail));
     }
     Ok(job)
+}
+
+impl PlacePart {
+    /// What `State::amounts_of` asks of a part.
+    pub fn takes(&self) -> (NodeId, &[u8], &[u16], u64) {
+        (self.node, &self.gpu_order, &self.cores_by_numa, self.mem_mib)
+    }
 }
 
 /// The GPU masks of the parts, in order.
@@ -157,18 +169,15 @@ fn build_lease(state: &State, place: &Place, masks: &[u128], ttl_ms: u64, ranks:
         verdict: None,
         master: None,
         parts: parts.collect(),
+        amounts: Amounts::default(),
     }
 }
 
 fn take_parts(state: &mut State, token: Token, tenant: TenantId, lease: &Lease) {
-    let mut gpus = 0u64;
     for part in &lease.parts {
-        gpus += u64::from(part.gpus.count_ones());
         state.allocs.update(&part.node, |alloc| alloc.take(token, part));
     }
-    if gpus > 0 {
-        state.tenants.update(&tenant, |tenant| tenant.used_gpus = tenant.used_gpus.saturating_add(gpus));
-    }
+    state.charge(tenant, lease);
 }
 
 fn fence_gpus(state: &mut State, ctx: &mut Ctx<'_>, task: TaskKey, token: Token, lease: &Lease) {

@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::submit::is_slug;
-use super::{Ctx, report};
+use super::{Ctx, report, restore};
 use crate::command::*;
 use crate::fit::{MAX_GPUS, cores_of};
 use crate::id::*;
@@ -345,7 +345,7 @@ fn write_node(
         gpus,
         simulated: register.simulated,
         kill: register.kill,
-        admin: old.as_ref().map_or(NodeAdmin::Ready, |old| old.value.admin.clone()),
+        admin: old.as_ref().map_or(NodeAdmin::Ready, |old| restore::heard(old.value.admin.clone())),
         launch_fails: old.as_ref().filter(|_| !booted).map_or_else(Vec::new, |old| old.value.launch_fails.clone()),
         labels: register.labels.clone(),
         registered_clock_ms: state.meta.clock_ms,

@@ -1,11 +1,12 @@
 //! SubmitJob: mints the job's id and puts it in its queue.
 //!
-//! Refuses TENANT_UNKNOWN, QUEUE_UNKNOWN, DEPENDENCY_UNKNOWN, DEADLINE_TOO_SOON; INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
+//! Refuses TENANT_UNKNOWN, QUEUE_UNKNOWN, DEPENDENCY_UNKNOWN, DEADLINE_TOO_SOON, QUOTA_PENDING, PRIORITY_UNKNOWN and
+//! PRIORITY_DENIED; INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
 //! the limits could hold (not: what no machine of today holds); STATE_FULL. Emits JobSubmitted and its first state.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Ctx, calendar, dependents};
+use super::{Ctx, calendar, dependents, tenant};
 use crate::command::{Code, Rejection, Reply, SubmitJob};
 use crate::event::Change;
 use crate::fit::MAX_GPUS;
@@ -26,22 +27,23 @@ const MAX_JOB: u64 = 1 << 48;
 /// Longest backoff of a retry: a week.
 const MAX_BACKOFF_MS: u64 = 7 * 24 * 3_600_000;
 /// Longest time limit of an attempt: ten years.
-const MAX_LIMIT_MS: u64 = 10 * 365 * 24 * 3_600_000;
+pub(super) const MAX_LIMIT_MS: u64 = 10 * 365 * 24 * 3_600_000;
 const MULTIPLIER: std::ops::RangeInclusive<u32> = 1_000..=100_000;
 
 pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) -> Result<Reply, Rejection> {
-    let tenant = find_tenant(state, &submit.tenant)?;
-    let queue = find_queue(state, &submit.queue, tenant)?;
+    let tenant = tenant::find(state, &submit.tenant)?;
+    let queue = find_queue(state, &submit.queue)?;
     check_fields(submit, &state.meta.settings)?;
     check_shape(&submit.spec.shape, &state.meta.settings)?;
     state.gpu_types_left(submit.gpu_types.iter().map(String::as_str))?;
     check_room(state, submit.body.size())?;
-    calendar::check_deadline(state, &submit.spec)?;
+    check_pending(state, tenant)?;
+    let mut spec = complete_spec(state, submit, tenant)?;
+    calendar::check_deadline(state, &spec)?;
     let parents = dependents::judge(state, &submit.spec)?;
 
     let id = JobId(state.meta.next_job);
     state.meta.next_job = id.0.saturating_add(1);
-    let mut spec = submit.spec.clone();
     spec.shape.gpu_types = submit.gpu_types.iter().map(|name| state.intern_gpu_type(name)).collect();
     let job = Job {
         spec,
@@ -59,6 +61,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
             user: submit.hold,
             begin: submit.spec.begin_wall_ms() > state.meta.wall_ms,
             after: parents.unmet != 0,
+            restore: false,
         },
         stop: None,
         tasks: 1,
@@ -81,19 +84,43 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
     Ok(Reply::Stored(StoredReply::Job(id)))
 }
 
-fn find_tenant(state: &State, name: &str) -> Result<TenantId, Rejection> {
-    let mut tenants = state.tenants.iter();
-    tenants.find(|(_, tenant)| tenant.name == name).map(|(id, _)| *id).ok_or_else(|| {
-        let known: Vec<&str> = state.tenants.iter().take(8).map(|(_, tenant)| tenant.name.as_str()).collect();
-        Rejection::new(Code::TenantUnknown, format!("tenant {name:?} does not exist, known: {}", known.join(", ")))
+/// Every tenant has one queue, `default`, until queues can be made.
+fn find_queue(state: &State, name: &str) -> Result<QueueId, Rejection> {
+    let mut queues = state.queues.iter();
+    queues.find(|(_, queue)| queue.name == name).map(|(id, _)| *id).ok_or_else(|| {
+        Rejection::new(Code::QueueUnknown, format!("queue {name:?} does not exist in this tenant, known: default"))
     })
 }
 
-fn find_queue(state: &State, name: &str, tenant: TenantId) -> Result<QueueId, Rejection> {
-    let mut queues = state.queues.iter();
-    queues.find(|(_, queue)| queue.name == name && queue.tenant == tenant).map(|(id, _)| *id).ok_or_else(|| {
-        Rejection::new(Code::QueueUnknown, format!("queue {name:?} does not exist in this tenant, known: default"))
-    })
+/// The tenant may have only so many jobs that wait.
+fn check_pending(state: &State, tenant: TenantId) -> Result<(), Rejection> {
+    for (_, tenant) in state.tenant_chain(tenant).take(1) {
+        let pending = tenant.live_jobs.saturating_sub(tenant.leases);
+        let limit = tenant.policy.max_pending;
+        if limit > 0 && pending >= limit {
+            let detail = format!("tenant {:?} has {pending} jobs that wait, its limit is {limit}", tenant.name);
+            return Err(Rejection::new(Code::QuotaPending, detail));
+        }
+    }
+    Ok(())
+}
+
+/// The spec as it is kept: its tenant's time limit where it names none, and the value of its priority class.
+fn complete_spec(state: &State, submit: &SubmitJob, tenant: TenantId) -> Result<JobSpec, Rejection> {
+    let mut spec = submit.spec.clone();
+    if spec.limit_ms == 0 {
+        let mut limits = state.tenant_chain(tenant).map(|(_, tenant)| tenant.policy.default_limit_ms);
+        spec.limit_ms = limits.find(|ms| *ms > 0).unwrap_or(0);
+    }
+    if !submit.priority_class.is_empty() {
+        if spec.priority != 0 {
+            let detail = format!("priority is {}, must be 0 beside priority_class", spec.priority);
+            return Err(Rejection::new(Code::InvalidSpec, detail));
+        }
+        spec.priority = tenant::priority_of(state, &submit.priority_class, tenant)?;
+        spec.terms.get_or_insert_default().class = submit.priority_class.clone();
+    }
+    Ok(spec)
 }
 
 fn check_room(state: &State, body: usize) -> Result<(), Rejection> {

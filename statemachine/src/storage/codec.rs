@@ -73,6 +73,7 @@ pub enum Tag {
     /// Jobs that left memory; key (bucket, job).
     History = 17,
     Event = 18,
+    Priority = 19,
 }
 
 // ------------------------------------------------------------------------------------------------------- log entries

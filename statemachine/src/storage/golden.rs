@@ -100,6 +100,7 @@ fn terms() -> Terms {
         begin_wall_ms: 1_800_000_000_000,
         deadline_wall_ms: -2,
         after: kinds.map(|kind| After { kind, job: JobId(300) }).into(),
+        class: "urgent".into(),
     }
 }
 
@@ -118,7 +119,7 @@ fn job() -> Job {
         submitted_clock_ms: 1 << 33,
         submitted_wall_ms: 1_800_000_000_000,
         seq: 42,
-        holds: Holds { launch: true, orphan: false, user: true, begin: true, after: true },
+        holds: Holds { launch: true, orphan: false, user: true, begin: true, after: true, restore: true },
         stop: Some(Stop { by: UserId(9), rev: Revision(8) }),
         tasks: 1,
         ended: Some(JobEnd { outcome: TaskOutcome::Succeeded, clock_ms: 5, wall_ms: -6 }),
@@ -233,6 +234,7 @@ fn lease(phase: LeasePhase) -> Lease {
         }),
         master: Some(Master { node: NodeId(4), port: 29_500 }),
         parts: parts.map(part).into(),
+        amounts: Amounts { gpus: [(GpuTypeId(1), 300)].into(), cores: 4, mem_mib: 5 },
     }
 }
 
@@ -311,12 +313,15 @@ fn meta() -> Meta {
         next_user: 10,
         next_gpu_type: 11,
         next_session: 12,
+        next_tenant: 16,
+        policy: 17,
         token: Token(13),
         level: 1,
         settings: Settings::default(),
         members: [(1 << 60, 1)].into(),
         request_horizon_wall_ms: i64::MIN,
         retiring: [(14, 15)].into(),
+        restored_ms: Some(16),
     }
 }
 
@@ -348,8 +353,29 @@ fn records_are_encoded_as_they_were() {
     golden.record("alloc", &alloc());
     golden.record("class", &class());
     let parent = Some(TenantId(0));
-    let tenant = Tenant { name: "a".into(), parent, live_jobs: 1, body_bytes: 2, used_gpus: 3 };
+    let amounts = Amounts { gpus: [(GpuTypeId(1), 300)].into(), cores: 4, mem_mib: 5 };
+    let tenant = Tenant {
+        name: "a".into(),
+        parent,
+        live_jobs: 1,
+        body_bytes: 2,
+        leases: 3,
+        policy: Policy {
+            weight: 300,
+            guaranteed: [(GpuTypeId(1), 8)].into(),
+            limit: Ceiling { gpus: Some(16), by_type: [(GpuTypeId(2), 9)].into(), cores: None, mem_mib: Some(1 << 40) },
+            may_borrow: false,
+            default_limit_ms: 3_600_000,
+            max_pending: 7,
+        },
+        used: amounts.clone(),
+        used_at_change: Amounts::default(),
+        usage: Usage { gpu_ms: 1 << 50, core_ms: 2, at_ms: 3, decayed_ms: 4 },
+        removed: true,
+    };
     golden.record("tenant", &tenant);
+    let tenants = vec![TenantId(1), TenantId(300)];
+    golden.record("priority", &Priority { value: -7, tenants, preempts: true, preemptible: false });
     golden.record("queue", &Queue { name: "q".into(), tenant: TenantId(1) });
     let session = Session { owner: "o".into(), ttl_ms: 1, opened_clock_ms: 2, locks: vec!["l".into()] };
     golden.record("session", &session);
@@ -432,6 +458,11 @@ fn name(command: &Command) -> &'static str {
         Command::Hold { .. } => "hold",
         Command::Release { .. } => "release",
         Command::Requeue { .. } => "requeue",
+        Command::Restore { .. } => "restore",
+        Command::SetTenant(_) => "set_tenant",
+        Command::RemoveTenant { .. } => "remove_tenant",
+        Command::SetPriority(_) => "set_priority",
+        Command::RemovePriority { .. } => "remove_priority",
     }
 }
 
@@ -455,6 +486,7 @@ fn commands() -> Vec<Command> {
             spec: spec(),
             body: body(),
             hold: true,
+            priority_class: "urgent".into(),
         })),
         Command::Cancel { job: JobId(1) },
         Command::Plan(Plan {
@@ -519,6 +551,31 @@ fn commands() -> Vec<Command> {
         Command::Hold { job: JobId(1) },
         Command::Release { job: JobId(1) },
         Command::Requeue { job: JobId(1) },
+        Command::Restore { generation: 1 },
+        Command::SetTenant(Box::new(SetTenant {
+            name: "a".into(),
+            create: true,
+            parent: Some("b".into()),
+            weight: Some(2),
+            guaranteed: Some([("h100".into(), 8)].into()),
+            limit_by_type: Some([("h100".into(), 9)].into()),
+            limit_gpus: Some(Some(10)),
+            limit_cores: Some(None),
+            limit_mem_mib: None,
+            may_borrow: Some(true),
+            default_limit_ms: Some(11),
+            max_pending: Some(12),
+        })),
+        Command::RemoveTenant { name: "a".into() },
+        Command::SetPriority(SetPriority {
+            name: "urgent".into(),
+            create: true,
+            value: -1,
+            tenants: vec!["a".into()],
+            preempts: true,
+            preemptible: true,
+        }),
+        Command::RemovePriority { name: "urgent".into() },
     ]
 }
 
@@ -568,7 +625,7 @@ fn changes() -> Vec<Change> {
         token: Some(Token(2)),
         ending: Some(VerdictKind::Lost),
         not_before_ms: Some(3),
-        holds: Holds { launch: false, orphan: true, user: false, begin: false, after: false },
+        holds: Holds { launch: false, orphan: true, user: false, begin: false, after: false, restore: false },
         exit: Some(EXIT),
     };
     let lease = LeaseView {

@@ -160,4 +160,5 @@ tables! {
     Bucket buckets;
     Name names;
     GpuToken gpu_tokens;
+    Priority priorities;
 }

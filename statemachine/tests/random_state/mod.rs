@@ -110,7 +110,7 @@ fn change(state: &mut State, random: &mut Random) {
             let gpus = random.below(4) as u8;
             let class = Class { gpus, nvlinks: vec![2; usize::from(gpus).pow(2)], ..Class::default() };
             state.classes.insert(ClassId(random.below(20) as u32), class);
-            let tenant = Tenant { name: random.text(9), parent: None, live_jobs: 1, body_bytes: 2, used_gpus: 3 };
+            let tenant = Tenant { name: random.text(9), live_jobs: 1, body_bytes: 2, ..Tenant::default() };
             state.tenants.insert(TenantId(random.below(20) as u32), tenant);
         }
         22 => {
@@ -268,6 +268,7 @@ fn lease(random: &mut Random, job: JobId, node: NodeId) -> Lease {
         verdict: None,
         master: Some(Master { node, port: 800 }),
         parts: vec![part; 1 + random.below(3) as usize],
+        amounts: Amounts::default(),
     }
 }
 

@@ -173,6 +173,7 @@ pub fn job(shape: Shape) -> SubmitJob {
         },
         body: Body { argv: vec!["python3".into(), "train.py".into()], env: BTreeMap::new(), cwd: String::new() },
         hold: false,
+        priority_class: String::new(),
     }
 }
 
