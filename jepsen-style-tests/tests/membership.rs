@@ -139,7 +139,7 @@ fn a_directory_without_its_identity_or_without_its_log_is_refused() {
         std::fs::rename(dir.join("log"), dir.join("log-aside")).expect("moved");
         let (code, error) = cluster.restart_and_end(0).expect("it ends");
         assert!(
-            code == 1 && error.contains("are gone") && error.contains("join again"),
+            code == 1 && error.contains("holds no entry") && error.contains("join again"),
             "never silently empty: {error}"
         );
         let _ = std::fs::remove_dir_all(dir.join("log"));

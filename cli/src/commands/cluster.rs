@@ -7,7 +7,7 @@ use proto::{Client, Patience, v1};
 
 use crate::Global;
 use crate::connect::{client, client_with_token, runtime, servers};
-use crate::exit::{Failure, LOOK_FOR_CLUSTER, Outcome, UNAVAILABLE};
+use crate::exit::{CONFLICT, Failure, LOOK_FOR_CLUSTER, Outcome, UNAVAILABLE};
 use crate::json;
 use crate::output::{self, Row};
 
@@ -75,6 +75,7 @@ pub fn run(args: Args, global: Global) -> Outcome {
             change(&global, |client, request| async move { client.promote_replica(request).await }, id)?
         }
         Verb::Remove { id } => {
+            known(&global, id)?;
             change(&global, |client, request| async move { client.remove_replica(request).await }, id)?
         }
         Verb::Transfer { id } => change(
@@ -85,6 +86,17 @@ pub fn run(args: Args, global: Global) -> Outcome {
     };
     print_members(&members, global.output);
     Ok(ExitCode::SUCCESS)
+}
+
+/// The group takes the removal of one that is out as done, so that a lost answer can be asked for again; a mistyped id is
+/// caught here.
+fn known(global: &Global, id: u64) -> Result<(), Failure> {
+    let client = client(global)?;
+    let members = runtime()?.block_on(leader_status(&client))?.members;
+    if members.iter().any(|member| member.replica_id == id) {
+        return Ok(());
+    }
+    Err(Failure::new(CONFLICT, format!("replica {id} is no member")).advise("look at ares cluster members"))
 }
 
 fn change<F, Fut>(global: &Global, call: F, id: u64) -> Result<Vec<v1::Member>, Failure>

@@ -130,6 +130,6 @@ mod tests {
         let bytes = encode(vote, known);
         assert_eq!(decode(&bytes), Some((VERSION, vote, known)));
         let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-        assert_eq!(hex, "41524553564f5445052935010101070000000000000009000000000000000d78807b");
+        assert_eq!(hex, "41524553564f54450629350101010700000000000000090000000000000003000000f401000000000000901026f2");
     }
 }
