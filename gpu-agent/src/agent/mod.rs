@@ -9,6 +9,7 @@ pub mod environment;
 pub mod fence;
 pub mod health;
 pub mod identity;
+pub mod inventory;
 pub mod launcher;
 pub mod lease;
 pub mod logs;

@@ -11,6 +11,7 @@ use proto::v1;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
@@ -21,6 +22,7 @@ use super::cores::Cores;
 use super::fence::{Fence, Found};
 use super::health;
 use super::identity::{Identity, hex};
+use super::inventory;
 use super::launcher::{Launcher, Order, Setup};
 use super::logs::Logs;
 use super::machine::{self, Machine};
@@ -106,6 +108,7 @@ struct Agent {
     sick: Vec<v1::GpuHealthFact>,
     health_told: mpsc::UnboundedSender<Vec<v1::GpuHealthFact>>,
     health_back: mpsc::UnboundedReceiver<Vec<v1::GpuHealthFact>>,
+    looks: JoinHandle<()>,
 }
 
 impl Agent {
@@ -199,6 +202,8 @@ impl Agent {
             .spawn(move || launcher.run(queue))
             .map_err(Error::io("launcher"))?;
         let client = Client::new(options.servers.clone(), caller).with_patience(PATIENCE);
+        let registered: Vec<String> = facts.gpus.iter().map(|gpu| gpu.uuid.clone()).collect();
+        let looks = tokio::spawn(inventory::watch(Arc::clone(&backend), registered.into_iter(), inventory::EVERY));
         let _ = events.send(Event::Tick);
         Ok(Self {
             fence_new: found == Found::Damaged,
@@ -225,6 +230,7 @@ impl Agent {
             sick: Vec::new(),
             health_told,
             health_back,
+            looks,
         })
     }
 
@@ -407,6 +413,7 @@ impl Agent {
     }
 
     async fn finish(&mut self) {
+        self.looks.abort();
         self.session = None;
         let (done, finished) = blocking::channel();
         if self.orders.send(Order::Finish(done)).is_ok() {
