@@ -74,6 +74,69 @@ fn what_is_no_matrix_is_refused_at_its_place() {
     topology(&["--file", "/no/such/matrix"]).refused(3, &["/no/such/matrix", "No such file"]);
 }
 
+/// On every matrix of the shared data the GPUs chosen are among the best sets that stand beside it.
+#[test]
+fn the_choice_on_each_matrix_is_one_of_its_best() {
+    let Some(data) = std::env::var_os("ARES_TEST_DATA").map(PathBuf::from) else {
+        eprintln!("SKIPPED: the_choice_on_each_matrix_is_one_of_its_best: ARES_TEST_DATA is not set");
+        return;
+    };
+    let mut judged = 0;
+    for entry in std::fs::read_dir(data.join("topo")).expect("the data has topo/") {
+        let path = entry.expect("readable").path();
+        let facts = path.with_extension("json");
+        if path.extension().is_none_or(|kind| kind != "txt") || !facts.is_file() {
+            continue;
+        }
+        let facts: Value = serde_json::from_str(&std::fs::read_to_string(&facts).expect("readable")).expect("JSON");
+        for (k, optimal) in facts["optimal"].as_object().expect("an object") {
+            let file = path.to_str().expect("text");
+            let picked = topology(&["--file", file, "--pick", k, "-o", "json"]).json();
+            let gpus = &picked["gpus"];
+            for field in ["sets", "preferred_equivalents"] {
+                if let Some(sets) = optimal[field].as_array() {
+                    assert!(sets.contains(gpus), "{file} k={k}: {picked} is not in {field}: {sets:?}");
+                }
+            }
+            if let Some(any) = optimal["preferred_any_of"].as_array() {
+                assert!(any.contains(&gpus[0]), "{file} k={k}: {picked}, expected one of {any:?}");
+            }
+            if let Some(best) = optimal["busbw_gbps"].as_f64() {
+                let found = picked["busbw_mbps"].as_f64().expect("a number") / 1e3;
+                // The published figures are rounded to one decimal.
+                assert!((found - best).abs() <= best * 0.01 + 0.05, "{file} k={k}: {found} GB/s, expected {best}");
+            }
+            judged += 1;
+        }
+    }
+    assert!(judged >= 90, "only {judged} choices were judged");
+}
+
+#[test]
+fn a_choice_keeps_to_what_is_free_and_says_why() {
+    let mock = |args: &[&str]| {
+        let mut command = ares(&[&["topology", "-o", "json"], args].concat());
+        command.env("ARES_MOCK_GPU", "true");
+        run(command)
+    };
+    for policy in ["bandwidth", "points"] {
+        let picked = mock(&["--pick", "2", "--policy", policy]).json();
+        assert_eq!(picked["gpus"], serde_json::json!([0, 1]), "{policy}");
+        let picked = mock(&["--pick", "2", "--policy", policy, "--free", "1,3,2"]).json();
+        assert_eq!(picked["gpus"], serde_json::json!([2, 3]), "{policy}");
+        assert_eq!(picked["busbw_mbps"], 40_000, "{policy}");
+        assert!(picked["why"].as_str().is_some_and(|why| why.contains("free were GPUs 1,2,3")), "{picked}");
+    }
+    assert_eq!(mock(&["--pick", "2", "--policy", "points"]).json()["points"], 60);
+    let one = mock(&["--pick", "1", "--free", "3"]).json();
+    assert_eq!((&one["gpus"], &one["busbw_mbps"]), (&serde_json::json!([3]), &Value::Null));
+    mock(&["--pick", "3", "--free", "0,1"]).refused(2, &["--pick 3", "only 2 GPUs"]);
+    mock(&["--pick", "1", "--free", "4"]).refused(2, &["--free 4", "GPUs 0 to 3"]);
+    mock(&["--pick", "0"]).refused(2, &["--pick"]);
+    mock(&["--free", "0"]).refused(2, &["--pick"]);
+    topology(&["--file", "/no/such/matrix", "--pick", "2"]).refused(3, &["/no/such/matrix"]);
+}
+
 #[test]
 fn models_are_machines_by_name() {
     let models = [("hgx-h100", "h100", "NV18"), ("dgx1-v100", "v100", "NV2"), ("a100-bridged", "a100", "NV12")];

@@ -10,6 +10,7 @@ pub mod fragmentation;
 pub mod links;
 mod machines;
 pub mod plan;
+pub mod points;
 pub mod predict;
 mod quota;
 pub mod reason;

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use scheduling::bandwidth::{BandwidthTable, NO_COMMUNICATION};
 use scheduling::choose::{Shortage, Want, choose, subsets};
 use scheduling::links::{Links, Mask, first, slots};
+use scheduling::points::{choose_by_points, points};
 use statemachine::record::{Class, Nic, PciClass};
 
 const LINK: u32 = 20_000;
@@ -252,6 +253,37 @@ proptest! {
                 prop_assert_eq!(more, Err(Shortage::Bandwidth { best_mbps: most }));
             }
         }
+    }
+}
+
+/// Four V100 in two linked pairs, as the first Ares had them.
+#[test]
+fn points_take_the_first_linked_pair_of_four() {
+    let links = BandwidthTable::new(&pairs_of_four()).links().clone();
+    let pair = |a: u8, b: u8| points(&links, (1 << a) | (1 << b));
+    assert_eq!([pair(0, 1), pair(0, 2), pair(0, 3), pair(1, 2), pair(2, 3)], [60, -30, -30, -20, 60]);
+    assert_eq!(choose_by_points(&links, links.all(), 2), Some((0b11, 60)));
+    assert_eq!(choose_by_points(&links, 0b1110, 2), Some((0b1100, 60)));
+    assert_eq!(choose_by_points(&links, 0b0111, 3), Some((0b0111, 10)));
+    assert_eq!(choose_by_points(&links, links.all(), 1), Some((0b1, 0)));
+    assert_eq!(choose_by_points(&links, 0b1, 2), None);
+    assert_eq!(choose_by_points(&links, links.all(), 0), None);
+    assert_eq!(choose_by_points(BandwidthTable::new(&Class { gpus: 17, ..Class::default() }).links(), 1, 1), None);
+}
+
+fn pairs_of_four() -> Class {
+    let near = |a: usize, b: usize| a / 2 == b / 2;
+    let cells = || (0..4).flat_map(|a| (0..4).map(move |b| (a, b)));
+    Class {
+        gpus: 4,
+        nvlinks: cells().map(|(a, b)| if a != b && near(a, b) { 2 } else { 0 }).collect(),
+        pci: cells().map(|(a, b)| if near(a, b) { PciClass::Pix } else { PciClass::Sys }).collect(),
+        nvlink_mbps_per_link: 20_000,
+        pcie_mbps: 12_000,
+        inter_socket_mbps: 6_000,
+        p2p: true,
+        numa: vec![0, 0, 1, 1],
+        ..Class::default()
     }
 }
 

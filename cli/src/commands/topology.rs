@@ -1,11 +1,15 @@
 //! `ares topology`: a machine's GPUs and how they are joined.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use gpu_agent::discovery::machine::PcieClass;
 use gpu_agent::discovery::{self, Machine, Selection, matrix};
 use proto::v1;
+use scheduling::bandwidth::BandwidthTable;
+use scheduling::choose::{Want, choose};
+use scheduling::links::{Mask, slots};
+use scheduling::predict::{gpu_list, predict};
 use scheduling::{Class, Nic, PciClass};
 use serde_json::json;
 
@@ -28,9 +32,33 @@ pub struct Args {
     /// A simulated machine: sim:NAME or sim:FILE; no cluster is needed
     #[arg(long, value_name = "sim:NAME")]
     gpus: Option<String>,
+    /// Choose so many GPUs of the machine as a job would get them, and say why
+    #[arg(long, value_name = "K", conflicts_with = "node", value_parser = clap::value_parser!(u32).range(1..=128))]
+    pick: Option<u32>,
+    /// The GPUs to choose from, by index [default: all]
+    #[arg(long, value_name = "0,1,..", value_delimiter = ',', requires = "pick")]
+    free: Option<Vec<u8>>,
+    /// What makes a choice good
+    #[arg(long, value_enum, default_value = "bandwidth", requires = "pick")]
+    policy: Policy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Policy {
+    /// The highest predicted bandwidth, then nearness, then what is left for others
+    Bandwidth,
+    /// +50 a pair with NVLink, -30 a pair over PCIe, +10 a pair of consecutive indices
+    Points,
 }
 
 pub fn run(args: Args, global: Global) -> Outcome {
+    if let Some(gpus) = args.pick {
+        let machine = match &args.file {
+            Some(path) => machine_of_matrix(path)?,
+            None => machine(args.gpus.as_deref())?,
+        };
+        return pick(&machine, gpus, args.free.as_deref(), args.policy, global.output);
+    }
     match (&args.file, &args.node) {
         (Some(path), _) => of_matrix(path, global.output),
         (None, Some(name)) => of_node(name, &global),
@@ -38,11 +66,112 @@ pub fn run(args: Args, global: Global) -> Outcome {
     }
 }
 
-fn of_matrix(path: &std::path::Path, format: Format) -> Outcome {
-    let facts = matrix::read(path).map_err(|error| {
+fn facts_of(path: &Path) -> Result<matrix::Facts, Failure> {
+    matrix::read(path).map_err(|error| {
         let code = if matches!(error, matrix::FileError::Read { .. }) { NOT_FOUND } else { USAGE };
         Failure::new(code, error.to_string())
-    })?;
+    })
+}
+
+/// The machine that a matrix stands for, with typical speeds where its comments name none.
+fn machine_of_matrix(path: &Path) -> Result<Machine, Failure> {
+    facts_of(path)?;
+    survey(&Selection::File(path.to_owned()))
+}
+
+fn machine(gpus: Option<&str>) -> Result<Machine, Failure> {
+    let mock = std::env::var("ARES_MOCK_GPU").ok();
+    survey(&Selection::parse(gpus, mock.as_deref()).map_err(|error| Failure::usage(error.to_string()))?)
+}
+
+fn survey(selection: &Selection) -> Result<Machine, Failure> {
+    let opened = discovery::open(selection, "here", 0).map_err(|error| Failure::usage(error.to_string()))?;
+    discovery::survey(opened.backend.as_ref()).map_err(|error| Failure::new(FAILURE, error.to_string()))
+}
+
+/// What a choice of GPUs is, and why it was made.
+struct Picked {
+    set: Mask,
+    /// In the order of the ranks.
+    order: Vec<u8>,
+    why: String,
+    /// Under the policy `points`.
+    points: Option<i32>,
+}
+
+fn pick(machine: &Machine, gpus: u32, free: Option<&[u8]>, policy: Policy, format: Format) -> Outcome {
+    let table = BandwidthTable::new(&class(machine));
+    let free = free_mask(&table, free)?;
+    let picked = match policy {
+        Policy::Bandwidth => by_bandwidth(&table, free, gpus),
+        Policy::Points => by_points(&table, free, gpus),
+    }?;
+    let chosen: Vec<u8> = slots(picked.set).collect();
+    let mbps = predict(&table, picked.set).mbps;
+    match format {
+        Format::Json | Format::Jsonl => {
+            let policy = if policy == Policy::Points { "points" } else { "bandwidth" };
+            let mut value = json!({
+                "gpus": chosen,
+                "ranks": picked.order,
+                "busbw_mbps": mbps,
+                "policy": policy,
+                "why": picked.why,
+            });
+            if let Some(points) = picked.points {
+                value["points"] = json!(points);
+            }
+            output::json(&value);
+        }
+        Format::Name => println!("{}", chosen.iter().map(u8::to_string).collect::<Vec<_>>().join(",")),
+        Format::Table => println!("{}", picked.why),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn free_mask(table: &BandwidthTable, free: Option<&[u8]>) -> Result<Mask, Failure> {
+    let all = table.links().all();
+    let Some(free) = free else { return Ok(all) };
+    free.iter().try_fold(0, |mask, gpu| match 1u128.checked_shl(u32::from(*gpu)) {
+        Some(slot) if slot & all != 0 => Ok(mask | slot),
+        _ => {
+            Err(Failure::usage(format!("--free {gpu}: the machine has GPUs 0 to {}", table.links().gpus() as i64 - 1)))
+        }
+    })
+}
+
+fn by_bandwidth(table: &BandwidthTable, free: Mask, gpus: u32) -> Result<Picked, Failure> {
+    let want = Want { gpus, several_nodes: false, min_mbps: 0 };
+    let choice = choose(table, free, want).map_err(|_| too_few(free, gpus))?;
+    let among = among(table, free);
+    Ok(Picked { set: choice.set, order: choice.order, why: predict(table, choice.set).text + &among, points: None })
+}
+
+fn by_points(table: &BandwidthTable, free: Mask, gpus: u32) -> Result<Picked, Failure> {
+    use scheduling::points::{MOST_GPUS, choose_by_points};
+    if table.links().gpus() > MOST_GPUS {
+        let has = table.links().gpus();
+        return Err(Failure::usage(format!(
+            "--policy points takes machines of up to {MOST_GPUS} GPUs; this has {has}"
+        )));
+    }
+    let (set, points) = choose_by_points(table.links(), free, gpus).ok_or_else(|| too_few(free, gpus))?;
+    let why = format!("{points:+} points; {}{}", predict(table, set).text, among(table, free));
+    Ok(Picked { set, order: slots(set).collect(), why, points: Some(points) })
+}
+
+/// Names the free GPUs where they are not all.
+fn among(table: &BandwidthTable, free: Mask) -> String {
+    if free == table.links().all() { String::new() } else { format!("; free were {}", gpu_list(free)) }
+}
+
+fn too_few(free: Mask, gpus: u32) -> Failure {
+    let free = counted(free.count_ones(), "GPU");
+    Failure::usage(format!("--pick {gpus}: the machine has only {free} to choose from"))
+}
+
+fn of_matrix(path: &Path, format: Format) -> Outcome {
+    let facts = facts_of(path)?;
     match format {
         Format::Json | Format::Jsonl => {
             output::json(&serde_json::to_value(&facts).map_err(|error| Failure::new(FAILURE, error.to_string()))?);
@@ -66,11 +195,7 @@ fn of_matrix(path: &std::path::Path, format: Format) -> Outcome {
 }
 
 fn of_machine(gpus: Option<&str>, format: Format) -> Outcome {
-    let mock = std::env::var("ARES_MOCK_GPU").ok();
-    let selection = Selection::parse(gpus, mock.as_deref()).map_err(|error| Failure::usage(error.to_string()))?;
-    let opened = discovery::open(&selection, "here", 0).map_err(|error| Failure::usage(error.to_string()))?;
-    let machine =
-        discovery::survey(opened.backend.as_ref()).map_err(|error| Failure::new(FAILURE, error.to_string()))?;
+    let machine = machine(gpus)?;
     let best = best_pair(&machine);
     match format {
         Format::Json | Format::Jsonl => {
@@ -107,9 +232,6 @@ fn of_machine(gpus: Option<&str>, format: Format) -> Outcome {
 
 /// The two GPUs that a job would get on the empty machine, and why.
 fn best_pair(machine: &Machine) -> Option<(Vec<u8>, String)> {
-    use scheduling::bandwidth::BandwidthTable;
-    use scheduling::choose::{Want, choose};
-    use scheduling::predict::predict;
     let table = BandwidthTable::new(&class(machine));
     let all = table.links().all();
     let choice = choose(&table, all, Want { gpus: 2, several_nodes: false, min_mbps: 0 }).ok()?;
