@@ -14,6 +14,7 @@ fn jobs_and_machines_do_as_they_are_told() {
     parents(&cluster);
     tenants(&cluster);
     priorities(&cluster);
+    order(&cluster);
 }
 
 fn tenants(cluster: &Cluster) {
@@ -53,6 +54,27 @@ fn priorities(cluster: &Cluster) {
     cluster.ares(&["submit", "--priority-class", "none", "--", "true"]).refused(3, &["PRIORITY_UNKNOWN"]);
     cluster.ares(&["priority", "list"]).ok().shows(&["urgent", "100", "lab"]);
     cluster.ares(&["priority", "remove", "urgent"]).ok();
+}
+
+/// Tenants take turns by their shares, and a guarantee goes before every borrower. No machine has 64 GPUs.
+fn order(cluster: &Cluster) {
+    let wait = |tenant: &str| cluster.submit(&["--tenant", tenant, "--gpus", "64"], "true");
+    let lab = [wait("lab"), wait("lab"), wait("lab")];
+    let other = wait("default");
+    let queue = || -> Vec<String> {
+        let names = cluster.ares(&["queue", "-o", "name"]).ok().out;
+        names.lines().filter(|id| *id == other || lab.iter().any(|job| job == id)).map(str::to_owned).collect()
+    };
+    let place = |queue: &[String]| queue.iter().position(|id| *id == other).expect("it waits");
+    let fair = queue();
+    assert!(place(&fair) < 2, "{other} came last, and its tenant is owed the next turn: {fair:?}");
+    cluster.ares(&["tenant", "set", "lab", "--guarantee", "v100:200"]).ok();
+    let guaranteed = queue();
+    assert_eq!(guaranteed, [&lab[..], std::slice::from_ref(&other)].concat());
+    lab.iter().chain([&other]).for_each(|job| {
+        cluster.ares(&["cancel", job]).ok();
+    });
+    cluster.ares(&["tenant", "set", "lab", "--guarantee", ""]).ok();
 }
 
 fn times(cluster: &Cluster) {

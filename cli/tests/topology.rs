@@ -81,7 +81,7 @@ fn the_choice_on_each_matrix_is_one_of_its_best() {
         eprintln!("SKIPPED: the_choice_on_each_matrix_is_one_of_its_best: ARES_TEST_DATA is not set");
         return;
     };
-    let mut judged = 0;
+    let (mut judged, mut speeds) = (0, 0);
     for entry in std::fs::read_dir(data.join("topo")).expect("the data has topo/") {
         let path = entry.expect("readable").path();
         let facts = path.with_extension("json");
@@ -101,15 +101,18 @@ fn the_choice_on_each_matrix_is_one_of_its_best() {
             if let Some(any) = optimal["preferred_any_of"].as_array() {
                 assert!(any.contains(&gpus[0]), "{file} k={k}: {picked}, expected one of {any:?}");
             }
-            if let Some(best) = optimal["busbw_gbps"].as_f64() {
+            // Where nothing in the file names the GPU, the speed of its links is anybody's guess; the choice is not.
+            let named = facts["model"]["gpu"].as_str().is_some_and(|gpu| !gpu.starts_with("unknown"));
+            if let Some(best) = optimal["busbw_gbps"].as_f64().filter(|_| named) {
                 let found = picked["busbw_mbps"].as_f64().expect("a number") / 1e3;
                 // The published figures are rounded to one decimal.
+                speeds += 1;
                 assert!((found - best).abs() <= best * 0.01 + 0.05, "{file} k={k}: {found} GB/s, expected {best}");
             }
             judged += 1;
         }
     }
-    assert!(judged >= 90, "only {judged} choices were judged");
+    assert!(judged >= 90 && speeds >= 50, "only {judged} choices and {speeds} speeds were judged");
 }
 
 #[test]
@@ -132,8 +135,8 @@ fn a_choice_keeps_to_what_is_free_and_says_why() {
     assert_eq!((&one["gpus"], &one["busbw_mbps"]), (&serde_json::json!([3]), &Value::Null));
     mock(&["--pick", "3", "--free", "0,1"]).refused(2, &["--pick 3", "only 2 GPUs"]);
     mock(&["--pick", "1", "--free", "4"]).refused(2, &["--free 4", "GPUs 0 to 3"]);
-    mock(&["--pick", "0"]).refused(2, &["--pick"]);
-    mock(&["--free", "0"]).refused(2, &["--pick"]);
+    mock(&["--pick", "0"]).misused(&["--pick"]);
+    mock(&["--free", "0"]).misused(&["--pick"]);
     topology(&["--file", "/no/such/matrix", "--pick", "2"]).refused(3, &["/no/such/matrix"]);
 }
 

@@ -9,6 +9,7 @@ pub mod explain;
 pub mod fragmentation;
 pub mod links;
 mod machines;
+pub mod order;
 pub mod plan;
 pub mod points;
 pub mod predict;

@@ -1,25 +1,24 @@
 //! One planning cycle: which waiting tasks start now, and where. A pure function of the state, the silent nodes and the
 //! limits; `apply` re-checks each placement and may refuse single ones.
 //!
-//! First order: priority, then queue position, which is the order of `state.index.queue`. A task that does not fit
-//! does not hold back the ones behind it: nothing is reserved. So a stream of small jobs can keep a large gang waiting
+//! The order is `order`'s. A task that does not fit does not hold back the ones behind it: nothing is reserved. So a stream of small jobs can keep a large gang waiting
 //! for as long as it lasts, even at a higher priority: the GPUs that fall free are too few for the gang and enough for
 //! the next small job. Known, and the business of reservations once they exist; until then a drained node is the cure.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::ops::Bound;
 use std::sync::Arc;
 
+use statemachine::account::Amounts;
 use statemachine::command::{self, Place};
 use statemachine::record::{Phase, Task};
 use statemachine::spec::Shape;
-use statemachine::state::QueueKey;
-use statemachine::{NodeId, State, TaskKey};
+use statemachine::{NodeId, State, TaskKey, TenantId};
 
 use crate::explain::explain;
 pub use crate::machines::Cache;
 use crate::machines::Machines;
+use crate::order::{Order, Position};
 use crate::quota::Planned;
 use crate::reason::Reason;
 use crate::seats::Seats;
@@ -36,8 +35,8 @@ pub struct Limits {
     /// Looks at a machine or at a task; deterministic, unlike time. A look costs some hundred nanoseconds.
     pub steps: u64,
     pub places: usize,
-    /// Go on behind this task, where an earlier cycle over the same state ran out of steps. `None` = from the front.
-    pub after: Option<QueueKey>,
+    /// Go on from here, where an earlier cycle over the same state ran out of steps. `None` = from the front.
+    pub after: Option<Position>,
 }
 
 impl Default for Limits {
@@ -57,8 +56,8 @@ pub struct Plan {
     pub reasons: Vec<(TaskKey, Arc<Reason>)>,
     /// The limits were reached before the queue's end.
     pub unfinished: bool,
-    /// The last task looked at: `Limits::after` of the next cycle when this one is unfinished and placed nothing.
-    pub last: Option<QueueKey>,
+    /// How far the order was looked at: `Limits::after` of the next cycle when this one is unfinished and placed nothing.
+    pub reached: Option<Position>,
 }
 
 impl Plan {
@@ -102,17 +101,22 @@ pub fn plan(state: &State, cache: &mut Cache, limits: &Limits, unheard: &BTreeSe
         steps: 0,
         plan: Plan { base_index: state.meta.applied.index, ..Plan::default() },
     };
-    let begin = limits.after.map_or(Bound::Unbounded, Bound::Excluded);
-    for (key, ()) in state.index.queue.range((begin, Bound::Unbounded)) {
+    let mut order = Order::new(state, limits.after.clone().unwrap_or_default());
+    let mut looked = 0usize;
+    loop {
         // At least one task a cycle, so that a budget below its cost still comes through the queue.
-        let exhausted = cycle.steps >= limits.steps && cycle.plan.last.is_some();
+        let exhausted = cycle.steps >= limits.steps && looked > 0;
         if exhausted || cycle.plan.places.len() >= limits.places {
-            cycle.plan.unfinished = true;
+            cycle.plan.unfinished = order.has_more();
             break;
         }
-        cycle.look_at(key.task);
-        cycle.plan.last = Some(*key);
+        let Some(key) = order.next() else { break };
+        if let Some(takes) = cycle.look_at(key.task, key.tenant) {
+            order.placed(key.tenant, &takes);
+        }
+        looked += 1;
     }
+    cycle.plan.reached = (looked > 0).then(|| order.position());
     cycle.plan
 }
 
@@ -133,11 +137,11 @@ enum Verdict<'a> {
 }
 
 impl<'a> Cycle<'a> {
-    fn look_at(&mut self, task: TaskKey) {
+    /// What it takes, if it starts.
+    fn look_at(&mut self, task: TaskKey, tenant: TenantId) -> Option<Amounts> {
         self.steps += 1;
         let state = self.machines.state;
-        let Some((shape, record)) = waiting_task(state, task) else { return };
-        let Some(tenant) = state.jobs.get(&task.job).map(|job| job.value.tenant) else { return };
+        let (shape, record) = waiting_task(state, task)?;
         let placed = match self.planned.hit_by_shape(state, tenant, shape) {
             Some(reason) => Err(Arc::new(reason)),
             None => self.place(task, shape, record).and_then(|place| {
@@ -146,13 +150,17 @@ impl<'a> Cycle<'a> {
         };
         match placed {
             Ok(place) => {
-                self.planned.add(state, tenant, &place.parts);
+                let takes = self.planned.add(state, tenant, &place.parts);
                 for part in &place.parts {
                     self.machines.take(part);
                 }
                 self.plan.places.push(place);
+                Some(takes)
             }
-            Err(reason) => self.plan.reasons.push((task, reason)),
+            Err(reason) => {
+                self.plan.reasons.push((task, reason));
+                None
+            }
         }
     }
 

@@ -15,12 +15,13 @@ use crate::reason::Reason;
 pub(crate) struct Planned(BTreeMap<TenantId, Amounts>);
 
 impl Planned {
-    /// Counts a placement for its tenant and those above it.
-    pub fn add(&mut self, state: &State, tenant: TenantId, parts: &[PlacePart]) {
+    /// Counts a placement for its tenant and those above it: what it takes.
+    pub fn add(&mut self, state: &State, tenant: TenantId, parts: &[PlacePart]) -> Amounts {
         let amounts = state.amounts_of(parts.iter().map(PlacePart::takes));
         for (id, _) in state.tenant_chain(tenant) {
             self.0.entry(id).or_default().add(&amounts);
         }
+        amounts
     }
 
     /// The bound that these parts would pass.

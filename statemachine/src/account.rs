@@ -101,7 +101,7 @@ impl Amounts {
         self.mem_mib = self.mem_mib.saturating_add(other.mem_mib);
     }
 
-    fn take(&mut self, other: &Amounts) {
+    pub fn take(&mut self, other: &Amounts) {
         for (gpu_type, count) in &other.gpus {
             let left = self.of_type(*gpu_type).saturating_sub(*count);
             if left == 0 {

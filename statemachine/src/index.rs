@@ -107,7 +107,7 @@ impl State {
             return;
         }
         let place =
-            |key: QueueKey| QueuePlace { tenant: after.tenant, priority: key.priority.0, seq: key.seq, task: key.task };
+            |key: QueueKey| QueuePlace { tenant: key.tenant, priority: key.priority.0, seq: key.seq, task: key.task };
         if let Some(key) = old {
             ctx.tell(Change::Dequeued { place: place(key) });
         }
@@ -236,8 +236,13 @@ fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::setting
     match task.map_or(&Phase::Pending, |task| &task.phase) {
         Phase::Pending if job.holds.any() || job.stop.is_some() => standing.waiting = Some(task_key),
         Phase::Pending => {
-            standing.queue =
-                Some(QueueKey { queue: job.queue, priority: Reverse(job.spec.priority), seq: job.seq, task: task_key });
+            standing.queue = Some(QueueKey {
+                tenant: job.tenant,
+                queue: job.queue,
+                priority: Reverse(job.spec.priority),
+                seq: job.seq,
+                task: task_key,
+            });
         }
         Phase::Retrying { not_before_ms } => {
             standing.timer = Some(Timer { due_ms: *not_before_ms, what: TimerKind::Retry(task_key) });

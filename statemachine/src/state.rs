@@ -42,7 +42,7 @@ pub struct State {
 /// Derived from the tables, rebuilt on load, never stored or hashed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Index {
-    /// Tasks that may be placed now, in the order in which the planner looks: priority descending, then seq.
+    /// Tasks that may be placed now, by tenant; in a tenant as the planner looks: priority descending, then seq.
     pub queue: OrdMap<QueueKey, ()>,
     /// PENDING tasks that may not start: their job is on hold.
     pub waiting: OrdSet<TaskKey>,
@@ -69,13 +69,22 @@ pub struct Index {
     pub restoring: OrdSet<(u64, JobId)>,
 }
 
-/// Sorts by priority descending, then by queue position.
+/// Sorts by tenant, then by priority descending, then by queue position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct QueueKey {
+    pub tenant: TenantId,
     pub queue: QueueId,
     pub priority: std::cmp::Reverse<i32>,
     pub seq: u64,
     pub task: TaskKey,
+}
+
+impl QueueKey {
+    /// Not above any key of the tenant.
+    pub fn first_of(tenant: TenantId) -> Self {
+        let task = TaskKey { job: JobId(0), index: 0 };
+        Self { tenant, queue: QueueId(0), priority: std::cmp::Reverse(i32::MAX), seq: 0, task }
+    }
 }
 
 /// Something that apply does by itself when cluster time reaches `due_ms`.

@@ -81,7 +81,7 @@ struct Planner {
     busy: bool,
     /// Something changed while it was busy.
     woken: bool,
-    last: Option<statemachine::state::QueueKey>,
+    reached: Option<scheduling::order::Position>,
 }
 
 impl Desk {
@@ -545,7 +545,7 @@ impl World {
         }
         let made = plan(&replica.state, &mut planner.cache, &planner.limits, &unheard);
         planner.settled = Settled::after(&made, &planner.limits, &replica.state, unheard);
-        planner.last = made.last;
+        planner.reached = made.reached.clone();
         planner.busy = true;
         planner.woken = false;
         let (plans, unfinished) = (made.commands(), made.unfinished);
@@ -585,7 +585,7 @@ impl World {
         let Some(desk) = self.replicas[at].desk.as_deref_mut() else { return };
         let planner = &mut desk.planner;
         planner.busy = false;
-        planner.limits.after = if planner.unfinished && planner.placed == 0 { planner.last } else { None };
+        planner.limits.after = if planner.unfinished && planner.placed == 0 { planner.reached.take() } else { None };
         let idle = planner.placed == 0 && !planner.unfinished && !planner.woken;
         self.plan_after(at, if idle { PLAN_IDLE_US } else { PLAN_US });
     }

@@ -12,7 +12,7 @@ use scheduling::explain::Explainer;
 use scheduling::plan::Cache;
 use statemachine::command::Command;
 use statemachine::record::{Phase, StoredReply};
-use statemachine::state::{QueueKey, TimerKind};
+use statemachine::state::TimerKind;
 use statemachine::storage::{HistoryKey, Image, StorageError};
 use statemachine::{JobId, NodeId, State, TaskKey, Token};
 use tokio::sync::{mpsc, watch};
@@ -207,13 +207,14 @@ impl Api {
                     state.leases.range((Bound::Excluded(after), Bound::Unbounded)).take(room).collect();
                 let next = leases.last().map(|(token, _)| **token);
                 live(leases.iter().map(|(_, lease)| lease.value.task.job).collect());
-                next.filter(|_| leases.len() == room).map_or(Cursor::Queued(JobId(0)), Cursor::Leased)
+                let first = Cursor::Queued { last: JobId(0), told: 0 };
+                next.filter(|_| leases.len() == room).map_or(first, Cursor::Leased)
             }
-            Cursor::Queued(after) => {
-                let ids = queued(state, after, room);
+            Cursor::Queued { last, told } => {
+                let ids = queued(state, last, told, room);
                 let next = ids.last().copied().filter(|_| ids.len() == room);
                 live(ids);
-                next.map_or(Cursor::Waiting(JobId(0)), Cursor::Queued)
+                next.map_or(Cursor::Waiting(JobId(0)), |last| Cursor::Queued { last, told: told.saturating_add(room) })
             }
             Cursor::Waiting(after) => {
                 let ids = waiting(state, after, room);
@@ -249,16 +250,12 @@ fn unreadable(error: &StorageError) -> Status {
     Status::internal(format!("this replica's history can't be read: {error}"))
 }
 
-/// Jobs in the planner's order, behind `after`.
-fn queued(state: &State, after: JobId, room: usize) -> Vec<JobId> {
-    let begin = state.jobs.get(&after).map(|job| QueueKey {
-        queue: job.value.queue,
-        priority: std::cmp::Reverse(job.value.spec.priority),
-        seq: job.value.seq,
-        task: TaskKey::from(after),
-    });
-    let bound = begin.map_or(Bound::Unbounded, Bound::Excluded);
-    state.index.queue.range((bound, Bound::Unbounded)).take(room).map(|(key, ())| key.task.job).collect()
+/// Jobs in the planner's order, behind the last one told; where that waits no longer, behind as many as were told.
+fn queued(state: &State, last: JobId, told: usize, room: usize) -> Vec<JobId> {
+    let queue = || scheduling::order::queue(state).map(|key| key.task.job);
+    let found = if told == 0 { None } else { queue().position(|id| id == last) };
+    let behind = found.map_or(told, |at| at + 1);
+    queue().skip(behind).take(room).collect()
 }
 
 /// Held jobs and those between two attempts, by id.
@@ -283,7 +280,11 @@ fn is_waiting(state: &State, id: JobId) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cursor {
     Leased(Token),
-    Queued(JobId),
+    /// In the planner's order, which moves: the last job told, and how many were.
+    Queued {
+        last: JobId,
+        told: usize,
+    },
     Waiting(JobId),
     Ended(JobId),
     Archived(Option<HistoryKey>),
@@ -307,7 +308,13 @@ impl Cursor {
         let number = |text: &str| text.parse::<u64>().map_err(|_| refuse());
         Ok(match section {
             "leased" => Cursor::Leased(Token(number(rest)?)),
-            "queued" => Cursor::Queued(JobId(number(rest)?)),
+            "queued" => {
+                let (last, told) = rest.split_once('-').ok_or_else(refuse)?;
+                Cursor::Queued {
+                    last: JobId(number(last)?),
+                    told: usize::try_from(number(told)?).unwrap_or(usize::MAX),
+                }
+            }
             "waiting" => Cursor::Waiting(JobId(number(rest)?)),
             "ended" => Cursor::Ended(JobId(number(rest)?)),
             "archived" if rest == "first" => Cursor::Archived(None),
@@ -325,7 +332,7 @@ impl std::fmt::Display for Cursor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Cursor::Leased(token) => write!(f, "leased-{token}"),
-            Cursor::Queued(job) => write!(f, "queued-{job}"),
+            Cursor::Queued { last, told } => write!(f, "queued-{last}-{told}"),
             Cursor::Waiting(job) => write!(f, "waiting-{job}"),
             Cursor::Ended(job) => write!(f, "ended-{job}"),
             Cursor::Archived(None) => f.write_str("archived-first"),

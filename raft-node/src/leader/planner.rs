@@ -64,7 +64,7 @@ pub(super) async fn run(desk: Arc<Desk>) {
         let unfinished = plan.unfinished;
         let placed = propose(&desk, plan.commands()).await;
         // A cycle that ran out of steps goes on behind its last look; one that placed something begins anew in front.
-        limits.after = if unfinished && placed == 0 { plan.last } else { None };
+        limits.after = if unfinished && placed == 0 { plan.reached } else { None };
         if placed == 0 && !unfinished && !changed(&desk, &mut applied).await {
             return;
         }

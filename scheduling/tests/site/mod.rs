@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use scheduling::plan::{Cache, Limits, Plan, plan};
 use scheduling::{Reason, reason_for};
 use statemachine::command::{
-    GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportItem, SubmitJob,
-    default_retry,
+    GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportItem, SetTenant,
+    SubmitJob, default_retry,
 };
 use statemachine::record::{Class, Exit, ExitCause, GpuHealth, KillStrength, PciClass, StoredReply};
 use statemachine::settings::Settings;
@@ -146,6 +146,14 @@ impl Site {
     }
 
     pub fn submit(&mut self, shape: Shape, priority: i32, gpu_types: &[&str]) -> JobId {
+        self.submit_for("default", shape, priority, gpu_types)
+    }
+
+    pub fn tenant(&mut self, set: SetTenant) {
+        self.done(Command::SetTenant(Box::new(SetTenant { create: true, ..set })));
+    }
+
+    pub fn submit_for(&mut self, tenant: &str, shape: Shape, priority: i32, gpu_types: &[&str]) -> JobId {
         let spec = JobSpec {
             name: "job".into(),
             priority,
@@ -158,7 +166,7 @@ impl Site {
             terms: None,
         };
         let submit = SubmitJob {
-            tenant: "default".into(),
+            tenant: tenant.into(),
             queue: "default".into(),
             gpu_types: gpu_types.iter().map(|name| (*name).to_owned()).collect(),
             spec,

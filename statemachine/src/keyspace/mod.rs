@@ -113,7 +113,7 @@ impl<'a> Keyspace<'a> {
     }
 
     /// At most `limit` keys that begin with `prefix`, after the key `after`, and whether there are more. Folders come
-    /// in the order of their names; in a folder numbers rise as numbers, and the queue stands as it is served.
+    /// in the order of their names; in a folder numbers rise as numbers, and a tenant's queue stands as it is served.
     pub fn range(&self, prefix: &str, limit: usize, after: Option<&str>) -> (Vec<Kv>, bool) {
         let after = match after.map(Key::parse) {
             None => None,
@@ -249,7 +249,8 @@ impl<'a> Keyspace<'a> {
 
     fn queued(&self, tenant: &str, priority: i32, seq: u64, id: JobId) -> Option<(String, Life)> {
         let job = self.state.jobs.get(&id)?;
-        let key = QueueKey { queue: job.value.queue, priority: std::cmp::Reverse(priority), seq, task: id.into() };
+        let (tenant_id, queue) = (job.value.tenant, job.value.queue);
+        let key = QueueKey { tenant: tenant_id, queue, priority: std::cmp::Reverse(priority), seq, task: id.into() };
         let named = self.state.tenants.get(&job.value.tenant).is_some_and(|owner| owner.name == tenant);
         if !named || !self.state.index.queue.contains_key(&key) {
             return None;
@@ -339,9 +340,10 @@ impl<'a> Keyspace<'a> {
         let state = self.state;
         let from = match after {
             Some(Key::Queue { priority, seq, job, .. }) => {
-                let queue = self.find(*job).map_or(QueueId(0), |found| found.job().value.queue);
+                let of = self.find(*job).map(|found| (found.job().value.tenant, found.job().value.queue));
+                let (tenant, queue) = of.unwrap_or((TenantId(0), QueueId(0)));
                 let priority = std::cmp::Reverse(*priority);
-                Bound::Excluded(QueueKey { queue, priority, seq: *seq, task: (*job).into() })
+                Bound::Excluded(QueueKey { tenant, queue, priority, seq: *seq, task: (*job).into() })
             }
             _ => Bound::Unbounded,
         };

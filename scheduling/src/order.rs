@@ -1,0 +1,269 @@
+//! Whose task is looked at next: the one order of everything that waits.
+//!
+//! Between the tenants of one parent: who stays within what is guaranteed to it goes first; then the lowest dominant
+//! share by weight (DRF, Ghodsi 2011, in a tree); of equals, whose first task came first. Inside a tenant: priority, then
+//! queue position. A tenant's own tasks stand beside the tenants below it, as one of weight 1.
+//!
+//! A share is what is in use now plus what was used on average over the half-life, each the largest part of any
+//! resource of the cluster. The order moves with every placement; whether a task starts is `plan`'s.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
+
+use statemachine::account::{Amounts, Usage};
+use statemachine::record::Tenant;
+use statemachine::spec::Shape;
+use statemachine::state::QueueKey;
+use statemachine::{GpuTypeId, State, TaskKey, TenantId};
+
+/// A whole in the units of a share.
+const WHOLE: u128 = 1_000_000_000_000;
+
+/// ln 2 in millionths: a constant use of 1 for ever leaves a decayed sum of half-life / ln 2.
+const LN_2: u128 = 693_147;
+
+/// How far the tenants' queues were looked at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Position(BTreeMap<TenantId, QueueKey>);
+
+/// The tree of tenants that have something waiting, walked task by task.
+pub struct Order<'a> {
+    state: &'a State,
+    capacity: Amounts,
+    places: BTreeMap<Place, Standing>,
+    passed: Position,
+}
+
+/// A place in the tree: the root, a tenant with all below it, or a tenant's own tasks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    Root,
+    Tenant(TenantId),
+    Own(TenantId),
+}
+
+/// Less goes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    /// Its first task would take it over what is guaranteed to it, at every level.
+    borrows: bool,
+    /// In `WHOLE`ths, divided by the weight.
+    share: u64,
+    /// Queue position of its first task.
+    seq: u64,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Standing {
+    used: Amounts,
+    past: Usage,
+    weight: u32,
+    /// The task of this place that goes first, and its rank; `None` when nothing is left.
+    first: Option<(Rank, QueueKey)>,
+    /// Those below that have something left.
+    below: BTreeSet<(Rank, Place)>,
+}
+
+impl<'a> Order<'a> {
+    /// The order behind a position of the same state.
+    pub fn new(state: &'a State, passed: Position) -> Self {
+        let mut order = Self { state, capacity: capacity(state), places: BTreeMap::new(), passed };
+        order.places.insert(Place::Root, Standing::default());
+        let below = sums_below(state);
+        for tenant in waiting_tenants(state) {
+            order.plant(tenant, &below);
+            order.rank(tenant);
+        }
+        order
+    }
+
+    /// How far the order was walked.
+    pub fn position(self) -> Position {
+        self.passed
+    }
+
+    /// Something is left.
+    pub fn has_more(&self) -> bool {
+        self.places.get(&Place::Root).is_some_and(|root| !root.below.is_empty())
+    }
+
+    /// A placement of a tenant's task: its share grows, and that of those above it.
+    pub fn placed(&mut self, tenant: TenantId, takes: &Amounts) {
+        let above = self.state.tenant_chain(tenant).map(|(id, _)| Place::Tenant(id));
+        for place in std::iter::once(Place::Own(tenant)).chain(above) {
+            if let Some(standing) = self.places.get_mut(&place) {
+                standing.used.add(takes);
+            }
+        }
+        self.rank(tenant);
+    }
+
+    /// Adds a tenant, those above it, and the place of its own tasks.
+    fn plant(&mut self, tenant: TenantId, below: &BTreeMap<TenantId, (Amounts, Usage)>) {
+        let (now_ms, half_life_ms) = (self.state.meta.clock_ms, self.state.meta.settings.usage_half_life_ms);
+        for (id, account) in self.state.tenant_chain(tenant) {
+            let past = account.usage.at(now_ms, &account.used, half_life_ms);
+            let standing =
+                Standing { used: account.used.clone(), past, weight: account.policy.weight, ..Standing::default() };
+            if id == tenant {
+                let mut own = Standing { weight: 1, ..standing.clone() };
+                if let Some((used, past)) = below.get(&id) {
+                    own.used.take(used);
+                    own.past.gpu_ms = own.past.gpu_ms.saturating_sub(past.gpu_ms);
+                    own.past.core_ms = own.past.core_ms.saturating_sub(past.core_ms);
+                }
+                self.places.insert(Place::Own(id), own);
+            }
+            self.places.entry(Place::Tenant(id)).or_insert(standing);
+        }
+    }
+
+    /// Ranks a tenant's own tasks and every place above them anew.
+    fn rank(&mut self, tenant: TenantId) {
+        let first = self.next_of(tenant);
+        self.settle(Place::Own(tenant), Place::Tenant(tenant), first.map(|key| (true, key)));
+        let state = self.state;
+        for (id, account) in state.tenant_chain(tenant) {
+            let lowest = self.places.get(&Place::Tenant(id)).and_then(|standing| standing.below.first().copied());
+            let first = lowest.and_then(|(rank, place)| {
+                let (_, key) = self.places.get(&place)?.first?;
+                Some((rank.borrows && !self.is_guaranteed(id, account, key.task), key))
+            });
+            self.settle(Place::Tenant(id), account.parent.map_or(Place::Root, Place::Tenant), first);
+        }
+    }
+
+    /// Gives a place its first task, and its rank beside the others below the same place.
+    fn settle(&mut self, place: Place, above: Place, first: Option<(bool, QueueKey)>) {
+        let Some(standing) = self.places.get_mut(&place) else { return };
+        let ranked = first.map(|(borrows, key)| {
+            let share = share(standing, &self.capacity, self.state.meta.settings.usage_half_life_ms);
+            (Rank { borrows, share, seq: key.seq }, key)
+        });
+        let before = std::mem::replace(&mut standing.first, ranked);
+        let Some(above) = self.places.get_mut(&above) else { return };
+        if let Some((rank, _)) = before {
+            above.below.remove(&(rank, place));
+        }
+        if let Some((rank, _)) = ranked {
+            above.below.insert((rank, place));
+        }
+    }
+
+    fn next_of(&self, tenant: TenantId) -> Option<QueueKey> {
+        let from =
+            self.passed.0.get(&tenant).map_or(Bound::Included(QueueKey::first_of(tenant)), |key| Bound::Excluded(*key));
+        let next = self.state.index.queue.range((from, Bound::Unbounded)).next();
+        next.map(|(key, ())| *key).filter(|key| key.tenant == tenant)
+    }
+
+    /// The task's GPUs are within what is guaranteed to the tenant, whichever acceptable type has room.
+    fn is_guaranteed(&self, id: TenantId, account: &Tenant, task: TaskKey) -> bool {
+        let Some(shape) = shape_of(self.state, task) else { return false };
+        let gpus = all_gpus(shape);
+        let used = self.places.get(&Place::Tenant(id)).map_or(&account.used, |standing| &standing.used);
+        let accepted = |gpu_type: &GpuTypeId| shape.gpu_types.is_empty() || shape.gpu_types.contains(gpu_type);
+        gpus > 0
+            && account.policy.guaranteed.iter().any(|(gpu_type, guaranteed)| {
+                accepted(gpu_type) && used.of_type(*gpu_type).saturating_add(gpus) <= *guaranteed
+            })
+    }
+}
+
+impl Iterator for Order<'_> {
+    type Item = QueueKey;
+
+    fn next(&mut self) -> Option<QueueKey> {
+        let (_, lowest) = self.places.get(&Place::Root)?.below.first()?;
+        let (_, key) = self.places.get(lowest)?.first?;
+        self.passed.0.insert(key.tenant, key);
+        self.rank(key.tenant);
+        Some(key)
+    }
+}
+
+/// Everything that waits, in the order in which it would start if each started when its turn came.
+pub fn queue(state: &State) -> impl Iterator<Item = QueueKey> + '_ {
+    let mut order = Order::new(state, Position::default());
+    let most = order.capacity.gpus.iter().max_by_key(|(_, count)| **count).map(|(gpu_type, _)| *gpu_type);
+    std::iter::from_fn(move || {
+        let key = order.next()?;
+        let takes = shape_of(state, key.task).map(|shape| wants(shape, most)).unwrap_or_default();
+        order.placed(key.tenant, &takes);
+        Some(key)
+    })
+}
+
+/// What a gang would take before its machines are known: the first type it accepts, or the cluster's commonest.
+fn wants(shape: &Shape, most: Option<GpuTypeId>) -> Amounts {
+    let gpus = all_gpus(shape);
+    let gpu_type = shape.gpu_types.first().copied().or(most).filter(|_| gpus > 0);
+    Amounts {
+        gpus: gpu_type.map(|gpu_type| (gpu_type, gpus)).into_iter().collect(),
+        cores: shape.ranks().saturating_mul(u32::from(shape.cores_per_rank)),
+        mem_mib: u64::from(shape.ranks()).saturating_mul(shape.mem_mib_per_rank),
+    }
+}
+
+fn shape_of(state: &State, task: TaskKey) -> Option<&Shape> {
+    state.jobs.get(&task.job).map(|job| &job.value.spec.shape)
+}
+
+fn all_gpus(shape: &Shape) -> u32 {
+    u32::from(shape.nodes).saturating_mul(shape.gpus_per_node())
+}
+
+/// What the machines have, in service or not: the order must not jump with each drained one.
+fn capacity(state: &State) -> Amounts {
+    let mut sum = Amounts::default();
+    for (_, node) in state.nodes.iter() {
+        for gpu in &node.value.gpus {
+            *sum.gpus.entry(gpu.gpu_type).or_default() += 1;
+        }
+        sum.cores = sum.cores.saturating_add(node.value.cores_by_numa.iter().map(|cores| u32::from(*cores)).sum());
+        sum.mem_mib = sum.mem_mib.saturating_add(node.value.mem_mib);
+    }
+    sum
+}
+
+/// Of each tenant, what the tenants right below it use and have used.
+fn sums_below(state: &State) -> BTreeMap<TenantId, (Amounts, Usage)> {
+    let (now_ms, half_life_ms) = (state.meta.clock_ms, state.meta.settings.usage_half_life_ms);
+    let mut sums: BTreeMap<TenantId, (Amounts, Usage)> = BTreeMap::new();
+    for (_, tenant) in state.tenants.iter() {
+        let Some(parent) = tenant.parent else { continue };
+        let (used, past) = sums.entry(parent).or_default();
+        let own = tenant.usage.at(now_ms, &tenant.used, half_life_ms);
+        used.add(&tenant.used);
+        past.gpu_ms = past.gpu_ms.saturating_add(own.gpu_ms);
+        past.core_ms = past.core_ms.saturating_add(own.core_ms);
+    }
+    sums
+}
+
+/// The tenants with something in the queue: one step of the index each.
+fn waiting_tenants(state: &State) -> impl Iterator<Item = TenantId> + '_ {
+    let mut from = Some(TenantId(0));
+    std::iter::from_fn(move || {
+        let (key, ()) = state.index.queue.range(QueueKey::first_of(from?)..).next()?;
+        from = key.tenant.0.checked_add(1).map(TenantId);
+        Some(key.tenant)
+    })
+}
+
+/// The dominant share now plus that of the past, by weight, in `WHOLE`ths.
+fn share(standing: &Standing, capacity: &Amounts, half_life_ms: u64) -> u64 {
+    let part = |used: u128, all: u64| if all == 0 { 0 } else { used / u128::from(all) };
+    let (used, past) = (&standing.used, &standing.past);
+    let of_type = used
+        .gpus
+        .iter()
+        .map(|(gpu_type, count)| part(u128::from(*count) * WHOLE, u64::from(capacity.of_type(*gpu_type))));
+    let cores = part(u128::from(used.cores) * WHOLE, u64::from(capacity.cores));
+    let memory = part(u128::from(used.mem_mib) * WHOLE, capacity.mem_mib);
+    let now = of_type.chain([cores, memory]).max().unwrap_or(0);
+    let average = |sum_ms: u64| u128::from(sum_ms) * LN_2 * (WHOLE / 1_000_000) / u128::from(half_life_ms.max(1));
+    let before =
+        part(average(past.gpu_ms), capacity.all_gpus()).max(part(average(past.core_ms), u64::from(capacity.cores)));
+    u64::try_from((now + before) / u128::from(standing.weight.max(1))).unwrap_or(u64::MAX)
+}

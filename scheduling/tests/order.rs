@@ -1,0 +1,233 @@
+//! The laws of the order between tenants and inside one, over random clusters and trees.
+
+mod site;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+use scheduling::order::{Order, Position, queue};
+use scheduling::plan::{Cache, Limits, plan};
+use site::{Site, hgx, shape};
+use statemachine::JobId;
+use statemachine::command::SetTenant;
+
+fn set(name: &str, weight: u32) -> SetTenant {
+    SetTenant { name: name.into(), parent: Some(String::new()), weight: Some(weight), ..SetTenant::default() }
+}
+
+fn below(name: &str, parent: &str, weight: u32) -> SetTenant {
+    SetTenant { parent: Some(parent.into()), ..set(name, weight) }
+}
+
+fn guaranteed(set: SetTenant, gpus: u32) -> SetTenant {
+    SetTenant { guaranteed: Some([("h100".to_owned(), gpus)].into()), ..set }
+}
+
+fn site(machines: usize) -> Site {
+    let mut site = Site::default();
+    for n in 0..machines {
+        site.join(&format!("n{n:02}"), hgx("h100"));
+    }
+    site
+}
+
+fn submit(site: &mut Site, tenant: &str, jobs: usize, gpus: u16) -> Vec<JobId> {
+    (0..jobs).map(|_| site.submit_for(tenant, shape(1, 1, gpus), 0, &[])).collect()
+}
+
+/// GPUs of the tenant and those below it.
+fn gpus_of(site: &Site, tenant: &str) -> u64 {
+    let id = site.state.index.tenant_by_name.get(tenant).unwrap();
+    site.state.tenants.get(id).unwrap().used.all_gpus()
+}
+
+fn names(site: &Site, jobs: impl Iterator<Item = JobId>) -> Vec<String> {
+    let tenant = |job: JobId| site.state.jobs.get(&job).unwrap().value.tenant;
+    jobs.map(|job| site.state.tenants.get(&tenant(job)).unwrap().name.clone()).collect()
+}
+
+#[test]
+fn tenants_take_turns_by_weight() {
+    let mut site = site(1);
+    site.tenant(set("a", 1));
+    site.tenant(set("b", 3));
+    submit(&mut site, "a", 8, 1);
+    submit(&mut site, "b", 8, 1);
+    site.start();
+    assert_eq!((gpus_of(&site, "a"), gpus_of(&site, "b")), (2, 6));
+}
+
+#[test]
+fn a_guarantee_goes_before_every_borrower_and_past_use() {
+    let mut site = site(1);
+    site.tenant(set("rich", 100));
+    site.tenant(guaranteed(set("poor", 1), 4));
+    submit(&mut site, "rich", 8, 1);
+    submit(&mut site, "poor", 8, 1);
+    let order = names(&site, queue(&site.state).map(|key| key.task.job));
+    assert!(order[..4].iter().all(|name| name == "poor"), "{order:?}");
+    assert_eq!(order[4], "rich");
+    site.start();
+    assert_eq!((gpus_of(&site, "poor"), gpus_of(&site, "rich")), (4, 4));
+}
+
+#[test]
+fn a_guarantee_below_counts_against_strangers_too() {
+    let mut site = site(1);
+    site.tenant(set("lab", 1));
+    site.tenant(guaranteed(below("vision", "lab", 1), 6));
+    site.tenant(set("other", 1_000));
+    submit(&mut site, "other", 8, 1);
+    submit(&mut site, "lab", 8, 1);
+    submit(&mut site, "vision", 8, 1);
+    site.start();
+    assert_eq!((gpus_of(&site, "vision"), gpus_of(&site, "lab"), gpus_of(&site, "other")), (6, 6, 2));
+}
+
+#[test]
+fn shares_are_split_level_by_level() {
+    let mut site = site(1);
+    site.tenant(set("lab", 1));
+    site.tenant(set("other", 1));
+    for name in ["x", "y", "z"] {
+        site.tenant(below(name, "lab", 1));
+        submit(&mut site, name, 8, 1);
+    }
+    submit(&mut site, "other", 8, 1);
+    site.start();
+    assert_eq!((gpus_of(&site, "lab"), gpus_of(&site, "other")), (4, 4), "three in a lab get no more than its share");
+    assert!(["x", "y", "z"].iter().all(|name| (1..=2).contains(&gpus_of(&site, name))));
+}
+
+#[test]
+fn who_used_more_goes_later_until_it_has_faded() {
+    let mut site = site(1);
+    site.tenant(set("busy", 1));
+    site.tenant(set("fresh", 1));
+    submit(&mut site, "busy", 1, 8);
+    let tokens = site.start();
+    site.wait_ms(24 * 3_600_000);
+    site.finish(tokens[0]);
+    let jobs = [submit(&mut site, "busy", 1, 8)[0], submit(&mut site, "fresh", 1, 8)[0]];
+    assert_eq!(site.plan().places[0].task.job, jobs[1], "a day of use goes behind none");
+    site.wait_ms(400 * 24 * 3_600_000);
+    assert_eq!(site.plan().places[0].task.job, jobs[0], "after a year the first comes first again");
+}
+
+#[derive(Clone, Debug)]
+struct Cluster {
+    machines: usize,
+    /// Weight, guarantee, parent among the earlier ones.
+    tenants: Vec<(u32, u32, Option<usize>)>,
+    /// Tenant, GPUs, priority.
+    jobs: Vec<(usize, u16, i32)>,
+}
+
+fn clusters() -> impl Strategy<Value = Cluster> {
+    let tenant = (1u32..=4, 0u32..=6, prop::option::of(any::<prop::sample::Index>()));
+    let job = (any::<prop::sample::Index>(), 1u16..=4, -1i32..=1);
+    (1usize..=3, prop::collection::vec(tenant, 1..6), prop::collection::vec(job, 1..40)).prop_map(
+        |(machines, tenants, jobs)| {
+            let count = tenants.len();
+            let tenants = tenants.into_iter().enumerate().map(|(n, (weight, guarantee, parent))| {
+                (weight, guarantee, parent.filter(|_| n > 0).map(|parent| parent.index(n)))
+            });
+            let jobs = jobs.into_iter().map(|(tenant, gpus, priority)| (tenant.index(count), gpus, priority));
+            Cluster { machines, tenants: tenants.collect(), jobs: jobs.collect() }
+        },
+    )
+}
+
+fn name(tenant: usize) -> String {
+    format!("t{tenant}")
+}
+
+fn built(cluster: &Cluster) -> Site {
+    let mut site = site(cluster.machines);
+    for (n, (weight, guarantee, parent)) in cluster.tenants.iter().enumerate() {
+        let parent = parent.map(name).unwrap_or_default();
+        site.tenant(guaranteed(below(&name(n), &parent, *weight), *guarantee));
+    }
+    for (tenant, gpus, priority) in &cluster.jobs {
+        site.submit_for(&name(*tenant), shape(1, 1, *gpus), *priority, &[]);
+    }
+    site
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    /// Each task once, and in a tenant by priority, then by age.
+    #[test]
+    fn everything_that_waits_has_one_place(cluster in clusters()) {
+        let site = built(&cluster);
+        let waits: BTreeSet<_> = site.state.index.queue.keys().copied().collect();
+        for order in [queue(&site.state).collect::<Vec<_>>(), Order::new(&site.state, Position::default()).collect()] {
+            prop_assert_eq!(order.len(), waits.len());
+            prop_assert_eq!(&order.iter().copied().collect::<BTreeSet<_>>(), &waits);
+            let mut last = BTreeMap::new();
+            for key in order {
+                let before = last.insert(key.tenant, (key.priority, key.seq));
+                prop_assert!(before < Some((key.priority, key.seq)));
+            }
+        }
+    }
+
+    /// A walk that stops anywhere goes on as if it had not stopped.
+    #[test]
+    fn a_position_goes_on_where_it_stopped(cluster in clusters(), stop in any::<prop::sample::Index>()) {
+        let site = built(&cluster);
+        let whole: Vec<_> = Order::new(&site.state, Position::default()).collect();
+        let stop = stop.index(whole.len() + 1);
+        let mut order = Order::new(&site.state, Position::default());
+        let mut parts: Vec<_> = order.by_ref().take(stop).collect();
+        parts.extend(Order::new(&site.state, order.position()));
+        prop_assert_eq!(parts, whole);
+    }
+
+    /// With jobs of one GPU: what is guaranteed and wanted is had, and between tenants of one parent that both still
+    /// want more and borrow, none is ahead by more than a job (no envy beyond one job; an equal share for each that
+    /// wants it).
+    #[test]
+    fn single_gpus_are_shared_fairly(cluster in clusters()) {
+        let single: Vec<_> = cluster.jobs.iter().map(|(tenant, _, _)| (*tenant, 1, 0)).collect();
+        let tenants: Vec<_> = cluster.tenants.iter().map(|(weight, guarantee, _)| (*weight, *guarantee, None)).collect();
+        let cluster = Cluster { tenants, jobs: single, machines: 1 };
+        let mut site = built(&cluster);
+        let wants = |tenant: usize| cluster.jobs.iter().filter(|job| job.0 == tenant).count() as u64;
+        site.start();
+        let had: Vec<u64> = (0..cluster.tenants.len()).map(|n| gpus_of(&site, &name(n))).collect();
+        let all: u64 = cluster.tenants.iter().map(|tenant| u64::from(tenant.1)).sum();
+        for (a, (weight, guarantee, _)) in cluster.tenants.iter().enumerate() {
+            let due = wants(a).min(u64::from(*guarantee));
+            prop_assert!(all > 8 || had[a] >= due, "{} of {due} guaranteed: {:?}", had[a], had);
+            if all > 8 || had[a] >= wants(a) {
+                continue;
+            }
+            for (b, (other, theirs, _)) in cluster.tenants.iter().enumerate() {
+                // The other's last GPU was borrowed while `a` still wanted one.
+                if b != a && had[b] > u64::from(*theirs) {
+                    let (mine, its) = (had[a] * u64::from(*other), (had[b] - 1) * u64::from(*weight));
+                    prop_assert!(its <= mine, "tenant {a} with {guarantee} guaranteed envies {b}: {had:?}");
+                }
+            }
+        }
+    }
+
+    /// In a tenant no job starts while one of the same size and a higher priority waits.
+    #[test]
+    fn a_lower_priority_passes_no_higher_one_of_its_tenant(cluster in clusters()) {
+        let site = built(&cluster);
+        let made = plan(&site.state, &mut Cache::default(), &Limits::default(), &site.unheard);
+        let started: BTreeSet<JobId> = made.places.iter().map(|place| place.task.job).collect();
+        let mut waits = BTreeSet::new();
+        for key in site.state.index.queue.keys() {
+            let gpus = site.state.jobs.get(&key.task.job).unwrap().value.spec.shape.gpus_per_rank;
+            if started.contains(&key.task.job) {
+                prop_assert!(!waits.contains(&(key.tenant, gpus)), "{:?}", key);
+            } else {
+                waits.insert((key.tenant, gpus));
+            }
+        }
+    }
+}
