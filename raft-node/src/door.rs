@@ -12,8 +12,8 @@ use bytes::Bytes;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::ClientWriteError;
 use openraft::impls::ProgressResponder;
-use statemachine::storage::codec;
-use statemachine::{Cmd, Entry, Outcome};
+use statemachine::storage::codec::{self, EncodedCmd, EntryHead};
+use statemachine::{Cmd, Outcome};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::office::Office;
@@ -64,8 +64,7 @@ pub struct Obstacles {
 type Answer = Result<(Outcome, u64), ProposeError>;
 
 struct Waiting {
-    cmd: Cmd,
-    bytes: usize,
+    cmd: EncodedCmd,
     /// Only in this term of office; `None`: in any.
     term: Option<u64>,
     answer: oneshot::Sender<Answer>,
@@ -155,12 +154,12 @@ impl Door {
             self.behind.fetch_add(1, Ordering::Relaxed);
             return Err(ProposeError::ImageBehind { retry_ms: BUSY_RETRY_MS });
         }
-        let bytes = encoded_len(&cmd);
-        if bytes > COMMAND_BYTES {
-            return Err(ProposeError::TooLarge { bytes });
+        let cmd = EncodedCmd::new(&cmd);
+        if cmd.len() > COMMAND_BYTES {
+            return Err(ProposeError::TooLarge { bytes: cmd.len() });
         }
         let (answer, answered) = oneshot::channel();
-        match self.queue.try_send(Waiting { cmd, bytes, term, answer }) {
+        match self.queue.try_send(Waiting { cmd, term, answer }) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => return Err(ProposeError::Busy { retry_ms: BUSY_RETRY_MS }),
             Err(mpsc::error::TrySendError::Closed(_)) => return Err(ProposeError::Stopped),
@@ -200,12 +199,6 @@ pub fn leader_hint(raft: &Raft) -> Option<(u64, Peer)> {
     Some((leader, peer.clone()))
 }
 
-fn encoded_len(cmd: &Cmd) -> usize {
-    let mut bytes = Vec::with_capacity(512);
-    codec::canonical(cmd, &mut bytes);
-    bytes.len()
-}
-
 impl Packer {
     pub async fn run(mut self) {
         loop {
@@ -242,7 +235,7 @@ impl Packer {
             if next.answer.is_closed() {
                 continue;
             }
-            bytes += next.bytes;
+            bytes += next.cmd.len();
             if bytes > ENTRY_BYTES && !batch.is_empty() {
                 self.held = Some(next);
                 break;
@@ -261,7 +254,8 @@ fn refuse(batch: Vec<Waiting>, err: &ProposeError) {
 
 /// Proposes one entry and hands each caller its outcome. The permit is the entry's place in the window.
 async fn propose(raft: Raft, office: Office, batch: Vec<Waiting>, permit: OwnedSemaphorePermit) {
-    let (cmds, answers): (Vec<Cmd>, Vec<_>) = batch.into_iter().map(|waiting| (waiting.cmd, waiting.answer)).unzip();
+    let (cmds, answers): (Vec<EncodedCmd>, Vec<_>) =
+        batch.into_iter().map(|waiting| (waiting.cmd, waiting.answer)).unzip();
     let result = write(&raft, &office, cmds).await;
     drop(permit);
     match result {
@@ -278,10 +272,9 @@ async fn propose(raft: Raft, office: Office, batch: Vec<Waiting>, permit: OwnedS
     }
 }
 
-async fn write(raft: &Raft, office: &Office, cmds: Vec<Cmd>) -> Result<(Vec<Outcome>, u64), ProposeError> {
+async fn write(raft: &Raft, office: &Office, cmds: Vec<EncodedCmd>) -> Result<(Vec<Outcome>, u64), ProposeError> {
     let wanted = cmds.len();
-    let entry = stamp(office, cmds);
-    let payload = Payload(Bytes::from(codec::encode_entry(&entry)));
+    let payload = Payload(Bytes::from(codec::encode_entry_of(&stamp(office), &cmds)));
     let (responder, written) = ProgressResponder::complete_only();
     // Only while this office lasts: a later leader would stamp another time.
     raft.write(payload).responder(responder).with_leader(office.leader).await.map_err(|_| ProposeError::Stopped)?;
@@ -315,6 +308,6 @@ pub(crate) fn wall_ms() -> i64 {
 }
 
 /// Cluster time is the clock at which the office was taken and the leader's own monotonic time since.
-fn stamp(office: &Office, cmds: Vec<Cmd>) -> Entry {
-    Entry { level: office.level, clock_ms: office.clock_ms(), wall_ms: wall_ms(), salt: rand::random(), cmds }
+fn stamp(office: &Office) -> EntryHead {
+    EntryHead { level: office.level, clock_ms: office.clock_ms(), wall_ms: wall_ms(), salt: rand::random() }
 }

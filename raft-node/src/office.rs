@@ -34,7 +34,8 @@ impl Office {
 
 /// Follows openraft and announces offices, until openraft stops.
 pub async fn announce(raft: Raft, shared: std::sync::Arc<Shared>, office: watch::Sender<Option<Office>>) {
-    let mut metrics = raft.metrics();
+    // Not `metrics`, which tell of each entry.
+    let mut metrics = raft.server_metrics();
     let mut applied = shared.applied();
     loop {
         let leader = {
@@ -54,9 +55,11 @@ pub async fn announce(raft: Raft, shared: std::sync::Arc<Shared>, office: watch:
             *office = next;
             changed
         });
+        // What is applied later matters only to a leader that is not in office yet.
+        let settled = office.borrow().is_some() || leader.is_none();
         let goes_on = tokio::select! {
             changed = metrics.changed() => changed.is_ok(),
-            changed = applied.changed() => changed.is_ok(),
+            changed = applied.changed(), if !settled => changed.is_ok(),
         };
         if !goes_on {
             office.send_replace(None);

@@ -14,7 +14,7 @@ use proto::v1::peer_server::PeerServer;
 use statemachine::storage::Image;
 use statemachine::{Cmd, Outcome, State};
 use tokio::net::TcpListener;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{oneshot, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 
@@ -183,7 +183,9 @@ impl Replica {
             .build()
             .map_err(|err| internal("start Raft's runtime")(err.to_string()))?;
         let guard = RuntimeGuard(Some(runtime));
-        let assembled = guard.handle().spawn(assemble(options.clone(), Arc::new(home), identity, peer, listener));
+        let callers = Handle::current();
+        let assembled =
+            guard.handle().spawn(assemble(options.clone(), Arc::new(home), identity, peer, listener, callers));
         let assembled = assembled.await.map_err(|err| internal("start the replica")(err.to_string()))??;
         let replica = assembled.into_replica(guard.keep());
         if let Mode::Join { addr, token } = &options.mode {
@@ -236,6 +238,12 @@ impl Replica {
     /// A clone of the newest applied state: O(1). Stale unless a [`Replica::read_index`] came before.
     pub fn state(&self) -> State {
         self.inner.shared.state()
+    }
+
+    /// Reads the newest applied state where it lies, for microseconds: apply waits meanwhile. Nothing that applies, or asks this replica
+    /// for its state, may be called in it.
+    pub fn look<T>(&self, at: impl FnOnce(&State) -> T) -> T {
+        self.inner.shared.look(at)
     }
 
     /// The image, for the history of jobs that left memory; `None` for the moment in which a snapshot replaces it. Do not keep it.
@@ -546,13 +554,15 @@ impl Assembled {
     }
 }
 
-/// Builds the replica from its directory, in the order of recovery, and starts its tasks. Runs on Raft's runtime.
+/// Builds the replica from its directory, in the order of recovery, and starts its tasks. Runs on Raft's runtime; `callers` is that of
+/// those who propose.
 async fn assemble(
     options: Options,
     home: Arc<Home>,
     identity: Identity,
     peer: Peer,
     listener: TcpListener,
+    callers: Handle,
 ) -> Result<Assembled, StartError> {
     let cluster = identity.cluster.to_string();
     let pool = Pool::new(identity.replica, &cluster);
@@ -564,7 +574,8 @@ async fn assemble(
     let obstacles = Obstacles { image_behind: shared.image_behind(), disk_full: disk_full.clone() };
     let (door, packer) = Door::new(raft.clone(), office.clone(), obstacles);
 
-    tokio::spawn(packer.run());
+    // Where those who propose are woken: an entry's answer crosses from Raft's runtime to theirs once, not once per command.
+    drop(callers.spawn(packer.run()));
     tokio::spawn(reads.clone().serve(raft.clone(), pool));
     start_upkeep(&raft, &shared, &disk_full);
     tokio::spawn(upkeep::note_members(raft.clone(), home.clone()));

@@ -34,23 +34,29 @@ pub struct Api {
     pub board: Board,
     /// Secret that agents and replicas show when they join.
     pub join_token: Arc<str>,
+    /// Hex of the cluster's id.
+    cluster: Arc<str>,
     tables: view::Tables,
 }
 
 impl Api {
     pub fn new(replica: Replica, board: Board, join_token: &str) -> Self {
-        Self { replica, board, join_token: join_token.into(), tables: view::Tables::default() }
+        let cluster = replica.cluster().to_string().into();
+        Self { replica, board, join_token: join_token.into(), cluster, tables: view::Tables::default() }
     }
 }
 
 impl Api {
     /// Refuses a call that names another cluster. A caller that does not know its cluster yet names none.
     fn admit<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        let ours = self.replica.cluster().to_string();
         match request.metadata().get(CLUSTER).map(|value| value.as_bytes()) {
-            Some(theirs) if theirs != ours.as_bytes() => Err(error::refusal(
+            Some(theirs) if theirs != self.cluster.as_bytes() => Err(error::refusal(
                 reason::CLUSTER_MISMATCH,
-                format!("this replica belongs to cluster {ours}, the call to {}", String::from_utf8_lossy(theirs)),
+                format!(
+                    "this replica belongs to cluster {}, the call to {}",
+                    self.cluster,
+                    String::from_utf8_lossy(theirs)
+                ),
             )),
             _ => Ok(()),
         }

@@ -106,8 +106,7 @@ pub(super) async fn run(desk: Arc<Desk>) {
         }
         tokio::time::sleep(COALESCE).await;
         applied.mark_unchanged();
-        let state = desk.replica.state();
-        match touched.follow(&state) {
+        match desk.replica.look(|state| touched.follow(state)) {
             Some(nodes) if nodes.is_empty() => {}
             nodes => desk.offer(nodes.as_ref()),
         }

@@ -26,24 +26,27 @@ pub(super) async fn run(desk: Arc<Desk>) {
     let mut limits = Limits::default();
     let mut settled: Option<Settled> = None;
     loop {
-        // Before the clone is taken: what is applied after it wakes the loop again.
+        // Before the look is taken: what is applied after it wakes the loop again.
         applied.mark_unchanged();
+        match look(&desk, &mut settled) {
+            Look::Empty => {
+                if applied.changed().await.is_err() {
+                    return;
+                }
+                tokio::time::sleep(COALESCE).await;
+                continue;
+            }
+            Look::Settled => {
+                if !changed(&desk, &mut applied).await {
+                    return;
+                }
+                tokio::time::sleep(COALESCE).await;
+                continue;
+            }
+            Look::Plan => {}
+        }
         let state = desk.replica.state();
-        if state.index.queue.is_empty() {
-            if applied.changed().await.is_err() {
-                return;
-            }
-            tokio::time::sleep(COALESCE).await;
-            continue;
-        }
         let unheard = desk.unheard(&state);
-        if settled.as_mut().is_some_and(|settled| settled.still_holds(&state, &unheard)) {
-            if !changed(&desk, &mut applied).await {
-                return;
-            }
-            tokio::time::sleep(COALESCE).await;
-            continue;
-        }
         let began = Instant::now();
         let within = limits.clone();
         let planned = tokio::task::spawn_blocking(move || {
@@ -70,6 +73,27 @@ pub(super) async fn run(desk: Arc<Desk>) {
         }
         tokio::time::sleep(COALESCE.max(took * REST)).await;
     }
+}
+
+/// What there is to do.
+enum Look {
+    /// Nothing waits.
+    Empty,
+    /// Nothing that waits could start.
+    Settled,
+    Plan,
+}
+
+/// Without a clone of the state: under a stream of submissions it is taken after nearly each entry.
+fn look(desk: &Desk, settled: &mut Option<Settled>) -> Look {
+    let (now_ms, keeper) = (desk.now_ms(), desk.keeper());
+    desk.replica.look(|state| {
+        if state.index.queue.is_empty() {
+            return Look::Empty;
+        }
+        let holds = settled.as_mut().is_some_and(|settled| settled.still_holds(state, &keeper.unheard(state, now_ms)));
+        if holds { Look::Settled } else { Look::Plan }
+    })
 }
 
 /// Waits for something that may matter; false when the replica stops.

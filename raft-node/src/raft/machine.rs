@@ -152,6 +152,12 @@ impl Shared {
         storage::snapshots_dir(&self.dir)
     }
 
+    /// Reads the newest applied state where it lies. Apply waits meanwhile, so this is for microseconds; but a clone makes the next
+    /// entry copy what it changes, which a reader that looks after each entry must spare it.
+    pub fn look<T>(&self, at: impl FnOnce(&State) -> T) -> T {
+        at(&self.live().state)
+    }
+
     /// A clone of the newest applied state: O(1).
     pub fn state(&self) -> State {
         self.live().state.clone()

@@ -39,11 +39,16 @@ type Result<T> = std::result::Result<T, WireError>;
 pub trait Wire: Sized {
     fn put(&self, out: &mut BytesMut);
     fn read(from: &mut Bytes) -> Result<Self>;
+
+    /// Bytes that `put` will need, about: a buffer that grows copies what it holds.
+    fn weight(&self) -> usize {
+        128
+    }
 }
 
 /// The message with its format byte.
 pub fn encode<T: Wire>(value: &T) -> Bytes {
-    let mut out = BytesMut::with_capacity(128);
+    let mut out = BytesMut::with_capacity(1 + value.weight());
     out.put_u8(FORMAT);
     value.put(&mut out);
     out.freeze()
@@ -308,6 +313,15 @@ impl Wire for AppendEntriesRequest<TypeConfig> {
             leader_commit: Option::read(from)?,
             entries: Vec::read(from)?,
         })
+    }
+
+    fn weight(&self) -> usize {
+        const ENTRY: usize = 32;
+        let payload = |entry: &Entry| match &entry.payload {
+            EntryPayload::Normal(Payload(bytes)) => bytes.len(),
+            EntryPayload::Blank | EntryPayload::Membership(_) => 0,
+        };
+        128 + self.entries.iter().map(|entry| ENTRY + payload(entry)).sum::<usize>()
     }
 }
 

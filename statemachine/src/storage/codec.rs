@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-use crate::command::Entry;
+use crate::command::{Cmd, Entry};
 use crate::id::*;
 use crate::record::NameKey;
 
@@ -83,6 +83,47 @@ pub fn encode_entry(entry: &Entry) -> Vec<u8> {
     let mut out = Vec::with_capacity(256);
     put_head(&mut out);
     canonical(entry, &mut out);
+    out
+}
+
+/// What an entry holds beside its commands; see [`Entry`].
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct EntryHead {
+    pub level: u16,
+    pub clock_ms: u64,
+    pub wall_ms: i64,
+    pub salt: u64,
+}
+
+/// A command as an entry holds it, so that it is encoded before it is known which entry takes it.
+#[derive(Clone, Debug)]
+pub struct EncodedCmd(Vec<u8>);
+
+impl EncodedCmd {
+    pub fn new(cmd: &Cmd) -> Self {
+        let mut bytes = Vec::with_capacity(512);
+        canonical(cmd, &mut bytes);
+        Self(bytes)
+    }
+
+    /// Bytes that it adds to an entry.
+    #[expect(clippy::len_without_is_empty, reason = "no command is empty")]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// What [`encode_entry`] writes for an entry of this head and these commands.
+pub fn encode_entry_of(head: &EntryHead, cmds: &[EncodedCmd]) -> Vec<u8> {
+    const HEAD_AT_MOST: usize = 64;
+    let mut out = Vec::with_capacity(HEAD_AT_MOST + cmds.iter().map(EncodedCmd::len).sum::<usize>());
+    put_head(&mut out);
+    // A struct is its fields one after the other, and a list is its length as a u64 and its items.
+    canonical(head, &mut out);
+    canonical(&(cmds.len() as u64), &mut out);
+    for cmd in cmds {
+        out.extend_from_slice(&cmd.0);
+    }
     out
 }
 
@@ -292,7 +333,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::command::{Cmd, Command};
+    use crate::command::Command;
 
     fn entry() -> Entry {
         let owner = "o".repeat(40);
@@ -312,6 +353,17 @@ mod tests {
         assert_eq!(decode_entry(&[&[1, 2, 0], &bytes[3..]].concat()), Err(CodecError::Schema(2)));
         let long = CodecError::Long { len: ENTRY_LIMIT + 1, limit: ENTRY_LIMIT };
         assert_eq!(decode_entry(&vec![1; ENTRY_LIMIT + 1]), Err(long));
+    }
+
+    #[test]
+    fn commands_encoded_ahead_make_the_same_entry() {
+        for count in [0, 1, 3, 250, 251, 1_000] {
+            let entry = Entry { cmds: vec![entry().cmds[0].clone(); count], ..entry() };
+            let Entry { level, clock_ms, wall_ms, salt, .. } = entry;
+            let cmds: Vec<EncodedCmd> = entry.cmds.iter().map(EncodedCmd::new).collect();
+            let head = EntryHead { level, clock_ms, wall_ms, salt };
+            assert_eq!(encode_entry_of(&head, &cmds), encode_entry(&entry), "{count} commands");
+        }
     }
 
     #[test]
