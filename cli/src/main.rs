@@ -56,7 +56,16 @@ pub struct Global {
     log: String,
 }
 
+/// Chooses the bug that ARES_PLANTED names, in builds that can hold one.
+#[cfg(feature = "planted")]
+fn plant() {
+    let named = std::env::var("ARES_PLANTED").unwrap_or_default();
+    planted::choose(planted::Bug::ALL.iter().copied().find(|bug| bug.name() == named));
+}
+
 fn main() -> ExitCode {
+    #[cfg(feature = "planted")]
+    plant();
     // The shim is started once per rank and must be cheap: it goes before everything else.
     let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
     if args.get(1).is_some_and(|arg| arg == "shim") {

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use proto::{Client, Identity, Patience, v1};
@@ -11,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::disk::Disk;
+use crate::network::Network;
 use crate::process::{self, Process};
 
 /// How long anything may take to become true on a busy machine.
@@ -30,15 +32,17 @@ pub struct Setup {
     pub env: Vec<(String, String)>,
     /// Size of a disk of each replica's own, in MiB; `None`: all share the machine's.
     pub disk_mib: Option<u64>,
+    /// With machines `r0`, `r1` ... and the agents' names; `None`: all are on loopback.
+    pub network: Option<Arc<Network>>,
 }
 
 impl Setup {
     pub fn of(replicas: usize) -> Self {
-        Self { replicas, flags: Vec::new(), env: Vec::new(), disk_mib: None }
+        Self { replicas, flags: Vec::new(), env: Vec::new(), disk_mib: None, network: None }
     }
 }
 
-/// Replicas and agents, all on loopback; everything ends when it is dropped.
+/// Replicas and agents; everything ends when it is dropped.
 pub struct Cluster {
     setup: Setup,
     replicas: BTreeMap<usize, Process>,
@@ -94,7 +98,8 @@ impl Cluster {
 
     /// Starts replica `at`: the first founds the group, others join through it.
     pub async fn found_or_join(&mut self, at: usize) -> Result<(), String> {
-        let mut flags = vec!["--listen", "127.0.0.1:0", "--peer-listen", "127.0.0.1:0"];
+        let listen = format!("{}:0", self.host(&format!("r{at}")));
+        let mut flags = vec!["--listen", &listen, "--peer-listen", &listen];
         let (first, token);
         if at == 0 {
             flags.push("--bootstrap");
@@ -120,8 +125,25 @@ impl Cluster {
         let mut args = vec!["server", "--dir", dir.to_str().expect("a plain path")];
         args.extend(flags);
         args.extend(self.setup.flags.iter().map(String::as_str));
-        let process = Process::start(&args, &self.setup.env, &self.log(&format!("r{at}")));
+        let process = self.start_on(&format!("r{at}"), args);
         self.replicas.insert(at, process);
+    }
+
+    /// Starts `ares` on the machine of this name, if the cluster has a network.
+    fn start_on(&self, name: &str, mut args: Vec<&str>) -> Process {
+        let place = self.setup.network.as_deref().map(|network| (network, name));
+        if place.is_some() {
+            args.push("--insecure");
+        }
+        Process::start(place, &args, &self.setup.env, &self.log(name))
+    }
+
+    fn host(&self, name: &str) -> Ipv4Addr {
+        self.setup.network.as_ref().map_or(Ipv4Addr::LOCALHOST, |network| network.address(name))
+    }
+
+    pub fn network(&self) -> Option<&Network> {
+        self.setup.network.as_deref()
     }
 
     pub fn path(&self) -> &Path {
@@ -229,6 +251,11 @@ impl Cluster {
         self.replicas.remove(&at).expect("it runs").terminate(SOON)
     }
 
+    /// Waits until a replica ends by itself: its exit code.
+    pub fn replica_ended(&mut self, at: usize) -> Result<i32, String> {
+        self.replicas.remove(&at).expect("it runs").ended(SOON)
+    }
+
     /// Starts it again in its directory, as it was.
     pub fn restart_replica(&mut self, at: usize) {
         self.start_replica(at, &[]);
@@ -270,11 +297,12 @@ impl Cluster {
         let dir = self.dir.path().join(name);
         let servers = self.addresses.join(",");
         let mut args = vec!["agent", "--dir", dir.to_str().expect("a plain path"), "--name", name, "-s", &servers];
-        args.extend(["--allow-root-jobs", "--join-token", &self.join_token]);
+        let listen = format!("{}:0", self.host(name));
+        args.extend(["--allow-root-jobs", "--join-token", &self.join_token, "--listen", &listen]);
         if !gpus.is_empty() {
             args.extend(["--gpus", gpus]);
         }
-        let process = Process::start(&args, &[], &self.log(name));
+        let process = self.start_on(name, args);
         self.agents.insert(name.to_owned(), process);
     }
 

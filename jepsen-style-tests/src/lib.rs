@@ -5,11 +5,14 @@
 pub mod checks;
 pub mod cluster;
 pub mod disk;
+pub mod faults;
 pub mod history;
 pub mod ledger;
 pub mod load;
 pub mod nemesis;
+pub mod network;
 pub mod powercut;
 pub mod process;
+pub mod reads;
 pub mod sim;
 pub mod verdict;

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use clap::Parser;
 use jepsen_style_tests::disk::Disk;
-use jepsen_style_tests::nemesis::{self, Fault};
+use jepsen_style_tests::faults::{Fault, Need};
+use jepsen_style_tests::network::Network;
 use jepsen_style_tests::verdict::Verdict;
-use jepsen_style_tests::{cluster, powercut};
+use jepsen_style_tests::{cluster, nemesis, powercut, reads};
 
 /// Fault-injection runs against real `ares` processes
 ///
@@ -37,7 +38,10 @@ enum Run {
         #[arg(long, value_name = "BUG", value_parser = ["ack_without_fsync"])]
         planted: Option<String>,
     },
-    /// Kill, freeze and restart replicas and agents while real jobs run, then check what they wrote
+    /// Kill, freeze, restart and part replicas, agents and clients while real jobs run, then check what they wrote
+    ///
+    /// With a fault of the network among them (root), each replica, each agent and the clients are on a machine of their
+    /// own: a network namespace on a switch of this program.
     Nemesis {
         #[arg(long, default_value_t = 5)]
         minutes: u64,
@@ -47,10 +51,23 @@ enum Run {
         /// Kinds of faults, comma-separated [default: all]
         #[arg(long, value_enum, value_delimiter = ',')]
         faults: Vec<Fault>,
+        /// Faults of processes strike under delays, losses or a tiny bandwidth among the replicas
+        #[arg(long)]
+        pairs: bool,
+        /// Faults that this machine need not be able to make, comma-separated
+        #[arg(long, value_enum, value_delimiter = ',')]
+        allow_skip: Vec<Fault>,
+        /// Run with this planted bug, in a binary built with them: the run must be INVALID
+        #[arg(long, value_name = "BUG")]
+        planted: Option<String>,
         /// Where history and ledger are left [default: a directory of this seed in the target directory]
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
+    /// Judge the history and the ledger of an earlier run anew
+    Recheck { dir: PathBuf },
+    /// Print the history of an earlier run as EDN, as Knossos and Elle read it
+    Edn { dir: PathBuf },
     /// The short run of each change: kills, a frozen agent, and three power cuts where they can be made
     Short {
         #[arg(long, default_value_t = 1)]
@@ -68,19 +85,39 @@ fn main() -> ExitCode {
             }
             vec![power_cuts(cuts, replicas.into(), seed, planted)]
         }
-        Run::Nemesis { minutes, seed, faults, out } => {
-            let faults = if faults.is_empty() { Fault::ALL.to_vec() } else { faults };
-            vec![under_faults(Duration::from_secs(60 * minutes), seed, faults, out)]
+        Run::Nemesis { minutes, seed, faults, pairs, allow_skip, planted, out } => {
+            let faults = if faults.is_empty() { Fault::all() } else { faults };
+            let Some(faults) = possible(faults, &allow_skip, pairs) else { return ExitCode::FAILURE };
+            let out = out.unwrap_or_else(|| directory_of(seed));
+            let duration = Duration::from_secs(60 * minutes);
+            vec![under_faults(nemesis::Plan { duration, seed, faults, pairs, planted, network: None, out })]
         }
+        Run::Recheck { dir } => vec![told(&format!("recheck {}", dir.display()), nemesis::recheck(&dir))],
+        Run::Edn { dir } => match reads::load(&dir.join("history.jsonl")) {
+            Ok(events) => {
+                print!("{}", reads::edn(&events));
+                Vec::new()
+            }
+            Err(error) => {
+                eprintln!("{error}");
+                return ExitCode::FAILURE;
+            }
+        },
         Run::Short { seed } => short(seed),
     };
     if runs.iter().all(Verdict::is_valid) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn short(seed: u64) -> Vec<Verdict> {
-    let faults =
+    let mut faults =
         vec![Fault::KillLeader, Fault::KillAll, Fault::KillAgent, Fault::KillAgentAndShims, Fault::FreezeAgent];
-    let mut runs = vec![under_faults(Duration::from_secs(40), seed, faults, None)];
+    match Need::Network.available() {
+        Ok(()) => faults.extend([Fault::OneWay, Fault::ClientsSeeOldLeader]),
+        Err(why) => eprintln!("SKIPPED: no link was broken, that needs root, ip and /dev/net/tun: {why}"),
+    }
+    let (duration, out) = (Duration::from_secs(40), directory_of(seed));
+    let plan = nemesis::Plan { duration, seed, faults, pairs: false, planted: None, network: None, out };
+    let mut runs = vec![under_faults(plan)];
     match Disk::available() {
         Ok(()) => runs.push(power_cuts(3, 3, seed, None)),
         Err(why) => eprintln!("SKIPPED: no power was cut, that needs root, loop devices and mkfs.ext4: {why}"),
@@ -96,11 +133,53 @@ fn power_cuts(cuts: usize, replicas: usize, seed: u64, planted: Option<String>) 
     )
 }
 
-fn under_faults(duration: Duration, seed: u64, faults: Vec<Fault>, out: Option<PathBuf>) -> Verdict {
+/// The faults without those that can't be made here; `None` if one of these may not be skipped.
+fn possible(faults: Vec<Fault>, allow_skip: &[Fault], pairs: bool) -> Option<Vec<Fault>> {
+    let network = (pairs || faults.iter().any(|fault| fault.needs() == Some(Need::Network)))
+        .then(|| Need::Network.available())
+        .unwrap_or(Ok(()));
+    if let (true, Err(why)) = (pairs, &network) {
+        eprintln!("No pairs on this machine: {why}");
+        return None;
+    }
+    let missing = |fault: &Fault| match fault.needs() {
+        Some(Need::Network) => network.clone().err(),
+        Some(need) => need.available().err(),
+        None => None,
+    };
+    let (mut here, mut refused) = (Vec::new(), false);
+    for fault in faults {
+        match missing(&fault) {
+            None => here.push(fault),
+            Some(why) => {
+                refused |= !allow_skip.contains(&fault);
+                eprintln!("SKIPPED: {} can't be made on this machine: {why}", fault.name());
+            }
+        }
+    }
+    if refused || here.is_empty() {
+        eprintln!("Nothing was run; --allow-skip names the faults that may be left out.");
+        return None;
+    }
+    Some(here)
+}
+
+fn directory_of(seed: u64) -> PathBuf {
     let target = jepsen_style_tests::process::ares().parent().map(PathBuf::from).unwrap_or_default();
-    let out = out.unwrap_or_else(|| target.join("fault-runs").join(format!("nemesis-{seed}")));
-    let title = format!("nemesis for {} s, seed {seed}; history and ledger in {}", duration.as_secs(), out.display());
-    told(&title, cluster::block_on(nemesis::run(&nemesis::Plan { duration, seed, faults, out })))
+    target.join("fault-runs").join(format!("nemesis-{seed}"))
+}
+
+fn under_faults(mut plan: nemesis::Plan) -> Verdict {
+    let bug = plan.planted.as_ref().map(|bug| format!(", planted {bug}")).unwrap_or_default();
+    let (seconds, seed) = (plan.duration.as_secs(), plan.seed);
+    let title = format!("nemesis for {seconds} s, seed {seed}{bug}; history and ledger in {}", plan.out.display());
+    if plan.pairs || plan.faults.iter().any(|fault| fault.needs() == Some(Need::Network)) {
+        match Network::make(&nemesis::machines(), seed) {
+            Ok(network) => plan.network = Some(network),
+            Err(why) => return told(&title, Verdict { empty: vec![why], ..Verdict::default() }),
+        }
+    }
+    told(&title, cluster::block_on(nemesis::run(&plan)))
 }
 
 fn told(title: &str, verdict: Verdict) -> Verdict {

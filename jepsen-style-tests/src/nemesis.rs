@@ -7,71 +7,39 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use proto::{Client, v1};
+use proto::{Client, Patience, v1};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
-use rustix::process::Signal;
 use serde_json::json;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use crate::checks::{self, Digests};
-use crate::cluster::{Cluster, SOON, USER, shell_job};
+use crate::cluster::{Cluster, SOON, Setup, USER, shell_job};
+use crate::faults::{Fault, Need, strike};
 use crate::history::History;
 use crate::ledger::{self, Committed, Ledger};
 use crate::load::Ack;
+use crate::network::{Link, Network};
+use crate::reads;
 use crate::verdict::Verdict;
 
-const REPLICAS: usize = 3;
+pub(crate) const REPLICAS: usize = 3;
 /// Simulated machines, so that the real one's cores don't bound the jobs.
-const NODES: [&str; 3] = ["n1", "n2", "n3"];
-const GPUS: &str = "sim:rtx4090x8";
+pub(crate) const NODES: [&str; 3] = ["n1", "n2", "n3"];
+pub(crate) const GPUS: &str = "sim:rtx4090x8";
 /// Closed loops: one job each at a time.
-const CLIENTS: usize = 6;
+const SUBMITTERS: usize = 6;
+/// One read at a time each, of the replicas in turn.
+const READERS: usize = 3;
+const A_READ: Patience = Patience { call: Duration::from_secs(3), attempt: Duration::from_secs(3) };
+/// What is added to the number of a process whose call has an unknown outcome.
+const RETIRED: usize = 1_000;
 /// The shortest lease, as all jobs have it; a machine that is silent this long and a margin has lost its jobs.
-const LEASE: Duration = Duration::from_secs(10);
+pub(crate) const LEASE: Duration = Duration::from_secs(10);
 /// After the last fault every accepted job must end within this: a lease with its margin, a run, and a busy machine.
 const DRAIN: Duration = Duration::from_secs(90);
-
-/// A kind of fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
-pub enum Fault {
-    /// The leader is killed -9 and started again
-    KillLeader,
-    /// Any replica is killed -9 and started again
-    KillReplica,
-    /// All replicas are killed -9 at once and started again
-    KillAll,
-    /// The leader is stopped (SIGSTOP) until another leads, then goes on
-    FreezeLeader,
-    /// The leader ends in order (SIGTERM) and is started again
-    RestartLeader,
-    /// An agent is killed -9 and started again
-    KillAgent,
-    /// An agent and its shims are killed -9, the agent is started again
-    KillAgentAndShims,
-    /// An agent is stopped (SIGSTOP) past its leases, then goes on
-    FreezeAgent,
-}
-
-impl Fault {
-    pub const ALL: [Fault; 8] = [
-        Fault::KillLeader,
-        Fault::KillReplica,
-        Fault::KillAll,
-        Fault::FreezeLeader,
-        Fault::RestartLeader,
-        Fault::KillAgent,
-        Fault::KillAgentAndShims,
-        Fault::FreezeAgent,
-    ];
-
-    /// Ends attempts whenever one runs on the machine that it strikes.
-    fn ends_attempts(self) -> bool {
-        matches!(self, Fault::KillAgentAndShims | Fault::FreezeAgent)
-    }
-}
 
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -79,8 +47,19 @@ pub struct Plan {
     pub duration: Duration,
     pub seed: u64,
     pub faults: Vec<Fault>,
+    /// Faults of processes strike while the network is in a bad state too.
+    pub pairs: bool,
+    /// A planted bug, for a binary that was built with them.
+    pub planted: Option<String>,
+    /// Replicas, agents and clients each on a machine of this network; `None`: all are on loopback.
+    pub network: Option<Arc<Network>>,
     /// Where the history and the ledger are left.
     pub out: PathBuf,
+}
+
+/// The machines of a run's network.
+pub fn machines() -> Vec<&'static str> {
+    ["r0", "r1", "r2"].into_iter().chain(NODES).collect()
 }
 
 pub async fn run(plan: &Plan) -> Verdict {
@@ -96,7 +75,8 @@ async fn try_run(plan: &Plan, verdict: &mut Verdict) -> Result<(), String> {
     let ledger = plan.out.join("ledger");
     let _ = std::fs::remove_file(&ledger);
     let history = Arc::new(History::create(&plan.out.join("history.jsonl"))?);
-    let mut cluster = Cluster::with(crate::cluster::Setup::of(REPLICAS)).await?;
+    let env = plan.planted.iter().map(|bug| ("ARES_PLANTED".to_owned(), bug.clone())).collect();
+    let mut cluster = Cluster::with(Setup { env, network: plan.network.clone(), ..Setup::of(REPLICAS) }).await?;
     for name in NODES {
         cluster.agent(name, GPUS).await;
     }
@@ -105,8 +85,27 @@ async fn try_run(plan: &Plan, verdict: &mut Verdict) -> Result<(), String> {
     let jobs = work.finish().await;
     let ended = judge(&cluster, &ledger, &jobs, verdict).await;
     weigh(plan, &effects, &jobs, &ended, verdict);
-    verdict.figure("history events", history.close()?);
+    history.close()?;
+    judge_history(&plan.out.join("history.jsonl"), verdict);
     effects.map(|_| ())
+}
+
+/// Judges the history and the ledger of an earlier run anew.
+pub fn recheck(out: &Path) -> Verdict {
+    let mut verdict = Verdict::default();
+    judge_history(&out.join("history.jsonl"), &mut verdict);
+    match Ledger::read(&out.join("ledger")) {
+        Err(error) => verdict.empty.push(error),
+        Ok(ledger) => judge_ledger(&ledger, &mut verdict),
+    }
+    verdict
+}
+
+/// What the network does while other faults strike, and what undoes it.
+fn condition(plan: &Plan, fault: Fault, rng: &mut StdRng) -> Option<(Fault, Link)> {
+    let conditions: Vec<_> = Fault::all().into_iter().filter_map(|some| Some((some, some.condition()?))).collect();
+    let drawn = conditions[rng.random_range(0..conditions.len())].clone();
+    (plan.pairs && fault.needs() != Some(Need::Network)).then_some(drawn)
 }
 
 // -------------------------------------------------------------------------------------------------------------- faults
@@ -131,123 +130,28 @@ async fn strike_in_turns(plan: &Plan, cluster: &mut Cluster, history: &History) 
         let Some(fault) = turn.pop().filter(|_| first || Instant::now() < end) else { break };
         first &= !turn.is_empty();
         tokio::time::sleep(Duration::from_millis(rng.random_range(500..2_000))).await;
-        history.add("nemesis", "invoke", &format!("{fault:?}"), "", json!(null));
-        let struck = strike(cluster, fault, &mut rng).await.map_err(|error| format!("{fault:?}: {error}"))?;
-        history.add(
-            "nemesis",
-            "info",
-            &format!("{fault:?}"),
-            &struck.target,
-            json!({ "took_effect": struck.took_effect }),
-        );
-        eprintln!("{fault:?} of {}{}", struck.target, if struck.took_effect { "" } else { ": without effect" });
+        let under = condition(plan, fault, &mut rng);
+        let name =
+            under.as_ref().map_or_else(|| fault.name(), |(other, _)| format!("{}+{}", fault.name(), other.name()));
+        history.add("nemesis", "invoke", &name, "", json!(null));
+        if let (Some((_, link)), Some(network)) = (&under, cluster.network()) {
+            let replicas: Vec<String> = (0..REPLICAS).map(|at| format!("r{at}")).collect();
+            let replicas: Vec<&str> = replicas.iter().map(String::as_str).collect();
+            network.set(&replicas, &replicas, link);
+        }
+        let struck = strike(cluster, fault, &mut rng).await.map_err(|error| format!("{name}: {error}"))?;
+        history.add("nemesis", "info", &name, &struck.target, json!({ "took_effect": struck.took_effect }));
+        eprintln!("{name} of {}{}", struck.target, if struck.took_effect { "" } else { ": without effect" });
         let (strikes, took) = effects.entry(fault).or_default();
         *strikes += 1;
         *took += u32::from(struck.took_effect);
         // Faults come one at a time: the group is whole again before the next.
-        cluster.find_leader(0, SOON).await.map_err(|error| format!("after {fault:?}: {error}"))?;
+        cluster.find_leader(0, SOON).await.map_err(|error| format!("after {name}: {error}"))?;
+        if let Some(network) = cluster.network() {
+            network.heal();
+        }
     }
     Ok(effects)
-}
-
-struct Struck {
-    target: String,
-    took_effect: bool,
-}
-
-/// One fault and its end. An error: the cluster did not come back as it must, or the fault could not be made.
-async fn strike(cluster: &mut Cluster, fault: Fault, rng: &mut StdRng) -> Result<Struck, String> {
-    let away = Duration::from_millis(rng.random_range(0..2_500));
-    let node = NODES[rng.random_range(0..NODES.len())];
-    match fault {
-        Fault::KillLeader => {
-            let (at, term) = cluster.find_leader(0, SOON).await?;
-            cluster.kill_replica(at);
-            cluster.find_leader(term, SOON).await?;
-            cluster.restart_replica(at);
-            Ok(Struck { target: format!("r{at}"), took_effect: true })
-        }
-        Fault::KillReplica => {
-            let at = rng.random_range(0..REPLICAS);
-            cluster.kill_replica(at);
-            tokio::time::sleep(away).await;
-            cluster.restart_replica(at);
-            Ok(Struck { target: format!("r{at}"), took_effect: true })
-        }
-        Fault::KillAll => {
-            let (_, term) = cluster.find_leader(0, SOON).await?;
-            (0..REPLICAS).for_each(|at| cluster.kill_replica(at));
-            tokio::time::sleep(away).await;
-            (0..REPLICAS).for_each(|at| cluster.restart_replica(at));
-            cluster.find_leader(term, SOON).await?;
-            Ok(Struck { target: "all replicas".to_owned(), took_effect: true })
-        }
-        Fault::FreezeLeader => {
-            let (at, term) = cluster.find_leader(0, SOON).await?;
-            cluster.signal_replica(at, Signal::STOP);
-            let next = cluster.find_leader(term, SOON).await;
-            let stopped = cluster.replica(at).state() == Some('T');
-            cluster.signal_replica(at, Signal::CONT);
-            next?;
-            Ok(Struck { target: format!("r{at}"), took_effect: stopped })
-        }
-        Fault::RestartLeader => {
-            let (at, _) = cluster.find_leader(0, SOON).await?;
-            let code = cluster.stop_replica(at)?;
-            cluster.restart_replica(at);
-            Ok(Struck { target: format!("r{at}"), took_effect: code == 0 })
-        }
-        Fault::KillAgent => {
-            let epoch = epoch(cluster, node).await?;
-            cluster.kill_agent(node);
-            tokio::time::sleep(away).await;
-            cluster.start_agent(node, GPUS);
-            Ok(Struck { target: node.to_owned(), took_effect: comes_back(cluster, node, epoch).await? })
-        }
-        Fault::KillAgentAndShims => {
-            let node = busy(cluster, node).await;
-            let epoch = epoch(cluster, node).await?;
-            let shims = cluster.kill_agent_and_shims(node);
-            tokio::time::sleep(away).await;
-            cluster.start_agent(node, GPUS);
-            comes_back(cluster, node, epoch).await?;
-            Ok(Struck { target: node.to_owned(), took_effect: shims > 0 })
-        }
-        Fault::FreezeAgent => {
-            cluster.signal_agent(node, Signal::STOP);
-            // The lease, its drift bound and margin, and a look of the leader.
-            tokio::time::sleep(LEASE + Duration::from_secs(4)).await;
-            let seen = cluster.node_as_the_leader_sees_it(node).await;
-            let silent = seen.is_some_and(|node| node.state == "SILENT");
-            cluster.signal_agent(node, Signal::CONT);
-            Ok(Struck { target: node.to_owned(), took_effect: silent })
-        }
-    }
-}
-
-/// A node with a shim, `first` if it has one; `first` too if none has for a while.
-async fn busy(cluster: &Cluster, first: &'static str) -> &'static str {
-    for _ in 0..100 {
-        let others = NODES.into_iter().filter(|name| *name != first);
-        if let Some(node) = [first].into_iter().chain(others).find(|name| !cluster.shims(name).is_empty()) {
-            return node;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    first
-}
-
-async fn epoch(cluster: &Cluster, node: &str) -> Result<u64, String> {
-    Ok(cluster.node(node).await.ok_or_else(|| format!("node {node} is not known"))?.epoch)
-}
-
-/// Registered anew, and ready.
-async fn comes_back(cluster: &Cluster, node: &str, epoch: u64) -> Result<bool, String> {
-    let what = format!("{node} is back");
-    let back = cluster.try_until(&what, SOON, async |cluster| {
-        cluster.node(node).await.is_some_and(|node| node.epoch > epoch && node.state == "READY")
-    });
-    back.await.map(|()| true)
 }
 
 // ---------------------------------------------------------------------------------------------------------------- work
@@ -269,19 +173,41 @@ struct Work {
 impl Work {
     fn start(cluster: &Cluster, ledger: &Path, history: Arc<History>, seed: u64) -> Self {
         let mut work = Self { stop: Arc::default(), accepted: Arc::default(), clients: JoinSet::new() };
-        for process in 0..CLIENTS {
+        let on = cluster.network().map_or_else(tokio::runtime::Handle::current, Network::clients);
+        for process in 0..SUBMITTERS {
             let (stop, accepted, history) = (work.stop.clone(), work.accepted.clone(), history.clone());
             let (client, ledger) = (cluster.client(), ledger.to_owned());
             let mut rng = StdRng::seed_from_u64(seed ^ (process as u64 + 1));
-            work.clients.spawn(async move {
+            let submitter = async move {
+                let mut process = process;
                 while !stop.load(Ordering::Relaxed) {
-                    let Some(job) = submit(&client, &ledger, process, &mut rng, &history).await else { continue };
+                    let Some(job) = submit(&client, &ledger, process, &mut rng, &history).await else {
+                        // What it asked for may still happen: it is another process from now on.
+                        process += RETIRED;
+                        continue;
+                    };
                     accepted.lock().await.push(job.clone());
                     while !stop.load(Ordering::Relaxed) && !has_ended(&client, job.ack.job_id).await {
                         tokio::time::sleep(Duration::from_millis(200)).await;
                     }
                 }
-            });
+            };
+            work.clients.spawn_on(submitter, &on);
+        }
+        for reader in 0..READERS {
+            let (stop, accepted, history) = (work.stop.clone(), work.accepted.clone(), history.clone());
+            let replicas: Vec<Client> = (0..REPLICAS).map(|at| cluster.client_at(at).with_patience(A_READ)).collect();
+            let reader = async move {
+                let mut process = SUBMITTERS + reader;
+                for at in (reader..).take_while(|_| !stop.load(Ordering::Relaxed)) {
+                    let newest = accepted.lock().await.last().map_or(1, |job| job.ack.job_id);
+                    if !read(&replicas[at % REPLICAS], at % REPLICAS, newest, process, &history).await {
+                        process += RETIRED;
+                    }
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                }
+            };
+            work.clients.spawn_on(reader, &on);
         }
         work
     }
@@ -321,6 +247,25 @@ async fn submit(
     }
 }
 
+/// A linearizable read of one key, at one replica; whether it was answered.
+async fn read(client: &Client, replica: usize, job: u64, process: usize, history: &History) -> bool {
+    let key = format!("/jobs/{job}");
+    history.add(process, "invoke", "read", &key, json!(null));
+    let read = v1::ReadMode::Linearizable as i32;
+    match client.get(v1::GetRequest { key: key.clone(), keys_only: true, read, ..Default::default() }).await {
+        Ok(reply) => {
+            let found = !reply.kvs.is_empty();
+            let value = json!({ "revision": reply.revision, "found": found, "replica": format!("r{replica}") });
+            history.add(process, "ok", "read", &key, value);
+            true
+        }
+        Err(error) => {
+            history.add(process, "info", "read", &key, json!(error.to_string()));
+            false
+        }
+    }
+}
+
 async fn has_ended(client: &Client, id: u64) -> bool {
     let job = client.get_job(v1::GetJobRequest { job_id: id, ..Default::default() }).await;
     job.is_ok_and(|job| job.result.is_some())
@@ -339,15 +284,35 @@ async fn judge(cluster: &Cluster, ledger: &Path, jobs: &[Accepted], verdict: &mu
     match Ledger::read(ledger) {
         Err(error) => verdict.empty.push(error),
         Ok(ledger) => {
-            verdict.figure("attempts in the ledger", ledger.attempts());
-            verdict.check(ledger.one_attempt_alive());
-            verdict.check(ledger.token_grows());
+            judge_ledger(&ledger, verdict);
             for (job, accepted) in ended.iter().zip(jobs) {
                 verdict.check(succeeded_once(&ledger, job, accepted.ranks));
             }
         }
     }
     ended
+}
+
+fn judge_ledger(ledger: &Ledger, verdict: &mut Verdict) {
+    verdict.figure("attempts in the ledger", ledger.attempts());
+    verdict.check(ledger.one_attempt_alive());
+    verdict.check(ledger.token_grows());
+}
+
+fn judge_history(history: &Path, verdict: &mut Verdict) {
+    match reads::load(history) {
+        Err(error) => verdict.empty.push(error),
+        Ok(events) => match reads::in_real_time(&events) {
+            Err(violation) => verdict.violations.push(violation),
+            Ok(sums) => {
+                let shown = format!("{} ok, {} unknown, {} linearizable reads", sums.ok, sums.unknown, sums.reads);
+                verdict.figure("operations", shown);
+                if sums.reads == 0 {
+                    verdict.empty.push("no read was answered".to_owned());
+                }
+            }
+        },
+    }
 }
 
 /// Waits for the end of all jobs; one that does not end is a violation and tells its reason.
@@ -402,9 +367,9 @@ fn weigh(plan: &Plan, effects: &Result<Effects, String>, jobs: &[Accepted], ende
     let Ok(effects) = effects else { return };
     for fault in &plan.faults {
         let (strikes, took) = effects.get(fault).copied().unwrap_or_default();
-        verdict.figure(format!("{fault:?}"), format!("{took} of {strikes} took effect"));
+        verdict.figure(fault.name(), format!("{took} of {strikes} took effect"));
         if took == 0 {
-            verdict.empty.push(format!("{fault:?} never took effect"));
+            verdict.empty.push(format!("{} never took effect", fault.name()));
         }
     }
     let again = ended.iter().filter(|job| job.attempts.len() > 1).count();
@@ -413,7 +378,7 @@ fn weigh(plan: &Plan, effects: &Result<Effects, String>, jobs: &[Accepted], ende
     if again == 0 && plan.faults.iter().any(|fault| fault.ends_attempts()) {
         verdict.empty.push("no attempt was ever lost".to_owned());
     }
-    if jobs.len() < CLIENTS {
+    if jobs.len() < SUBMITTERS {
         verdict.empty.push(format!("only {} jobs were accepted", jobs.len()));
     }
 }

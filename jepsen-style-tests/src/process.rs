@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::network::Network;
+
 /// The `ares` binary: what ARES_BIN names, or built as the sources are now, in the profile and directory of this
 /// program. Cargo builds no binary of another package for a test, so the test asks for it.
 pub fn ares() -> &'static Path {
@@ -42,17 +44,17 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `ares` with the arguments; what it prints is appended to `log`.
-    pub fn start(args: &[&str], env: &[(String, String)], log: &Path) -> Self {
+    /// Starts `ares` with the arguments, on a machine of a network or on this one; what it prints is appended to `log`.
+    pub fn start(place: Option<(&Network, &str)>, args: &[&str], env: &[(String, String)], log: &Path) -> Self {
         let open = || -> File { OpenOptions::new().create(true).append(true).open(log).expect("the log opens") };
-        let child = Command::new(ares())
-            .args(args)
-            .envs(env.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
-            .stdout(open())
-            .stderr(open())
-            .spawn()
-            .unwrap_or_else(|error| panic!("{}: {error}", ares().display()));
+        let mut command = Command::new(ares());
+        command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
+        command.stdin(Stdio::null()).stdout(open()).stderr(open());
+        let child = match place {
+            Some((network, name)) => network.spawn(name, &mut command),
+            None => command.spawn(),
+        };
+        let child = child.unwrap_or_else(|error| panic!("{}: {error}", ares().display()));
         Self { child, log: log.to_owned() }
     }
 
