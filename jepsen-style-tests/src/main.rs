@@ -135,9 +135,8 @@ fn power_cuts(cuts: usize, replicas: usize, seed: u64, planted: Option<String>) 
 
 /// The faults without those that can't be made here; `None` if one of these may not be skipped.
 fn possible(faults: Vec<Fault>, allow_skip: &[Fault], pairs: bool) -> Option<Vec<Fault>> {
-    let network = (pairs || faults.iter().any(|fault| fault.needs() == Some(Need::Network)))
-        .then(|| Need::Network.available())
-        .unwrap_or(Ok(()));
+    let wanted = pairs || faults.iter().any(|fault| fault.needs() == Some(Need::Network));
+    let network = if wanted { Need::Network.available() } else { Ok(()) };
     if let (true, Err(why)) = (pairs, &network) {
         eprintln!("No pairs on this machine: {why}");
         return None;
