@@ -341,3 +341,84 @@ impl std::fmt::Display for Cursor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    use statemachine::command::{SubmitJob, default_retry};
+    use statemachine::settings::Settings;
+    use statemachine::spec::{Body, JobSpec, Shape};
+    use statemachine::{Cmd, Entry};
+
+    fn apply(state: &mut State, body: Command) {
+        let clock_ms = state.meta.clock_ms + 1;
+        let cmds = vec![Cmd { request: None, actor: "alice".into(), body }];
+        let entry = Entry { level: state.meta.level, clock_ms, wall_ms: 1_700_000_000_000, salt: 9, cmds };
+        state.apply(&entry).expect("this level");
+    }
+
+    fn job(priority: i32) -> Command {
+        let shape = Shape {
+            nodes: 1,
+            ranks_per_node: 1,
+            gpus_per_rank: 1,
+            gpu_types: Vec::new(),
+            cores_per_rank: 0,
+            mem_mib_per_rank: 0,
+            mix_types: false,
+            min_bandwidth_mbps: 0,
+        };
+        let spec = JobSpec {
+            name: "job".into(),
+            priority,
+            shape,
+            limit_ms: 0,
+            lease_ttl_ms: 300_000,
+            kill_grace_ms: 10_000,
+            retry: default_retry(),
+            labels: BTreeMap::new(),
+            terms: None,
+        };
+        Command::SubmitJob(Box::new(SubmitJob {
+            tenant: "default".into(),
+            queue: "default".into(),
+            gpu_types: Vec::new(),
+            spec,
+            body: Body { argv: vec!["true".into()], ..Body::default() },
+            hold: false,
+            priority_class: String::new(),
+        }))
+    }
+
+    #[test]
+    fn pages_of_the_queue_follow_each_other_and_survive_a_start_between_them() {
+        let mut state = State::new([7; 16], Settings::default());
+        (0..7).for_each(|n| apply(&mut state, job(n % 3)));
+        let all = queued(&state, JobId(0), 0, 100);
+        assert_eq!(all.len(), 7);
+        for room in 1..=7 {
+            let mut told: Vec<JobId> = Vec::new();
+            while told.len() < 7 {
+                let page = queued(&state, told.last().copied().unwrap_or(JobId(0)), told.len(), room);
+                assert!(!page.is_empty());
+                told.extend(page);
+            }
+            assert_eq!(told, all);
+        }
+        // One that was told has left: the rest goes on behind the last one.
+        apply(&mut state, Command::Cancel { job: all[0] });
+        assert_eq!(queued(&state, all[2], 3, 100), all[3..]);
+    }
+
+    #[test]
+    fn a_page_is_read_as_it_was_written() {
+        for page in ["leased-7", "queued-5-12", "waiting-3", "ended-9", "archived-first", "archived-4-9"] {
+            assert_eq!(Cursor::parse(page).map(|cursor| cursor.to_string()).map_err(|_| ()), Ok(page.to_owned()));
+        }
+        for page in ["queued-5", "queued-5-x", "queued", "nothing-1"] {
+            assert!(Cursor::parse(page).is_err(), "{page}");
+        }
+    }
+}
