@@ -13,6 +13,7 @@ pub mod order;
 pub mod plan;
 pub mod points;
 pub mod predict;
+pub mod profile;
 mod quota;
 pub mod reason;
 pub mod score;
