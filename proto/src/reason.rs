@@ -77,6 +77,7 @@ reasons! {
     PRIORITY_UNKNOWN NotFound "name one of ares priority list";
     PRIORITY_DENIED PermissionDenied "use another priority, or let the tenant use it: ares priority set";
     GENERATION_STALE FailedPrecondition "name a --generation above the backup's, or none";
+    HISTORY_DAMAGED DataLoss "ask another replica with --server; look at this one's disk: its row comes back by itself once another replica has it";
 }
 
 /// The reason with this word.

@@ -26,6 +26,7 @@ use crate::office::{self, Office};
 use crate::raft::Raft;
 use crate::raft::image::Writer;
 use crate::raft::machine::{Machine, Shared};
+use crate::raft::mend::{MendError, Mender};
 use crate::raft::network::{MAX_MESSAGE, Network, Pool};
 use crate::raft::service::PeerService;
 use crate::raft::upkeep::Changes;
@@ -156,6 +157,7 @@ pub(crate) struct Inner {
     door: Door,
     reads: Reads,
     pub(crate) changes: Changes,
+    mender: Mender,
     office: watch::Receiver<Option<Office>>,
     disk_full: watch::Receiver<bool>,
     /// What ends with the replica; `None` once it has ended.
@@ -249,6 +251,11 @@ impl Replica {
     /// The image, for the history of jobs that left memory; `None` for the moment in which a snapshot replaces it. Do not keep it.
     pub fn image(&self) -> Option<Arc<Image>> {
         self.inner.shared.image()
+    }
+
+    /// Makes an hour of history whole that [`Replica::image`] could not read; see [`Mender::mend`].
+    pub async fn mend_history(&self, bucket: u32) -> Result<(), MendError> {
+        self.inner.mender.mend(bucket).await
     }
 
     /// Fires after each batch that was applied.
@@ -511,6 +518,7 @@ struct Assembled {
     door: Door,
     reads: Reads,
     changes: Changes,
+    mender: Mender,
     office: watch::Receiver<Option<Office>>,
     disk_full: watch::Receiver<bool>,
     image_writer: Writer,
@@ -529,6 +537,7 @@ impl Assembled {
             door,
             reads,
             changes,
+            mender,
             office,
             disk_full,
             image_writer,
@@ -546,6 +555,7 @@ impl Assembled {
                 door,
                 reads,
                 changes,
+                mender,
                 office,
                 disk_full,
                 parts,
@@ -576,7 +586,8 @@ async fn assemble(
 
     // Where those who propose are woken: an entry's answer crosses from Raft's runtime to theirs once, not once per command.
     drop(callers.spawn(packer.run()));
-    tokio::spawn(reads.clone().serve(raft.clone(), pool));
+    tokio::spawn(reads.clone().serve(raft.clone(), pool.clone()));
+    let mender = Mender::new(identity.replica, shared.clone(), pool, raft.clone());
     start_upkeep(&raft, &shared, &disk_full);
     tokio::spawn(upkeep::note_members(raft.clone(), home.clone()));
     tokio::spawn(upkeep::note_membership(raft.clone(), home.clone(), identity, log.durable_index()));
@@ -605,6 +616,7 @@ async fn assemble(
         door,
         reads,
         changes,
+        mender,
         office,
         disk_full,
         image_writer,

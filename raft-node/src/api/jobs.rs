@@ -1,6 +1,7 @@
 //! Jobs: submit and cancel through the door; reads and watches from this replica's state.
 
 use std::collections::BTreeSet;
+use std::future::ready;
 use std::ops::Bound;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,12 +14,13 @@ use scheduling::plan::Cache;
 use statemachine::command::Command;
 use statemachine::record::{Phase, StoredReply};
 use statemachine::state::TimerKind;
-use statemachine::storage::{HistoryKey, Image, StorageError};
+use statemachine::storage::{HistoryKey, Image};
 use statemachine::{JobId, NodeId, State, TaskKey, Token};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::history::Unread;
 use super::{Api, requests, view};
 use crate::replica::Applied;
 
@@ -73,7 +75,7 @@ impl v1::jobs_server::Jobs for Api {
         self.admit(&request)?;
         let request = request.into_inner();
         let state = self.read(request.read).await?;
-        self.job(&state, JobId(request.job_id)).map(Response::new)
+        self.job(&state, JobId(request.job_id)).await.map(Response::new)
     }
 
     async fn list_jobs(&self, request: Request<v1::ListJobsRequest>) -> Result<Response<v1::ListJobsReply>, Status> {
@@ -81,17 +83,8 @@ impl v1::jobs_server::Jobs for Api {
         let request = request.into_inner();
         let state = self.read(request.read).await?;
         let limit = if request.limit == 0 { PAGE } else { (request.limit as usize).min(PAGE) };
-        let (unheard, mut cache) = (self.unheard(&state), Cache::default());
-        let mut reasons = Explainer::new(&state, &mut cache, &unheard);
-        let mut at = Cursor::parse(&request.page)?;
-        let mut jobs = Vec::new();
-        while jobs.len() < limit && at != Cursor::End {
-            if at.past_live() && !request.ended {
-                at = Cursor::End;
-                break;
-            }
-            at = self.fill(&state, at, limit, &mut reasons, &mut jobs)?;
-        }
+        let from = Cursor::parse(&request.page)?;
+        let (jobs, at) = self.mending(|| ready(self.page(&state, from, limit, request.ended))).await?;
         Ok(Response::new(v1::ListJobsReply {
             jobs,
             next_page: at.to_string(),
@@ -108,7 +101,7 @@ impl v1::jobs_server::Jobs for Api {
         // Subscribed before the first look: what changes while the job is rendered is not missed.
         let applied = self.replica.applied();
         let state = self.read(v1::ReadMode::Linearizable as i32).await?;
-        let first = self.job(&state, id)?;
+        let first = self.job(&state, id).await?;
         let (out, stream) = mpsc::channel(WATCH_BUFFER);
         tokio::spawn(watch(self.clone(), id, first, applied, out));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -136,7 +129,8 @@ async fn watch(
             }
             tokio::time::sleep(WATCH_PACE).await;
             applied.mark_unchanged();
-            let next = match api.job(&api.replica.state(), id) {
+            let state = api.replica.state();
+            let next = match api.job(&state, id).await {
                 Ok(next) => next,
                 Err(status) => {
                     let _ = out.send(Err(status)).await;
@@ -166,19 +160,38 @@ impl Api {
     }
 
     /// The job from memory, or from history.
-    fn job(&self, state: &State, id: JobId) -> Result<v1::Job, Status> {
+    async fn job(&self, state: &State, id: JobId) -> Result<v1::Job, Status> {
+        self.mending(|| ready(self.find(state, id))).await
+    }
+
+    fn find(&self, state: &State, id: JobId) -> Result<v1::Job, Unread> {
         let (unheard, mut cache) = (self.unheard(state), Cache::default());
         if let Some(job) = view::live(state, id, &mut Explainer::new(state, &mut cache, &unheard), &self.tables) {
             return Ok(job);
         }
-        match self.image()?.history(state, id).map_err(|error| unreadable(&error))? {
+        match self.image()?.history(state, id)? {
             Some(row) => Ok(view::archived(state, &row)),
-            None => Err(error::refusal(reason::NOT_FOUND, format!("there is no job {id}"))),
+            None => Err(error::refusal(reason::NOT_FOUND, format!("there is no job {id}")).into()),
         }
     }
 
+    /// One page of the list from the cursor on, and where the next begins.
+    fn page(&self, state: &State, from: Cursor, limit: usize, ended: bool) -> Result<(Vec<v1::Job>, Cursor), Unread> {
+        let (unheard, mut cache) = (self.unheard(state), Cache::default());
+        let mut reasons = Explainer::new(state, &mut cache, &unheard);
+        let (mut at, mut jobs) = (from, Vec::new());
+        while jobs.len() < limit && at != Cursor::End {
+            if at.past_live() && !ended {
+                at = Cursor::End;
+                break;
+            }
+            at = self.fill(state, at, limit, &mut reasons, &mut jobs)?;
+        }
+        Ok((jobs, at))
+    }
+
     /// History's home on this replica.
-    fn image(&self) -> Result<Arc<Image>, Status> {
+    pub(super) fn image(&self) -> Result<Arc<Image>, Status> {
         let reason = "this replica is taking a snapshot of the leader's in: ask another one";
         self.replica.image().ok_or_else(|| error::refusal(reason::STOPPING, reason))
     }
@@ -196,7 +209,7 @@ impl Api {
         limit: usize,
         reasons: &mut Explainer<'_>,
         jobs: &mut Vec<v1::Job>,
-    ) -> Result<Cursor, Status> {
+    ) -> Result<Cursor, Unread> {
         let room = limit - jobs.len();
         let mut live = |ids: Vec<JobId>| {
             jobs.extend(ids.into_iter().filter_map(|id| view::live(state, id, reasons, &self.tables)))
@@ -236,7 +249,7 @@ impl Api {
                 next.map_or(Cursor::Archived(None), Cursor::Ended)
             }
             Cursor::Archived(before) => {
-                let rows = self.image()?.history_list(state, before, room).map_err(|error| unreadable(&error))?;
+                let rows = self.image()?.history_list(state, before, room)?;
                 let next = rows.last().map(|row| HistoryKey::of(row)).filter(|_| rows.len() == room);
                 jobs.extend(rows.iter().map(|row| view::archived(state, row)));
                 next.map_or(Cursor::End, |key| Cursor::Archived(Some(key)))
@@ -244,10 +257,6 @@ impl Api {
             Cursor::End => Cursor::End,
         })
     }
-}
-
-fn unreadable(error: &StorageError) -> Status {
-    Status::internal(format!("this replica's history can't be read: {error}"))
 }
 
 /// Jobs in the planner's order, behind the last one told; where that waits no longer, behind as many as were told.

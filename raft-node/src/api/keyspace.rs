@@ -1,11 +1,14 @@
 //! The keyspace: reads at a read index, and watches that miss nothing and repeat nothing.
 
+use std::cell::RefCell;
+use std::future::ready;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::Stream;
 use proto::{error, reason, v1};
-use statemachine::keyspace::{History, Keyspace};
+use statemachine::keyspace::Keyspace;
 use statemachine::storage::Image;
 use statemachine::{JobId, Revision, State};
 use tokio::sync::mpsc;
@@ -13,6 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::Api;
+use super::history::Unread;
 
 /// Keys of one page: by default, and at most with values or without.
 const PAGE: usize = 1_000;
@@ -30,13 +34,15 @@ impl v1::keyspace_server::Keyspace for Api {
         self.admit(&request)?;
         let request = request.into_inner();
         let state = self.read(request.read).await?;
-        let image = self.replica.image();
-        // Rendering thousands of keys, and history from disk, would stall the other calls of this thread.
-        let page = tokio::task::spawn_blocking(move || {
-            let history = |id: JobId| history(image.as_deref(), &state, id);
-            page(&Keyspace::with_history(&state, &history), &request, state.meta.rev)
+        let page = self.mending(|| {
+            let (image, state, request) = (self.image(), state.clone(), request.clone());
+            // Rendering thousands of keys, and history from disk, would stall the other calls of this thread.
+            let page = tokio::task::spawn_blocking(move || {
+                with_history(&state, &image, |keyspace| page(keyspace, &request, state.meta.rev))
+            });
+            async { page.await.map_err(|error| Status::internal(format!("the read failed: {error}")))? }
         });
-        page.await.map(Response::new).map_err(|error| Status::internal(format!("the read failed: {error}")))
+        page.await.map(Response::new)
     }
 
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchReply, Status>> + Send>>;
@@ -61,18 +67,25 @@ impl v1::keyspace_server::Keyspace for Api {
     }
 }
 
-/// A row that left memory. A read error shows as a missing key in a list and is logged: the other keys are still good.
-fn history(
-    image: Option<&Image>,
+/// What `read` makes of the keyspace, history included; an error if a row that it asked for can't be read.
+fn with_history<T>(
     state: &State,
-    id: JobId,
-) -> Option<std::sync::Arc<statemachine::record::HistoryRow>> {
-    match image?.history(state, id) {
-        Ok(row) => row,
-        Err(error) => {
-            tracing::error!(%error, job = id.0, "history can't be read");
+    image: &Result<Arc<Image>, Status>,
+    read: impl FnOnce(&Keyspace<'_>) -> T,
+) -> Result<T, Unread> {
+    let damage = RefCell::new(None);
+    let history = |id: JobId| {
+        let row = image.as_ref().map_err(|status| Unread::Refused(status.clone()));
+        let row = row.and_then(|image| Ok(image.history(state, id)?));
+        row.unwrap_or_else(|error| {
+            damage.borrow_mut().get_or_insert(error);
             None
-        }
+        })
+    };
+    let found = read(&Keyspace::with_history(state, &history));
+    match damage.take() {
+        Some(error) => Err(error),
+        None => Ok(found),
     }
 }
 
@@ -138,7 +151,15 @@ async fn watch(
             let _ = out.send(Err(status)).await;
             return;
         }
-        for reply in changes(&api, &state, &request, seen) {
+        let read = || ready(changes(&api.image(), &state, &request, seen));
+        let replies = match api.mending(read).await {
+            Ok(replies) => replies,
+            Err(status) => {
+                let _ = out.send(Err(status)).await;
+                return;
+            }
+        };
+        for reply in replies {
             told = Revision(reply.revision);
             if out.send(Ok(reply)).await.is_err() {
                 return;
@@ -160,23 +181,27 @@ async fn watch(
 }
 
 /// What happened to the watched keys after `seen`, a message for each revision.
-fn changes(api: &Api, state: &State, request: &v1::WatchRequest, seen: Revision) -> Vec<v1::WatchReply> {
-    let Ok(events) = state.events_since(seen) else { return Vec::new() };
-    let image = api.replica.image();
-    let history: History<'_> = &|id: JobId| history(image.as_deref(), state, id);
-    let keyspace = Keyspace::with_history(state, history);
+fn changes(
+    image: &Result<Arc<Image>, Status>,
+    state: &State,
+    request: &v1::WatchRequest,
+    seen: Revision,
+) -> Result<Vec<v1::WatchReply>, Unread> {
+    let Ok(events) = state.events_since(seen) else { return Ok(Vec::new()) };
     let wanted = |key: &str| if request.prefix { key.starts_with(&request.key) } else { key == request.key };
-    let mut replies: Vec<v1::WatchReply> = Vec::new();
-    for event in events {
-        for (key, value) in keyspace.project(event).into_iter().filter(|(key, _)| wanted(key)) {
-            let deleted = value.is_none();
-            let value = if request.keys_only { String::new() } else { value.unwrap_or_default() };
-            let change = v1::KeyEvent { key, value, deleted, mod_revision: event.rev.0 };
-            match replies.last_mut().filter(|reply| reply.revision == event.rev.0) {
-                Some(reply) => reply.events.push(change),
-                None => replies.push(v1::WatchReply { events: vec![change], revision: event.rev.0 }),
+    with_history(state, image, |keyspace| {
+        let mut replies: Vec<v1::WatchReply> = Vec::new();
+        for event in events {
+            for (key, value) in keyspace.project(event).into_iter().filter(|(key, _)| wanted(key)) {
+                let deleted = value.is_none();
+                let value = if request.keys_only { String::new() } else { value.unwrap_or_default() };
+                let change = v1::KeyEvent { key, value, deleted, mod_revision: event.rev.0 };
+                match replies.last_mut().filter(|reply| reply.revision == event.rev.0) {
+                    Some(reply) => reply.events.push(change),
+                    None => replies.push(v1::WatchReply { events: vec![change], revision: event.rev.0 }),
+                }
             }
         }
-    }
-    replies
+        replies
+    })
 }

@@ -3,6 +3,7 @@
 
 mod agents;
 mod cluster;
+mod history;
 mod jobs;
 mod keyspace;
 mod locks;

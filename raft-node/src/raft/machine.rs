@@ -189,7 +189,7 @@ impl Shared {
     }
 
     /// Where the image lies.
-    pub(super) fn dir(&self) -> &Path {
+    pub fn dir(&self) -> &Path {
         &self.dir
     }
 

@@ -19,7 +19,7 @@ use openraft::raft::{
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use proto::v1::peer_client::PeerClient;
-use proto::v1::{FetchSnapshotRequest, PeerBytes, ReadIndexRequest, SnapshotPart};
+use proto::v1::{FetchHistoryRequest, FetchSnapshotRequest, HistoryRow, PeerBytes, ReadIndexRequest, SnapshotPart};
 use tonic::metadata::{AsciiMetadataValue, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -44,6 +44,8 @@ const CONNECT: Duration = Duration::from_millis(200);
 const APPEND_STALL: Duration = Duration::from_secs(2);
 /// A whole snapshot with its installation.
 const SNAPSHOT: Duration = Duration::from_secs(600);
+/// Until the rows of damaged history begin to come.
+const HISTORY: Duration = Duration::from_secs(5);
 /// A read index: the leader asks a quorum for it.
 const READ_INDEX: Duration = Duration::from_secs(1);
 /// An idle or dead connection is noticed within the sum.
@@ -129,6 +131,12 @@ impl Pool {
         let mut client = self.client(from, &peer.peer_addr, Lane::Snapshot)?;
         let request = FetchSnapshotRequest { at_least };
         Ok(within(SNAPSHOT, client.fetch_snapshot(request)).await?.into_inner())
+    }
+
+    /// Asks a peer for its rows of finished jobs.
+    pub async fn fetch_history(&self, from: u64, peer: &Peer, jobs: Vec<u64>) -> Result<Streaming<HistoryRow>, Status> {
+        let mut client = self.client(from, &peer.peer_addr, Lane::Snapshot)?;
+        Ok(within(HISTORY, client.fetch_history(FetchHistoryRequest { jobs })).await?.into_inner())
     }
 }
 

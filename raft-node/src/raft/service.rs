@@ -12,8 +12,12 @@ use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
 use proto::v1::snapshot_part::What;
-use proto::v1::{FetchSnapshotRequest, FileChunk, PeerBytes, ReadIndexReply, ReadIndexRequest, SnapshotPart};
-use statemachine::storage::Incoming;
+use proto::v1::{
+    FetchHistoryRequest, FetchSnapshotRequest, FileChunk, HistoryRow, PeerBytes, ReadIndexReply, ReadIndexRequest,
+    SnapshotPart,
+};
+use statemachine::storage::{self, Image, Incoming};
+use statemachine::{JobId, State};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -29,6 +33,9 @@ use crate::read::Reads;
 const CHUNK: usize = 1 << 20;
 /// Chunks that wait for the network, or for the disk.
 const CHUNKS_QUEUED: usize = 4;
+/// Rows of history that wait for the network, and jobs that may be asked for at once.
+const ROWS_QUEUED: usize = 64;
+pub(super) const HISTORY_JOBS: usize = 1_024;
 /// How long a snapshot that somebody asked for may take to be written.
 const SNAPSHOT_MADE: Duration = Duration::from_secs(120);
 
@@ -135,6 +142,41 @@ impl proto::v1::peer_server::Peer for PeerService {
         self.check(&request)?;
         let files = self.snapshot_of(request.into_inner().at_least).await?;
         Ok(Response::new(file_parts(files).map(Ok).boxed()))
+    }
+
+    type FetchHistoryStream = BoxStream<'static, Result<HistoryRow, Status>>;
+
+    async fn fetch_history(
+        &self,
+        request: Request<FetchHistoryRequest>,
+    ) -> Result<Response<Self::FetchHistoryStream>, Status> {
+        self.check(&request)?;
+        let jobs = request.into_inner().jobs;
+        if jobs.len() > HISTORY_JOBS {
+            let what = format!("{} jobs are asked for, at most {HISTORY_JOBS} at once", jobs.len());
+            return Err(Status::invalid_argument(what));
+        }
+        let image = self.shared.image().ok_or_else(|| stopped("a snapshot is being installed"))?;
+        let (rows, queue) = mpsc::channel(ROWS_QUEUED);
+        let state = self.shared.state();
+        tokio::task::spawn_blocking(move || send_rows(&state, &image, jobs, &rows));
+        Ok(Response::new(ReceiverStream::new(queue).map(Ok).boxed()))
+    }
+}
+
+/// The rows that this replica has; what it can't read itself is for the asking one to find elsewhere.
+fn send_rows(state: &State, image: &Image, jobs: Vec<u64>, rows: &mpsc::Sender<HistoryRow>) {
+    for job_id in jobs {
+        match image.history(state, JobId(job_id)) {
+            Ok(Some(row)) => {
+                let row = HistoryRow { job_id, row: storage::canonical_row(&row).into() };
+                if rows.blocking_send(row).is_err() {
+                    return;
+                }
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "another replica asks for history that is damaged here, too"),
+        }
     }
 }
 

@@ -24,6 +24,9 @@ pub enum Cause {
     /// Contents that are not what was written, or not what belongs here.
     #[error("{0}")]
     Damaged(String),
+    /// Finished jobs whose rows can't be read; copies may be elsewhere (`Image::mend_history`).
+    #[error(transparent)]
+    History(Box<DamagedHistory>),
     /// The image holds entries that the log has lost: the rule to sync the log first was broken.
     #[error(
         "the image is at log index {image}, the log ends at {log}: the log lost entries. Keep the directory for \
@@ -38,11 +41,30 @@ pub enum Cause {
     Superseded { bucket: u32 },
 }
 
+/// Rows of an hour of history that can't be read.
+#[derive(Debug, thiserror::Error)]
+#[error("the history of jobs {first} to {last}, which left memory in hour {bucket}, is damaged: {what}")]
+pub struct DamagedHistory {
+    pub bucket: u32,
+    /// Job ids.
+    pub first: u64,
+    pub last: u64,
+    pub what: String,
+}
+
 impl StorageError {
     /// Whether the disk, or the user's share of it, was full.
     pub fn is_full(&self) -> bool {
         let Cause::Io(error) = &self.cause else { return false };
         matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
+
+    /// The hour of history that is damaged, if that is the cause.
+    pub fn damaged_bucket(&self) -> Option<u32> {
+        match &self.cause {
+            Cause::History(damaged) => Some(damaged.bucket),
+            _ => None,
+        }
     }
 
     pub(crate) fn damaged(file: &Path, operation: &'static str, what: impl Into<String>) -> Self {

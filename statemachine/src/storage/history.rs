@@ -1,15 +1,16 @@
 //! Finished jobs that left memory: where their rows stand in the image, and how they are read. Which jobs are archived,
-//! and when a bucket is dropped, is apply's matter.
+//! and when a bucket is dropped, is apply's matter; how damaged rows come back is `mend`'s.
 //!
 //! A value holds the rows of up to 64 consecutive job ids that one cut archived: key = bucket u32, job id / 64 u64, log
 //! index of the cut u64, big-endian. So a cut only adds values, a job is found through its bucket (`State::ended_job`
 //! knows it) with one short scan, and a dropped bucket is one key range.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::codec::{self, StoredKey, Tag};
-use super::error::{At, StorageError};
+use super::error::{At, Cause, DamagedHistory, StorageError};
 use super::image::Image;
 use super::pages::{RowReader, put_row};
 use super::store::Batch;
@@ -69,13 +70,34 @@ pub(super) fn put<'a>(rows: impl Iterator<Item = &'a Arc<HistoryRow>>, index: u6
     }
 }
 
-fn group_key(bucket: u32, group: u64) -> Vec<u8> {
+/// What the image has of one group of job ids.
+pub(super) struct Group {
+    /// Job id / [`GROUP`].
+    pub number: u64,
+    /// Keys of its values, with the numbers of their chunks as far as they are known.
+    pub values: Vec<(Vec<u8>, u16)>,
+    pub rows: BTreeMap<HistoryKey, Vec<u8>>,
+    /// A value that can't be read.
+    pub damage: Option<StorageError>,
+}
+
+impl Group {
+    fn new(number: u64) -> Self {
+        Self { number, values: Vec::new(), rows: BTreeMap::new(), damage: None }
+    }
+}
+
+pub(super) fn group_key(bucket: u32, group: u64) -> Vec<u8> {
     [&bucket.to_be_bytes()[..], &group.to_be_bytes()].concat()
 }
 
 /// The bucket in the key of a value.
 pub(super) fn bucket_of(key: &[u8]) -> Option<u32> {
     u32::take(key.get(..4)?)
+}
+
+fn group_of(key: &[u8]) -> Option<u64> {
+    u64::take(key.get(4..12)?)
 }
 
 impl Image {
@@ -87,18 +109,19 @@ impl Image {
         }
         let bucket = state.ended_job(job).map(|(_, bucket)| bucket).filter(|bucket| state.buckets.contains(bucket));
         let Some(bucket) = bucket else { return Ok(None) };
-        let mut found = None;
-        self.store.scan(Tag::History, &group_key(bucket, job.0 / GROUP), &mut |_, payload, _| {
-            found = self.rows_of(&payload)?.into_iter().find(|row| row.id == job);
+        let (mut found, mut damage) = (None, None);
+        self.store.scan_past_damage(Tag::History, &group_key(bucket, job.0 / GROUP), &mut |key, read| {
+            // The job may stand in another value of its group.
+            match self.rows_under(key, read) {
+                Ok(rows) => found = rows.into_iter().find(|row| row.id == job),
+                Err(error) => damage = Some(error),
+            }
             Ok(found.is_none())
         })?;
-        match found {
-            Some(row) => Ok(Some(Arc::new(row))),
-            None => Err(StorageError::damaged(
-                self.dir(),
-                "read the history of",
-                format!("job {job} left memory in hour {bucket}, but its row is missing"),
-            )),
+        match (found, damage) {
+            (Some(row), _) => Ok(Some(Arc::new(row))),
+            (None, Some(damage)) => Err(damage),
+            (None, None) => Err(self.damaged_history(bucket, job.0..=job.0, "its row is missing")),
         }
     }
 
@@ -118,13 +141,17 @@ impl Image {
         let mut read = 0;
         let mut last_group = Vec::new();
         let below = group_key(before.bucket, (before.job.0 / GROUP).saturating_add(1));
-        self.store.scan_down(Tag::History, &below, &mut |key, payload, _| {
+        self.store.scan_down(Tag::History, &below, &mut |key, value| {
             let group = key.get(..12).unwrap_or_default();
             if read >= limit && group != last_group {
                 return Ok(false);
             }
             last_group = group.to_vec();
-            for row in self.rows_of(&payload)?.into_iter().filter(|row| fits(row)) {
+            if !bucket_of(key).is_some_and(|bucket| state.buckets.contains(&bucket)) {
+                // A dropped hour's values wait for their deletion: nobody looks at them.
+                return Ok(true);
+            }
+            for row in self.rows_under(key, value)?.into_iter().filter(|row| fits(row)) {
                 read += 1;
                 rows.entry(HistoryKey::of(&row)).or_insert_with(|| Arc::new(row));
             }
@@ -135,22 +162,42 @@ impl Image {
 
     /// Calls `each` with the stored rows of a bucket, job ids ascending.
     pub(super) fn bucket_rows(&self, bucket: u32, each: EachHistoryRow) -> Result<(), StorageError> {
-        let mut group: Vec<u8> = Vec::new();
-        let mut rows: BTreeMap<HistoryKey, Vec<u8>> = BTreeMap::new();
-        self.store.scan(Tag::History, &bucket.to_be_bytes(), &mut |key, payload, _| {
-            let this = key.get(..12).unwrap_or_default();
-            if this != group {
-                group = this.to_vec();
-                std::mem::take(&mut rows).iter().try_for_each(|(key, bytes)| each(*key, bytes))?;
+        self.groups(bucket, &mut |group| match group.damage {
+            Some(damage) => Err(damage),
+            None => group.rows.iter().try_for_each(|(key, bytes)| each(*key, bytes)),
+        })
+    }
+
+    /// Calls `each` with what is stored of every group of a bucket, ascending.
+    pub(super) fn groups(
+        &self,
+        bucket: u32,
+        each: &mut dyn FnMut(Group) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        let mut group: Option<Group> = None;
+        self.store.scan_past_damage(Tag::History, &bucket.to_be_bytes(), &mut |key, read| {
+            let number = group_of(key).ok_or_else(|| self.malformed_key(key))?;
+            if let Some(whole) = group.take_if(|group| group.number != number) {
+                each(whole)?;
             }
-            for row in RowReader(&payload) {
-                let (key, bytes) = row.map_err(|text| self.damaged_row(text))?;
-                let key = HistoryKey::take(key).ok_or_else(|| self.damaged_row("a key is malformed"))?;
-                rows.insert(key, bytes.to_vec());
+            let group = group.get_or_insert_with(|| Group::new(number));
+            group.values.push((key.to_vec(), read.as_ref().map_or(0, |(_, chunks)| *chunks)));
+            match read.and_then(|(payload, _)| self.stored_rows(&payload)) {
+                Ok(rows) => group.rows.extend(rows),
+                Err(error) => group.damage = Some(self.damage_under(key, error)),
             }
             Ok(true)
         })?;
-        rows.iter().try_for_each(|(key, bytes)| each(*key, bytes))
+        group.map_or(Ok(()), each)
+    }
+
+    fn stored_rows(&self, payload: &[u8]) -> Result<Vec<(HistoryKey, Vec<u8>)>, StorageError> {
+        let row = |row: Result<(&[u8], &[u8]), String>| {
+            let (key, bytes) = row.map_err(|text| self.damaged_row(text))?;
+            let key = HistoryKey::take(key).ok_or_else(|| self.damaged_row("a key is malformed"))?;
+            Ok((key, bytes.to_vec()))
+        };
+        RowReader(payload).map(row).collect()
     }
 
     /// Stores rows given as (key, canonical bytes), all of one bucket and in the order of their ids; for a new image.
@@ -166,13 +213,42 @@ impl Image {
         self.store.apply(batch)
     }
 
-    fn rows_of(&self, payload: &[u8]) -> Result<Vec<HistoryRow>, StorageError> {
-        RowReader(payload)
-            .map(|row| {
-                let (_, bytes) = row.map_err(|text| self.damaged_row(text))?;
-                codec::decode_record(bytes).at(self.dir(), "read a history row of")
-            })
-            .collect()
+    fn rows_under(
+        &self,
+        key: &[u8],
+        read: Result<(Vec<u8>, u16), StorageError>,
+    ) -> Result<Vec<HistoryRow>, StorageError> {
+        let decode = |row: Result<(&[u8], &[u8]), String>| {
+            let (_, bytes) = row.map_err(|text| self.damaged_row(text))?;
+            codec::decode_record(bytes).at(self.dir(), "read a history row of")
+        };
+        let rows = read.and_then(|(payload, _)| RowReader(&payload).map(decode).collect());
+        rows.map_err(|error| self.damage_under(key, error))
+    }
+
+    /// Names the jobs that an unreadable value holds; a disk that fails stays the cause.
+    fn damage_under(&self, key: &[u8], error: StorageError) -> StorageError {
+        match (bucket_of(key), group_of(key)) {
+            (Some(bucket), Some(group)) if !matches!(error.cause, Cause::Io(_)) => {
+                let first = group * GROUP;
+                self.damaged_history(bucket, first..=first + (GROUP - 1), error.cause.to_string())
+            }
+            _ => error,
+        }
+    }
+
+    pub(super) fn damaged_history(
+        &self,
+        bucket: u32,
+        jobs: RangeInclusive<u64>,
+        what: impl Into<String>,
+    ) -> StorageError {
+        let damaged = DamagedHistory { bucket, first: *jobs.start(), last: *jobs.end(), what: what.into() };
+        StorageError { file: self.dir().into(), operation: "read", cause: Cause::History(Box::new(damaged)) }
+    }
+
+    fn malformed_key(&self, key: &[u8]) -> StorageError {
+        self.damaged_row(format!("the key {key:02x?} is malformed"))
     }
 
     fn damaged_row(&self, text: impl Into<String>) -> StorageError {

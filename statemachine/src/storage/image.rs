@@ -105,13 +105,13 @@ impl Cut {
 /// The image of one replica. One thread writes; any thread may read history.
 pub struct Image {
     pub(super) store: Store,
-    written: Mutex<Written>,
+    pub(super) written: Mutex<Written>,
     /// Held for reading by who needs all history of a state; for writing while buckets are deleted.
     pub(super) history: RwLock<()>,
 }
 
 #[derive(Default)]
-struct Written {
+pub(super) struct Written {
     /// By tag.
     pages: Vec<Pages>,
     events: EventPages,

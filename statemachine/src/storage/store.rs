@@ -31,6 +31,10 @@ const PACKED: u8 = 2;
 /// Gets key, payload and number of chunks of a value; says whether to go on.
 pub(crate) type EachValue<'a> = &'a mut dyn FnMut(&[u8], Vec<u8>, u16) -> Result<bool, StorageError>;
 
+/// Gets the key of a value and its payload with the number of chunks, or why that can't be read; says whether to go on.
+pub(crate) type EachRead<'a> =
+    &'a mut dyn FnMut(&[u8], Result<(Vec<u8>, u16), StorageError>) -> Result<bool, StorageError>;
+
 pub(crate) struct Store {
     dir: PathBuf,
     db: sled::Db,
@@ -200,10 +204,17 @@ impl Store {
 
     /// Calls `each` with (key, payload, chunks) for every value of a table whose key begins with `prefix`, in order.
     pub fn scan(&self, tag: Tag, prefix: &[u8], each: EachValue) -> Result<(), StorageError> {
+        self.scan_past_damage(tag, prefix, &mut |key, read| {
+            let (payload, chunks) = read?;
+            each(key, payload, chunks)
+        })
+    }
+
+    /// [`Store::scan`] that leaves a damaged value to `each`, and goes on behind it.
+    pub fn scan_past_damage(&self, tag: Tag, prefix: &[u8], each: EachRead) -> Result<(), StorageError> {
         let mut found = self.tree.scan_prefix(stored_key(tag, prefix));
         while let Some((key, value)) = self.guarded("read", || found.next().transpose())? {
-            let (payload, chunks) = self.unpack(tag, &key[1..], &value)?;
-            if !each(&key[1..], payload, chunks)? {
+            if !each(&key[1..], self.unpack(tag, &key[1..], &value))? {
                 break;
             }
         }
@@ -211,11 +222,10 @@ impl Store {
     }
 
     /// Calls `each` for every value of a table whose key is below `below`, the highest first.
-    pub fn scan_down(&self, tag: Tag, below: &[u8], each: EachValue) -> Result<(), StorageError> {
+    pub fn scan_down(&self, tag: Tag, below: &[u8], each: EachRead) -> Result<(), StorageError> {
         let mut found = self.tree.range(stored_key(tag, &[])..stored_key(tag, below));
         while let Some((key, value)) = self.guarded("read", || found.next_back().transpose())? {
-            let (payload, chunks) = self.unpack(tag, &key[1..], &value)?;
-            if !each(&key[1..], payload, chunks)? {
+            if !each(&key[1..], self.unpack(tag, &key[1..], &value))? {
                 break;
             }
         }

@@ -153,18 +153,28 @@ impl Snapshot {
 
     /// Calls `each` with the rows of every bucket of history, bucket by bucket, ids ascending.
     pub(super) fn history(&self, each: EachHistoryRow) -> Result<(), StorageError> {
-        for file in self.manifest.files.iter().filter(|file| file.name.starts_with("history-")) {
-            let path = self.dir.join(&file.name);
-            let mut sum = 0u128;
-            let check = blocks::read_rows(&path, &mut |tag, key, bytes| {
-                let malformed = CodecError::Key { tag, len: key.len() };
-                let row = HistoryKey::take(key).filter(|_| tag == Tag::History as u8).ok_or(malformed);
-                sum = sum.wrapping_add(codec::hash_row(Tag::History, key, bytes));
-                each(row.at(&path, "read")?, bytes)
-            })?;
-            if sum != check {
-                return Err(StorageError::damaged(&path, "read", "the sum of its rows is wrong"));
-            }
+        let mut files = self.manifest.files.iter().filter(|file| file.name.starts_with("history-"));
+        files.try_for_each(|file| self.history_file(&file.name, each))
+    }
+
+    /// The same for one bucket; nothing if the snapshot doesn't have it.
+    pub(super) fn history_of(&self, bucket: u32, each: EachHistoryRow) -> Result<(), StorageError> {
+        let begin = format!("history-{bucket:010}-");
+        let mut files = self.manifest.files.iter().filter(|file| file.name.starts_with(&begin));
+        files.try_for_each(|file| self.history_file(&file.name, each))
+    }
+
+    fn history_file(&self, name: &str, each: EachHistoryRow) -> Result<(), StorageError> {
+        let path = self.dir.join(name);
+        let mut sum = 0u128;
+        let check = blocks::read_rows(&path, &mut |tag, key, bytes| {
+            let malformed = CodecError::Key { tag, len: key.len() };
+            let row = HistoryKey::take(key).filter(|_| tag == Tag::History as u8).ok_or(malformed);
+            sum = sum.wrapping_add(codec::hash_row(Tag::History, key, bytes));
+            each(row.at(&path, "read")?, bytes)
+        })?;
+        if sum != check {
+            return Err(StorageError::damaged(&path, "read", "the sum of its rows is wrong"));
         }
         Ok(())
     }
