@@ -58,7 +58,7 @@ enum Run {
         #[arg(long, value_enum, value_delimiter = ',')]
         allow_skip: Vec<Fault>,
         /// Run with this planted bug, in a binary built with them: the run must be INVALID
-        #[arg(long, value_name = "BUG")]
+        #[arg(long, value_name = "BUG", value_parser = planted_bug)]
         planted: Option<String>,
         /// Where history and ledger are left [default: a directory of this seed in the target directory]
         #[arg(long, value_name = "DIR")]
@@ -123,6 +123,13 @@ fn short(seed: u64) -> Vec<Verdict> {
         Err(why) => eprintln!("SKIPPED: no power was cut, that needs root, loop devices and mkfs.ext4: {why}"),
     }
     runs
+}
+
+/// A mistyped name would run without any bug.
+fn planted_bug(name: &str) -> Result<String, String> {
+    let known: Vec<&str> =
+        ["ack_without_fsync"].into_iter().chain(planted::Bug::ALL.iter().map(|bug| bug.name())).collect();
+    if known.contains(&name) { Ok(name.to_owned()) } else { Err(format!("it is one of {}", known.join(", "))) }
 }
 
 fn power_cuts(cuts: usize, replicas: usize, seed: u64, planted: Option<String>) -> Verdict {

@@ -34,11 +34,6 @@ impl Request {
     pub fn accepts(&self, gpu_type: u8) -> bool {
         self.types == 0 || self.types & (1 << gpu_type) != 0
     }
-
-    /// The same request for another number of GPUs, as one part of a gang.
-    fn part_of(&self, gpus: u32) -> Self {
-        Self { gpus, ..*self }
-    }
 }
 
 /// What a machine has.
@@ -59,15 +54,6 @@ pub struct Free {
     pub shared: Vec<(u16, u16)>,
     pub cpus: u32,
     pub mem_mib: u32,
-}
-
-/// What a job holds on one machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    pub node: u32,
-    pub request: Request,
-    /// The shared GPU that the share lies on.
-    pub share: Option<u16>,
 }
 
 /// Which GPU a share goes to.
@@ -160,22 +146,12 @@ impl Free {
 pub struct World {
     pub machines: Vec<Machine>,
     pub free: Vec<Free>,
-    /// GPUs of the largest machine of each type: a job above it is a gang of whole machines and a rest.
-    largest: Vec<u32>,
-    /// Whole GPUs free over all machines: a bound that spares most looks.
-    pub whole: u64,
 }
 
 impl World {
     pub fn new(machines: Vec<Machine>) -> Self {
         let free = machines.iter().map(Free::of).collect();
-        let mut largest = vec![0; 64];
-        for machine in &machines {
-            let known = &mut largest[usize::from(machine.gpu_type & 63)];
-            *known = machine.gpus.max(*known);
-        }
-        let whole = machines.iter().map(|machine| u64::from(machine.gpus)).sum();
-        Self { machines, free, largest, whole }
+        Self { machines, free }
     }
 
     /// GPUs of all machines.
@@ -188,70 +164,7 @@ impl World {
         accepted && self.free[node].fits(request)
     }
 
-    pub fn take(&mut self, node: usize, request: &Request, slot: Slot) -> Part {
-        let before = self.free[node].whole;
-        let share = self.free[node].take(request, slot);
-        self.whole -= u64::from(before - self.free[node].whole);
-        Part { node: node as u32, request: *request, share }
-    }
-
-    pub fn give(&mut self, part: &Part) {
-        let free = &mut self.free[part.node as usize];
-        let before = free.whole;
-        free.give(&part.request, part.share);
-        self.whole += u64::from(free.whole - before);
-    }
-
-    /// The requests that a job makes of single machines: itself where one machine could hold it, else whole machines
-    /// and the rest on one more. `None` when no machine accepts the type.
-    pub fn parts_of(&self, request: &Request) -> Option<Vec<Request>> {
-        let accepted = (0..64u8).filter(|gpu_type| request.accepts(*gpu_type));
-        let largest = accepted.map(|gpu_type| self.largest[usize::from(gpu_type)]).max().unwrap_or(0);
-        if request.gpus <= largest {
-            return Some(vec![*request]);
-        }
-        if largest == 0 {
-            return None;
-        }
-        let whole = std::iter::repeat_n(request.part_of(largest), (request.gpus / largest) as usize);
-        let rest = Some(request.gpus % largest).filter(|rest| *rest > 0).map(|rest| request.part_of(rest));
-        Some(whole.chain(rest).collect())
-    }
-
-    /// The request could run on the empty machines.
-    pub fn could_ever_fit(&self, request: &Request) -> bool {
-        let empty = Self::new(self.machines.clone());
-        empty.fit_all(request).is_some()
-    }
-
-    /// Machines for every part of a job by best fit (fewest whole GPUs left, then the first machine); `None` when it does
-    /// not fit.
-    pub fn fit_all(&self, request: &Request) -> Option<Vec<u32>> {
-        self.fit_all_where(request, |_, _| true)
-    }
-
-    /// `fit_all` over the machines that `also` accepts for a part.
-    pub fn fit_all_where(&self, request: &Request, also: impl Fn(usize, &Request) -> bool) -> Option<Vec<u32>> {
-        if !request.is_share() && u64::from(request.gpus) > self.whole {
-            return None;
-        }
-        let mut chosen: Vec<u32> = Vec::new();
-        for part in self.parts_of(request)? {
-            let best = (0..self.machines.len())
-                .filter(|node| !chosen.contains(&(*node as u32)) && self.fits(*node, &part) && also(*node, &part))
-                .min_by_key(|node| self.free[*node].whole)?;
-            chosen.push(best as u32);
-        }
-        Some(chosen)
-    }
-
-    /// Takes a whole job on the machines that `fit_all` named.
-    pub fn take_all(&mut self, request: &Request, nodes: &[u32]) -> Vec<Part> {
-        let parts = self.parts_of(request).unwrap_or_default();
-        let take = |(part, node): (Request, &u32)| {
-            let slot = self.free[*node as usize].slots(&part).first().copied().unwrap_or(Slot::Fresh);
-            self.take(*node as usize, &part, slot)
-        };
-        parts.into_iter().zip(nodes).map(take).collect()
+    pub fn take(&mut self, node: usize, request: &Request, slot: Slot) {
+        self.free[node].take(request, slot);
     }
 }

@@ -1,17 +1,14 @@
 //! The queue over virtual time: the published EASY schedules of two real logs, job by job, and that nothing depends on
 //! a duration that has not passed. The logs are in $ARES_TEST_DATA/traces; without them it says so and passes.
 
+mod traces;
+
 use std::collections::BTreeMap;
 
 use scheduling::profile::Profile;
 use scheduling::simulate::queue::{Queue, waits};
 use scheduling::simulate::trace::{Trace, TraceJob, read};
-
-fn unpacked(name: &str) -> Option<String> {
-    let path = format!("{}/traces/{name}", std::env::var("ARES_TEST_DATA").ok()?);
-    let output = std::process::Command::new("gzip").args(["-dcf", &path]).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
-}
+use traces::unpacked;
 
 /// The log and its published waits by job.
 fn log(name: &str) -> Option<(Trace, BTreeMap<String, u64>)> {

@@ -1,16 +1,13 @@
 //! The published filling experiment, on the real lists: how much of the cluster each named score fills. Needs the traces
 //! in $ARES_TEST_DATA/traces and gzip; without them it says so and passes.
 
+mod traces;
+
 use scheduling::score::Score;
 use scheduling::simulate::saturation::saturate;
 use scheduling::simulate::trace::{Trace, read};
 use scheduling::world::{Free, Machine, Request, Slot};
-
-fn unpacked(name: &str) -> Option<String> {
-    let path = format!("{}/traces/{name}", std::env::var("ARES_TEST_DATA").ok()?);
-    let output = std::process::Command::new("gzip").args(["-dc", &path]).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
-}
+use traces::unpacked;
 
 fn list(name: &str) -> Option<Trace> {
     let found = unpacked(&format!("openb-{name}.jobs.csv.gz")).zip(unpacked("openb.nodes.csv.gz"));

@@ -1,5 +1,11 @@
+//! `simulation [FIRST [COUNT [TRACE]]]`: runs seeds of the core tier; exit code 1 if an invariant was broken.
+
+use std::process::ExitCode;
+
 use jepsen_style_tests::sim;
-fn main() {
+
+fn main() -> ExitCode {
+    let mut code = ExitCode::SUCCESS;
     let seeds = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(1u64);
     let count = std::env::args().nth(2).and_then(|text| text.parse().ok()).unwrap_or(1u64);
     let loud = std::env::args().nth(3).is_some();
@@ -8,6 +14,9 @@ fn main() {
         let faults = sim::faults_of(&setup, &[]);
         let began = std::time::Instant::now();
         let report = sim::run(&setup, &faults, loud);
+        if report.failure.is_some() {
+            code = ExitCode::FAILURE;
+        }
         println!(
             "seed {seed}: {:016x} {:?} events {} sim {} s wall {:?} started {} entries {} offices {} took {:?}",
             report.hash,
@@ -24,4 +33,5 @@ fn main() {
             println!("{}", report.tail);
         }
     }
+    code
 }

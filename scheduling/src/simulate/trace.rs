@@ -22,10 +22,7 @@ pub struct Trace {
     pub jobs: Vec<TraceJob>,
     pub tenants: Vec<String>,
     pub machines: Vec<Machine>,
-    pub machine_names: Vec<String>,
     pub types: Vec<String>,
-    /// Each tenant has machines of its own: those whose type bears its name.
-    pub partitioned: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,15 +116,13 @@ fn rows<T>(
 pub fn read(jobs: (&str, &str), nodes: (&str, &str)) -> Result<Trace, TraceError> {
     let mut types: Vec<String> = Vec::new();
     let machines = rows(nodes.0, nodes.1, &["name", "gpus"], |row| read_machine(row, &mut types))?;
-    let (machine_names, machines) = machines.into_iter().unzip();
     let mut tenants = Numbers::default();
     let jobs = rows(jobs.0, jobs.1, &["id", "submit_s", "duration_s", "gpus"], |row| {
         let job = read_job(row, &types)?;
         Ok(TraceJob { tenant: tenants.of(row.text("tenant")), ..job })
     })?;
     let tenants = tenants.names;
-    let partitioned = tenants.len() > 1 && tenants.iter().all(|tenant| types.contains(tenant));
-    Ok(Trace { jobs, tenants, machines, machine_names, types, partitioned })
+    Ok(Trace { jobs, tenants, machines, types })
 }
 
 #[derive(Default)]
@@ -148,7 +143,7 @@ impl Numbers {
     }
 }
 
-fn read_machine(row: &Row<'_>, types: &mut Vec<String>) -> Result<(String, Machine), TraceError> {
+fn read_machine(row: &Row<'_>, types: &mut Vec<String>) -> Result<Machine, TraceError> {
     let name = row.text("gpu_type");
     let at = types.iter().position(|known| known == name).unwrap_or_else(|| {
         types.push(name.to_owned());
@@ -158,13 +153,12 @@ fn read_machine(row: &Row<'_>, types: &mut Vec<String>) -> Result<(String, Machi
         return Err(row.error("gpu_type", format!("{name:?} is the 65th type; at most 64 are told apart")));
     }
     let gpus = row.number("gpus")?.ok_or_else(|| row.error("gpus", "it is empty; write 0 for none".to_owned()))?;
-    let machine = Machine {
+    Ok(Machine {
         gpus: row.bounded("gpus", gpus, 1 << 20)?,
         gpu_type: at as u8,
         cpus: bounded_or_unknown(row, "cpus", row.thousandths("cpus")?)?,
         mem_mib: bounded_or_unknown(row, "mem_mib", row.number("mem_mib")?)?,
-    };
-    Ok((row.text("name").to_owned(), machine))
+    })
 }
 
 fn bounded_or_unknown(row: &Row<'_>, column: &str, value: Option<u64>) -> Result<u32, TraceError> {
