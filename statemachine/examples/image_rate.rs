@@ -209,10 +209,10 @@ fn job(id: JobId, request: RequestId, state: &State) -> Job {
         mix_types: false,
         min_bandwidth_mbps: 0,
     };
-    let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: Vec::new() };
+    let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: [].into() };
     Job {
         spec: JobSpec {
-            name: format!("bench-{id}"),
+            name: format!("bench-{id}").into(),
             priority: 0,
             shape,
             limit_ms: 3_600_000,

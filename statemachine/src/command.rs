@@ -447,5 +447,5 @@ impl Code {
 
 /// Backoff default of `ares submit`; `run`, `dev` and Slurm names use none.
 pub fn default_retry() -> Retry {
-    Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: Vec::new() }
+    Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: [].into() }
 }

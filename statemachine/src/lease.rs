@@ -252,7 +252,7 @@ impl State {
         debug_assert_eq!(result.rev, ctx.rev);
         self.tasks.update(&task, |task| task.value.result = Some(result));
         let tenant = self.jobs.update(&task.job, |job| {
-            job.value.ended = Some(end);
+            job.value.ended = Some(Box::new(end));
             job.value.tenant
         });
         if let Some(tenant) = tenant {

@@ -48,10 +48,10 @@ pub struct Job {
     /// Why the job must not start although nothing else forbids it.
     pub holds: Holds,
     /// Set once by a cancel: no task starts any more, and a way back to the queue becomes CANCELLED.
-    pub stop: Option<Stop>,
+    pub stop: Option<Box<Stop>>,
     /// Tasks of the job; 1 until arrays exist.
     pub tasks: u32,
-    pub ended: Option<JobEnd>,
+    pub ended: Option<Box<JobEnd>>,
     /// Which of `spec.after` are still waited for: bit n is the n-th.
     pub unmet: u64,
 }

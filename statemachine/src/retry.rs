@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn extreme_settings_do_not_overflow() {
-        let retry = Retry { max: 9, initial_ms: u64::MAX, mult_milli: u32::MAX, max_ms: u64::MAX, on_exit: vec![] };
+        let retry = Retry { max: 9, initial_ms: u64::MAX, mult_milli: u32::MAX, max_ms: u64::MAX, on_exit: [].into() };
         assert!(backoff_ms(&retry, u32::MAX, 1, JobId(u64::MAX).into(), u32::MAX) > u64::MAX / 2);
     }
 }

@@ -10,7 +10,7 @@ use crate::id::{GpuTypeId, JobId};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobSpec {
     /// Free text, 1 to 128 bytes.
-    pub name: String,
+    pub name: Box<str>,
     /// Higher goes first; jobs of one priority go in the order of submission.
     pub priority: i32,
     pub shape: Shape,
@@ -129,7 +129,7 @@ pub struct Retry {
     pub mult_milli: u32,
     pub max_ms: u64,
     /// Exit codes that are retried (128 + signal for a signal); empty = each non-zero exit and signal.
-    pub on_exit: Vec<u8>,
+    pub on_exit: Box<[u8]>,
 }
 
 /// What a rank executes: opaque to apply, kept apart from the job so that a status change rewrites no body.

@@ -192,4 +192,11 @@ mod tests {
     fn a_row_costs_sixteen_bytes_of_hash_and_eight_of_state() {
         assert_eq!(size_of::<Row<[u64; 4]>>(), 32 + 24);
     }
+
+    /// A hundred thousand of them wait: what few jobs have stands in a box. The next size that the allocator knows is 384.
+    #[test]
+    fn a_waiting_job_fits_a_block_of_320_bytes() {
+        const COUNTS_OF_ARC: usize = 16;
+        assert!(size_of::<Row<crate::record::Versioned<crate::record::Job>>>() + COUNTS_OF_ARC <= 320);
+    }
 }

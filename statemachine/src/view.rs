@@ -262,7 +262,7 @@ impl State {
         };
         JobView {
             job: id,
-            name: job.spec.name.clone(),
+            name: job.spec.name.clone().into(),
             user: self.user_name(job.user).to_owned(),
             tenant: self.tenants.get(&job.tenant).map_or_else(String::new, |tenant| tenant.name.clone()),
             queue: self.queues.get(&job.queue).map_or_else(String::new, |queue| queue.name.clone()),
@@ -275,7 +275,7 @@ impl State {
             retries_used: task.map_or(0, |task| task.used.retries),
             retries_max: job.spec.retry.max,
             excused: task.map_or(0, |task| task.used.excused()),
-            ended: job.ended.clone(),
+            ended: job.ended.as_deref().cloned(),
             verdict_text: lease
                 .and_then(|lease| lease.verdict.as_ref())
                 .map_or_else(String::new, |verdict| verdict.text.clone()),

@@ -220,7 +220,7 @@ fn only_the_listed_exits_are_retried() {
     let (node, _) = world.register(machine("n1", 1, 1));
     for (exit, state) in [(75, "RETRYING"), (1, "FAILED")] {
         let mut picky = one_gpu();
-        picky.spec.retry.on_exit = vec![75];
+        picky.spec.retry.on_exit = [75].into();
         let id = world.submit(picky);
         let token = world.place(id, &[node]).unwrap();
         world.report(node, token, ended(0, 1, exit)).unwrap();

@@ -1,6 +1,6 @@
 //! `ares bench`: closed-loop load, and the check that nothing acknowledged is missing afterwards.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,6 +37,9 @@ enum Verb {
         /// Bytes of each job's command
         #[arg(long, default_value_t = 300)]
         bytes: usize,
+        /// Jobs left waiting at most: each client cancels the oldest of its share before it submits one more
+        #[arg(long, value_name = "JOBS")]
+        live: Option<usize>,
         /// Leave the jobs' check on every replica out
         #[arg(long)]
         no_check: bool,
@@ -54,24 +57,46 @@ const CLIENTS_PER_CONNECTION: usize = 32;
 const NO_SUCH_GPU: &str = "bench-none";
 
 pub fn run(args: Args, global: Global) -> Outcome {
-    let (named, clients, seconds, bytes, no_check) = match args.verb {
-        Verb::Submit { servers, clients, seconds, bytes, no_check } => (servers, clients, seconds, bytes, no_check),
-        Verb::Start { jobs } => return start(&global, jobs),
-    };
+    match args.verb {
+        Verb::Submit { servers, clients, seconds, bytes, live, no_check } => {
+            let share = live.map(|live| live / clients.max(1));
+            submit(&global, &servers, Demand { clients, seconds, bytes, share }, no_check)
+        }
+        Verb::Start { jobs } => start(&global, jobs),
+    }
+}
+
+/// What the load is made of.
+struct Demand {
+    clients: usize,
+    seconds: u64,
+    /// Of each job's command.
+    bytes: usize,
+    /// Jobs that one client leaves waiting at most.
+    share: Option<usize>,
+}
+
+fn submit(global: &Global, named: &[String], demand: Demand, no_check: bool) -> Outcome {
     let named = match named.is_empty() {
-        true => servers(&global)?,
+        true => servers(global)?,
         false => named.iter().map(|server| address(server)).collect::<Result<_, _>>()?,
     };
-    if clients == 0 || seconds == 0 {
+    if demand.clients == 0 || demand.seconds == 0 {
         return Err(Failure::usage("--clients and --seconds are at least 1"));
+    }
+    if demand.share == Some(0) {
+        return Err(Failure::usage(format!(
+            "--live is at least --clients, {}: each client has a job of its own",
+            demand.clients
+        )));
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
-        let load = submit_load(&global, &named, clients, Duration::from_secs(seconds), bytes).await?;
-        let mut report = load.report(clients);
+        let load = submit_load(global, &named, &demand).await?;
+        let mut report = load.report(&demand);
         let mut missing = 0;
         if !no_check {
-            let checked = check(&global, &named, &load.acknowledged).await?;
+            let checked = check(global, &named, &load.acknowledged).await?;
             missing = checked.iter().map(|(_, missing)| missing).sum();
             report["missing"] =
                 checked.into_iter().map(|(server, missing)| (server, json!(missing))).collect::<Value>();
@@ -92,6 +117,7 @@ type Acknowledged = (u64, u64);
 
 struct Load {
     acknowledged: Vec<Acknowledged>,
+    cancelled: usize,
     latency_us: Histogram<u64>,
     errors: u64,
     first_error: Option<String>,
@@ -100,11 +126,11 @@ struct Load {
 }
 
 impl Load {
-    fn report(&self, clients: usize) -> Value {
+    fn report(&self, demand: &Demand) -> Value {
         let ms = |quantile: f64| self.latency_us.value_at_quantile(quantile) as f64 / 1_000.0;
         let seconds = self.took.as_secs_f64();
-        json!({
-            "clients": clients,
+        let mut report = json!({
+            "clients": demand.clients,
             "seconds": seconds,
             "acknowledged": self.acknowledged.len(),
             "ops_per_s": (self.acknowledged.len() as f64 / seconds).round(),
@@ -116,7 +142,11 @@ impl Load {
             "errors": self.errors,
             "first_error": self.first_error,
             "cpu": (self.cpu.as_secs_f64() / seconds * 100.0).round() / 100.0,
-        })
+        });
+        if demand.share.is_some() {
+            report["cancelled"] = json!(self.cancelled);
+        }
+        report
     }
 }
 
@@ -135,16 +165,14 @@ fn print(report: &Value) {
     }
 }
 
-async fn submit_load(
-    global: &Global,
-    servers: &[String],
-    clients: usize,
-    duration: Duration,
-    bytes: usize,
-) -> Result<Load, Failure> {
+async fn submit_load(global: &Global, servers: &[String], demand: &Demand) -> Result<Load, Failure> {
+    let clients = demand.clients;
     let stop = Arc::new(AtomicBool::new(false));
-    let request =
-        v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job(bytes)), user: "bench".to_owned() };
+    let request = v1::SubmitJobRequest {
+        request_id: proto::request_id(),
+        job: Some(job(demand.bytes)),
+        user: "bench".to_owned(),
+    };
     let connections = clients.div_ceil(CLIENTS_PER_CONNECTION);
     let connections: Vec<Client> = (0..connections).map(|_| fresh_client(global, servers)).collect::<Result<_, _>>()?;
     for client in &connections {
@@ -156,12 +184,13 @@ async fn submit_load(
     let began = Instant::now();
     for at in 0..clients {
         let client = connections[at % connections.len()].clone();
-        workers.spawn(closed_loop(client, request.clone(), stop.clone(), began));
+        workers.spawn(closed_loop(client, request.clone(), demand.share, stop.clone(), began));
     }
-    tokio::time::sleep(duration).await;
+    tokio::time::sleep(Duration::from_secs(demand.seconds)).await;
     stop.store(true, Ordering::Relaxed);
     let mut load = Load {
         acknowledged: Vec::new(),
+        cancelled: 0,
         latency_us: histogram(),
         errors: 0,
         first_error: None,
@@ -171,6 +200,7 @@ async fn submit_load(
     while let Some(worker) = workers.join_next().await {
         let worker = worker.map_err(|error| Failure::new(FAILURE, format!("a client stopped: {error}")))?;
         load.acknowledged.extend(worker.acknowledged);
+        load.cancelled += worker.cancelled;
         load.errors += worker.errors;
         load.first_error = load.first_error.or(worker.first_error);
         // The bounds are the same, so adding can't fail.
@@ -202,6 +232,7 @@ fn histogram() -> Histogram<u64> {
 
 struct Worker {
     acknowledged: Vec<Acknowledged>,
+    cancelled: usize,
     latency_us: Histogram<u64>,
     errors: u64,
     first_error: Option<String>,
@@ -210,25 +241,48 @@ struct Worker {
 async fn closed_loop(
     client: Client,
     mut request: v1::SubmitJobRequest,
+    share: Option<usize>,
     stop: Arc<AtomicBool>,
     load_began: Instant,
 ) -> Worker {
-    let mut worker = Worker { acknowledged: Vec::new(), latency_us: histogram(), errors: 0, first_error: None };
+    let mut worker =
+        Worker { acknowledged: Vec::new(), cancelled: 0, latency_us: histogram(), errors: 0, first_error: None };
+    let mut waiting = VecDeque::new();
     while !stop.load(Ordering::Relaxed) {
+        if share.is_some_and(|share| waiting.len() >= share)
+            && let Some(job) = waiting.pop_front()
+        {
+            worker.cancel(&client, job).await;
+        }
         request.request_id = proto::request_id();
         let began = Instant::now();
         match client.submit_job(request.clone()).await {
             Ok(reply) => {
+                if share.is_some() {
+                    waiting.push_back(reply.job_id);
+                }
                 worker.acknowledged.push((reply.job_id, load_began.elapsed().as_micros() as u64));
                 worker.latency_us.saturating_record(began.elapsed().as_micros() as u64);
             }
-            Err(error) => {
-                worker.errors += 1;
-                worker.first_error.get_or_insert(error.to_string());
-            }
+            Err(error) => worker.note(&error),
         }
     }
     worker
+}
+
+impl Worker {
+    async fn cancel(&mut self, client: &Client, job_id: u64) {
+        let request = v1::CancelJobRequest { request_id: proto::request_id(), job_id, user: "bench".to_owned() };
+        match client.cancel_job(request).await {
+            Ok(_) => self.cancelled += 1,
+            Err(error) => self.note(&error),
+        }
+    }
+
+    fn note(&mut self, error: &proto::Error) {
+        self.errors += 1;
+        self.first_error.get_or_insert(error.to_string());
+    }
 }
 
 /// Acknowledged ids that a replica's own read does not have, by replica.

@@ -466,7 +466,7 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
     let ttl_ms = rng.pick(&setup.ttls_ms);
     let argv = if rng.chance(20) && !endless { vec!["missing".to_owned()] } else { script.argv() };
     let spec = JobSpec {
-        name: format!("job-{n}"),
+        name: format!("job-{n}").into(),
         priority: rng.pick(&[0, 0, 0, 5]),
         shape: Shape {
             nodes,
@@ -486,7 +486,7 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
             initial_ms: rng.range(100, 1_000),
             mult_milli: 2_000,
             max_ms: 2_000,
-            on_exit: Vec::new(),
+            on_exit: [].into(),
         },
         labels: Default::default(),
         terms: None,

@@ -93,7 +93,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
     };
     let name = if job.name.is_empty() { default_name(&body.argv) } else { job.name };
     let spec = JobSpec {
-        name,
+        name: name.into(),
         priority: job.priority,
         shape: Shape {
             nodes: fields.narrow("shape.nodes", shape.nodes.max(1), 2_048),

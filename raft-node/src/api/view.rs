@@ -122,7 +122,7 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
     let spec = &job.spec;
     let shape = &spec.shape;
     v1::JobSpec {
-        name: spec.name.clone(),
+        name: spec.name.to_string(),
         priority: spec.priority,
         shape: Some(v1::Shape {
             nodes: u32::from(shape.nodes),

@@ -51,7 +51,7 @@ fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token, ending: b
         stop: stop(lease),
         master_addr,
         master_port,
-        job_name: spec.name.clone(),
+        job_name: spec.name.to_string(),
     })
 }
 

@@ -19,7 +19,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) -> Result<R
     state.change_job(ctx, id, |state, ctx| {
         let by = state.intern_user(ctx.actor);
         let create_rev = ctx.rev;
-        state.jobs.update(&id, |job| job.value.stop = Some(Stop { by, rev: create_rev }));
+        state.jobs.update(&id, |job| job.value.stop = Some(Box::new(Stop { by, rev: create_rev })));
         stop_task(state, ctx, id.into());
     });
     DONE

@@ -80,7 +80,7 @@ fn spec() -> JobSpec {
         mix_types: false,
         min_bandwidth_mbps: 20_000,
     };
-    let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: vec![1, 137] };
+    let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: [1, 137].into() };
     JobSpec {
         name: "digits".into(),
         priority: -2,
@@ -120,9 +120,9 @@ fn job() -> Job {
         submitted_wall_ms: 1_800_000_000_000,
         seq: 42,
         holds: Holds { launch: true, orphan: false, user: true, begin: true, after: true, restore: true },
-        stop: Some(Stop { by: UserId(9), rev: Revision(8) }),
+        stop: Some(Stop { by: UserId(9), rev: Revision(8) }.into()),
         tasks: 1,
-        ended: Some(JobEnd { outcome: TaskOutcome::Succeeded, clock_ms: 5, wall_ms: -6 }),
+        ended: Some(JobEnd { outcome: TaskOutcome::Succeeded, clock_ms: 5, wall_ms: -6 }.into()),
         unmet: 1 << 63 | 1,
     }
 }

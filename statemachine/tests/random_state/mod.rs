@@ -201,10 +201,10 @@ fn job(random: &mut Random, request: RequestId) -> Job {
         mix_types: false,
         min_bandwidth_mbps: 0,
     };
-    let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 9, on_exit: vec![1, 137] };
+    let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 9, on_exit: [1, 137].into() };
     let labels = [("team".to_string(), random.text(9))].into();
     let spec = JobSpec {
-        name: random.text(30),
+        name: random.text(30).into(),
         priority: -3,
         shape,
         limit_ms: random.next(),
