@@ -5,7 +5,7 @@ use std::time::Duration;
 use proto::v1::{DesiredLease, report_item::What};
 
 use crate::leader::{Leader, lease, said};
-use crate::site::{Site, is_alive, signal, until, with_argument, word};
+use crate::site::{Site, is_alive, read_log, signal, until, with_argument, word};
 use crate::tests;
 
 tests![
@@ -17,6 +17,7 @@ tests![
     agent_and_shims_killed_under_a_control_group_is_dead_once_seen_so,
     an_attempt_left_alone_is_looked_at_again_without_a_restart,
     what_an_agent_sweeps_is_its_own,
+    a_shim_dead_before_the_first_look_is_told_once_its_rank_is_dead_too,
     a_shim_that_is_killed_is_told_by_a_registration_and_its_gang_ends,
     what_left_the_process_group_dies_with_its_shim,
     a_damaged_fence_file_is_told,
@@ -57,6 +58,9 @@ async fn an_agent_killed_and_restarted_attaches_again_and_nothing_runs_twice() {
         assert!(shim.is_alive());
         site.start(&leader.addr);
         let registered = leader.registered(round).await;
+        // Its log port is another one now: what it registers is where the job's output is from here on.
+        let address = &registered.machine.as_ref().unwrap().address;
+        assert_eq!(read_log(address, 101, 0, false).await, "up\n");
         assert_eq!(registered.running.len(), 1);
         assert_eq!((registered.running[0].token, registered.running[0].started), (101, true));
         assert_eq!(registered.max_token, 101);
@@ -166,6 +170,19 @@ async fn what_an_agent_sweeps_is_its_own() {
     assert_eq!(registered.dead, vec![113]);
     assert_eq!(with_argument(&first), Vec::<i32>::new());
     assert_eq!(with_argument(&second).len(), 1, "another agent's process was killed");
+}
+
+async fn a_shim_dead_before_the_first_look_is_told_once_its_rank_is_dead_too() {
+    let leader = Leader::start().await;
+    let word = word(120);
+    let mut site = Site::with("n1", &["root", "weak", &format!("dying={word}")]);
+    site.start(&leader.addr);
+    leader.registered(1).await;
+    leader.grant("n1", lease(120), &["true"]);
+    let failed = leader.failure(120).await;
+    assert_eq!(with_argument(&word), Vec::<i32>::new(), "the rank outlived the report that frees its GPUs");
+    assert!(failed.node_fault && failed.why.contains("the shim ended"), "{failed:?}");
+    assert!(site.dir.path().join("attempts/120/0/began").exists(), "there was a rank");
 }
 
 async fn a_shim_that_is_killed_is_told_by_a_registration_and_its_gang_ends() {

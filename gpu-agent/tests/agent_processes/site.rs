@@ -1,5 +1,6 @@
 //! A machine of a test: a directory, an agent in a process of its own, and what runs under it.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -25,7 +26,7 @@ impl Site {
         Self::with(name, &["root"])
     }
 
-    /// More words for the agent: `root` (allow root jobs), `weak`, `as=USER`.
+    /// More words for the agent: `root` (allow root jobs), `weak`, `as=USER`, `dying=WORD`.
     pub fn with(name: &str, extra: &[&str]) -> Self {
         let extra = extra.iter().map(|word| (*word).to_owned()).collect();
         Self { name: name.to_owned(), dir: tempfile::tempdir().unwrap(), agent: None, extra }
@@ -147,8 +148,13 @@ pub fn is_root() -> bool {
 
 /// What the log service says of a rank, from the beginning until its end.
 pub async fn follow(address: &str, token: u64, rank: u32) -> String {
+    read_log(address, token, rank, true).await
+}
+
+/// The same, or what there is of it now.
+pub async fn read_log(address: &str, token: u64, rank: u32, follow: bool) -> String {
     let mut logs = AgentLogsClient::connect(format!("http://{address}")).await.unwrap();
-    let request = ReadLogRequest { token, rank, follow: true, ..Default::default() };
+    let request = ReadLogRequest { token, rank, follow, ..Default::default() };
     let mut stream = logs.read_log(request).await.unwrap().into_inner();
     let mut text = Vec::new();
     while let Some(chunk) = stream.message().await.unwrap() {
@@ -158,7 +164,19 @@ pub async fn follow(address: &str, token: u64, rank: u32) -> String {
             return String::from_utf8(text).unwrap();
         }
     }
+    if !follow {
+        return String::from_utf8(text).unwrap();
+    }
     panic!("the log ended without its last chunk");
+}
+
+/// A shim that starts a process of its attempt and dies at once, with nothing on record.
+fn dying_shim(word: &str) -> Vec<OsString> {
+    let script = format!(
+        "export ARES_ATTEMPT_DIR=\"$(dirname \"$1\")\"; setsid sleep {word} & \
+         until grep -q sleep /proc/$!/comm; do :; done; echo began > \"$1/began\""
+    );
+    ["sh", "-c", &script, "sh"].map(OsString::from).to_vec()
 }
 
 /// The agent process: `agent LEADER NAME DIR WORDS`.
@@ -179,6 +197,7 @@ pub fn agent_main(args: &[String]) -> i32 {
                 Some(("as", user)) => options.run_as = Some(user.to_owned()),
                 // Taken from the environment.
                 Some(("leap", _)) => {}
+                Some(("dying", word)) => options.shim = dying_shim(word),
                 Some(("gpus", gpus)) => options.gpus = Some(gpus.to_owned()),
                 _ => panic!("{word}?"),
             },

@@ -26,6 +26,8 @@ use crate::replica::Applied;
 
 /// Jobs of one page: by default, and at most (a job with its command is ~1 KiB; the message limit is 4 MiB).
 const PAGE: usize = 1_000;
+/// Bytes shown of a page that is none.
+const SHOWN_OF_PAGE: usize = 64;
 /// Updates of one job that a slow watcher may have pending.
 const WATCH_BUFFER: usize = 4;
 /// A watcher hears nothing more often than this.
@@ -307,7 +309,10 @@ impl Cursor {
 
     fn parse(page: &str) -> Result<Self, Status> {
         let refuse = || {
-            let what = format!("{page:?} is no page; pass what next_page said");
+            // A long one would not fit in the answer's head, and the caller would see a broken call.
+            let (shown, more) = page.split_at(page.floor_char_boundary(SHOWN_OF_PAGE));
+            let more = if more.is_empty() { "" } else { " and more" };
+            let what = format!("{shown:?}{more} is no page; pass what next_page said");
             error::invalid_fields(&[("page".to_owned(), what)])
         };
         if page.is_empty() {
