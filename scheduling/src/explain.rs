@@ -11,7 +11,7 @@ use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
 use crate::choose::Shortage;
 use crate::machines::{Cache, Machines, is_present, want_of};
-use crate::plan::waiting_task;
+use crate::plan::{Limits, plan, waiting_task};
 use crate::quota::Planned;
 use crate::reason::{Best, Lack, Needs, Reason};
 
@@ -32,13 +32,15 @@ pub struct Explainer<'a> {
     machines: Machines<'a>,
     cache: &'a mut Cache,
     by_shape: BTreeMap<&'a Shape, Arc<Reason>>,
+    /// What a whole cycle says, once somebody needs it.
+    planned: Option<BTreeMap<TaskKey, Arc<Reason>>>,
 }
 
 impl<'a> Explainer<'a> {
     /// `unheard` as the leader knows it; elsewhere empty, which takes silent machines for busy or free ones.
     pub fn new(state: &'a State, cache: &'a mut Cache, unheard: &'a BTreeSet<NodeId>) -> Self {
         cache.keep_what_holds(state);
-        Self { machines: Machines::new(state, unheard), cache, by_shape: BTreeMap::new() }
+        Self { machines: Machines::new(state, unheard), cache, by_shape: BTreeMap::new(), planned: None }
     }
 
     /// Why a task waits; `None` when it does not.
@@ -54,12 +56,21 @@ impl<'a> Explainer<'a> {
         if task.is_none_or(|task| task.phase == Phase::Pending) && job.holds.any() {
             return Some(Arc::new(held(state, job)));
         }
-        let (shape, _) = waiting_task(state, key)?;
+        let shape = &waiting_task(state, key)?.0.shape;
         if let Some(reason) = Planned::default().hit_by_shape(state, job.tenant, shape) {
             return Some(Arc::new(reason));
         }
         let explained = || Arc::new(explain(&self.machines, self.cache, shape));
-        Some(self.by_shape.entry(shape).or_insert_with(explained).clone())
+        let reason = self.by_shape.entry(shape).or_insert_with(explained).clone();
+        if *reason != Reason::Soon {
+            return Some(reason);
+        }
+        // It fits: what it could have may be kept for another one.
+        let (cache, unheard) = (&mut *self.cache, self.machines.unheard);
+        let planned = self
+            .planned
+            .get_or_insert_with(|| plan(state, cache, &Limits::default(), unheard).reasons.into_iter().collect());
+        Some(planned.get(&key).cloned().unwrap_or(reason))
     }
 }
 
@@ -107,6 +118,13 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
         },
         |(_, reason)| reason,
     )
+}
+
+/// What the gang asks for, whichever machines it gets.
+pub(crate) fn needs_of(state: &State, shape: &Shape) -> Needs {
+    let (cores, mem_mib) = (shape.cores_per_rank.into(), shape.mem_mib_per_rank);
+    let types = type_names(state, &shape.gpu_types);
+    Needs { machines: shape.nodes.into(), gpus: shape.gpus_per_node(), types, cores, mem_mib }
 }
 
 fn present_types(state: &State) -> BTreeSet<GpuTypeId> {

@@ -7,6 +7,7 @@ pub mod bandwidth;
 pub mod choose;
 pub mod explain;
 pub mod fragmentation;
+mod holding;
 pub mod links;
 mod machines;
 pub mod order;
@@ -16,6 +17,7 @@ pub mod predict;
 pub mod profile;
 mod quota;
 pub mod reason;
+mod reserve;
 pub mod score;
 mod seats;
 pub mod simulate;
@@ -23,7 +25,8 @@ pub mod world;
 
 pub use bandwidth::BandwidthTable;
 pub use explain::{Explainer, reason_for};
-pub use plan::{Cache, Limits, Plan, plan};
+pub use holding::ENDLESS_MS;
+pub use plan::{Cache, Limits, Plan, Reservation, plan};
 pub use reason::Reason;
 /// The link facts of a machine, for callers that have no state.
 pub use statemachine::record::{Class, Nic, PciClass};

@@ -1,19 +1,22 @@
-//! The machines as one plan sees them: what is free after the placements made so far, and the memoised choice of GPUs.
+//! The machines as one plan sees them: what is free after the placements made so far, what falls free later and what is
+//! kept for a waiting task, and the memoised choice of GPUs.
 //!
 //! Whether a part fits is `statemachine::fit`'s answer, given here for the machine as the plan has left it.
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use statemachine::command::PlacePart;
-use statemachine::fit::{self, NoFit};
+use statemachine::fit;
 use statemachine::record::{Alloc, Class, Gpu, GpuHealth, Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{ClassId, GpuTypeId, NodeId, State};
 
 use crate::bandwidth::BandwidthTable;
 use crate::choose::{Choice, Shortage, Want, choose};
+use crate::holding::{self, Holding, Kept};
 use crate::links::Mask;
 
 /// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
@@ -76,17 +79,31 @@ pub(crate) struct Machines<'a> {
     /// Machines that lost something, in order: whoever keeps a view of them reads on from where it stopped.
     pub(crate) touched: Vec<NodeId>,
     idle: OnceCell<Vec<(NodeId, Node, Alloc)>>,
+    /// What the leases of the state hold.
+    leased: OnceCell<BTreeMap<NodeId, Vec<Holding>>>,
+    kept: BTreeMap<NodeId, Vec<Kept>>,
+    /// When what is kept begins.
+    starts: BTreeSet<u64>,
 }
 
 struct Left {
     alloc: Alloc,
     /// Parts that the plan has put here.
-    parts: usize,
+    parts: Vec<Holding>,
 }
 
 impl<'a> Machines<'a> {
     pub(crate) fn new(state: &'a State, unheard: &'a BTreeSet<NodeId>) -> Self {
-        Self { state, unheard, left: BTreeMap::new(), touched: Vec::new(), idle: OnceCell::new() }
+        Self {
+            state,
+            unheard,
+            left: BTreeMap::new(),
+            touched: Vec::new(),
+            idle: OnceCell::new(),
+            leased: OnceCell::new(),
+            kept: BTreeMap::new(),
+            starts: BTreeSet::new(),
+        }
     }
 
     pub(crate) fn node(&self, id: NodeId) -> Option<(&'a Node, &Alloc)> {
@@ -98,7 +115,7 @@ impl<'a> Machines<'a> {
     /// The machine is heard of and may hold one more lease. `fit` decides the rest.
     pub(crate) fn takes_leases(&self, id: NodeId) -> bool {
         let held = self.state.allocs.get(&id).map_or(0, |alloc| alloc.leases.len());
-        let planned = self.left.get(&id).map_or(0, |left| left.parts);
+        let planned = self.left.get(&id).map_or(0, |left| left.parts.len());
         !self.unheard.contains(&id) && held + planned < self.state.meta.settings.leases_per_node as usize
     }
 
@@ -110,15 +127,68 @@ impl<'a> Machines<'a> {
         })
     }
 
-    /// The part of `shape` on this machine, with GPUs of `gpu_type` where it needs some.
+    /// What is free on a machine for a task that runs on at `bar`: without what is kept from then on or sooner.
+    pub(crate) fn beside(&self, id: NodeId, bar: u64) -> Option<(&'a Node, Cow<'_, Alloc>)> {
+        let (node, alloc) = self.node(id)?;
+        if bar == 0 || self.kept_on(id).iter().all(|kept| kept.from_ms > bar) {
+            return Some((node, Cow::Borrowed(alloc)));
+        }
+        Some((node, Cow::Owned(self.free_during(id, self.state.meta.clock_ms, u64::MAX, bar)?)))
+    }
+
+    /// What is free on a machine during all of [`from_ms`, `until_ms`), beside what is kept from `bar` on or sooner.
+    pub(crate) fn free_during(&self, id: NodeId, from_ms: u64, until_ms: u64, bar: u64) -> Option<Alloc> {
+        let (node, alloc) = self.node(id)?;
+        let kept: Vec<&Kept> = self.kept_on(id).iter().filter(|kept| kept.from_ms <= bar).collect();
+        let holdings = self.holdings(id);
+        let at = |time: u64| {
+            let mut alloc = alloc.clone();
+            for (_, holding) in holdings.iter().filter(|(end, _)| *end <= time) {
+                holding.give_back(node, &mut alloc);
+            }
+            for kept in kept.iter().filter(|kept| (kept.from_ms..kept.until_ms).contains(&time)) {
+                holding::take(&mut alloc, &kept.part);
+            }
+            alloc
+        };
+        // Between the beginnings of what is kept nothing becomes less.
+        let later = kept.iter().map(|kept| kept.from_ms).filter(|start| *start > from_ms && *start < until_ms);
+        let mut free = at(from_ms);
+        later.for_each(|start| holding::lower(&mut free, &at(start)));
+        Some(free)
+    }
+
+    /// When each part on a machine ends, in no order.
+    pub(crate) fn holdings(&self, id: NodeId) -> Vec<(u64, &Holding)> {
+        let leased = self.leased.get_or_init(|| holding::of_leases(self.state)).get(&id);
+        let planned = self.left.get(&id).map(|left| left.parts.as_slice()).unwrap_or_default();
+        holding::with_ends(leased.into_iter().flatten().chain(planned), self.state.meta.clock_ms)
+    }
+
+    pub(crate) fn kept_on(&self, id: NodeId) -> &[Kept] {
+        self.kept.get(&id).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// The last of the beginnings of what is kept at which a task that ends at `until_ms` would still run; 0 = none.
+    pub(crate) fn bar(&self, until_ms: u64) -> u64 {
+        self.starts.range(..until_ms).next_back().copied().unwrap_or(0)
+    }
+
+    /// Keeps a part for a task that waits.
+    pub(crate) fn keep(&mut self, from_ms: u64, until_ms: u64, part: PlacePart) {
+        self.starts.insert(from_ms);
+        self.touched.push(part.node);
+        self.kept.entry(part.node).or_default().push(Kept { from_ms, until_ms, part });
+    }
+
+    /// The part of `shape` within what is free on this machine, with GPUs of `gpu_type` where it needs some.
     pub(crate) fn part(
         &self,
         cache: &mut Cache,
-        id: NodeId,
+        (id, node, alloc): (NodeId, &Node, &Alloc),
         shape: &Shape,
         gpu_type: Option<GpuTypeId>,
     ) -> Option<PlacePart> {
-        let (node, alloc) = self.node(id)?;
         let (cores, mem_mib) = fit::request_on(node, shape);
         let gpu_order = match (want_of(shape), gpu_type) {
             (Some(want), Some(gpu_type)) => {
@@ -132,26 +202,14 @@ impl<'a> Machines<'a> {
         fit::fit(node, alloc, shape, &part).is_ok().then_some(part)
     }
 
-    /// Takes what the part holds out of the overlay.
-    pub(crate) fn take(&mut self, part: &PlacePart) {
+    /// Takes what the part holds out of the overlay, until it ends.
+    pub(crate) fn take(&mut self, part: &PlacePart, end: holding::End) {
         let Some((_, alloc)) = self.node(part.node) else { return };
         let alloc = alloc.clone();
-        let left = self.left.entry(part.node).or_insert(Left { alloc, parts: 0 });
-        left.parts += 1;
-        for slot in &part.gpu_order {
-            left.alloc.free_gpus &= !(1 << slot);
-        }
-        for (free, cores) in left.alloc.cores_free.iter_mut().zip(&part.cores_by_numa) {
-            *free = free.saturating_sub(*cores);
-        }
-        left.alloc.mem_free_mib = left.alloc.mem_free_mib.saturating_sub(part.mem_mib);
+        let left = self.left.entry(part.node).or_insert(Left { alloc, parts: Vec::new() });
+        left.parts.push(Holding::of_placed(part, end));
+        holding::take(&mut left.alloc, part);
         self.touched.push(part.node);
-    }
-
-    /// Room for a part of `shape` here, apart from what links the GPUs.
-    pub(crate) fn room(&self, id: NodeId, shape: &Shape) -> Option<Result<Mask, NoFit>> {
-        let (node, alloc) = self.node(id)?;
-        self.takes_leases(id).then(|| fit::room_for(node, alloc, shape))
     }
 }
 

@@ -24,7 +24,11 @@ const LN_2: u128 = 693_147;
 
 /// How far the tenants' queues were looked at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Position(BTreeMap<TenantId, QueueKey>);
+pub struct Position {
+    pub(crate) passed: BTreeMap<TenantId, QueueKey>,
+    /// Those of them for whom machines are kept, in the order; `plan`'s.
+    pub(crate) reserved: Vec<QueueKey>,
+}
 
 /// The tree of tenants that have something waiting, walked task by task.
 pub struct Order<'a> {
@@ -151,8 +155,11 @@ impl<'a> Order<'a> {
     }
 
     fn next_of(&self, tenant: TenantId) -> Option<QueueKey> {
-        let from =
-            self.passed.0.get(&tenant).map_or(Bound::Included(QueueKey::first_of(tenant)), |key| Bound::Excluded(*key));
+        let from = self
+            .passed
+            .passed
+            .get(&tenant)
+            .map_or(Bound::Included(QueueKey::first_of(tenant)), |key| Bound::Excluded(*key));
         let next = self.state.index.queue.range((from, Bound::Unbounded)).next();
         next.map(|(key, ())| *key).filter(|key| key.tenant == tenant)
     }
@@ -176,7 +183,7 @@ impl Iterator for Order<'_> {
     fn next(&mut self) -> Option<QueueKey> {
         let (_, lowest) = self.places.get(&Place::Root)?.below.first()?;
         let (_, key) = self.places.get(lowest)?.first?;
-        self.passed.0.insert(key.tenant, key);
+        self.passed.passed.insert(key.tenant, key);
         self.rank(key.tenant);
         Some(key)
     }

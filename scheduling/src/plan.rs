@@ -1,26 +1,31 @@
 //! One planning cycle: which waiting tasks start now, and where. A pure function of the state, the silent nodes and the
 //! limits; `apply` re-checks each placement and may refuse single ones.
 //!
-//! The order is `order`'s. A task that does not fit does not hold back the ones behind it: nothing is reserved. So a stream of small jobs can keep a large gang waiting
-//! for as long as it lasts, even at a higher priority: the GPUs that fall free are too few for the gang and enough for
-//! the next small job. Known, and the business of reservations once they exist; until then a drained node is the cure.
+//! The order is `order`'s. The first task of each pool that does not fit gets a reservation (EASY backfill, Lifka 1995):
+//! machines with room for it at the earliest time, by the limits of what runs. Tasks behind it start where they end
+//! before that time or take nothing of what is kept, so none of them delays it. A task without a time limit never ends
+//! in time. Reservations are made anew in each cycle, from the same state by every planner.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use statemachine::account::Amounts;
-use statemachine::command::{self, Place};
+use statemachine::command::{self, Place, PlacePart};
+use statemachine::fit;
 use statemachine::record::{Phase, Task};
-use statemachine::spec::Shape;
-use statemachine::{NodeId, State, TaskKey, TenantId};
+use statemachine::spec::{JobSpec, Shape};
+use statemachine::state::QueueKey;
+use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId};
 
-use crate::explain::explain;
+use crate::explain::{explain, needs_of};
+use crate::holding::{self, ENDLESS_MS};
 pub use crate::machines::Cache;
 use crate::machines::Machines;
 use crate::order::{Order, Position};
 use crate::quota::Planned;
 use crate::reason::Reason;
+use crate::reserve::earliest;
 use crate::seats::Seats;
 
 /// Placements in one `Plan` command, as apply bounds it.
@@ -29,19 +34,27 @@ const PLACES_PER_COMMAND: usize = 4_096;
 /// Bytes of one `Plan` command: an entry of the log holds 128 KiB.
 const BYTES_PER_COMMAND: usize = 120 << 10;
 
+/// Tasks of one pool that get a reservation: EASY's one. More protect more and start less.
+const RESERVATIONS: u32 = 1;
+
+/// Tasks of one pool whose reservation is tried, beyond those that get one: each costs a look at every machine.
+const MORE_TRIES: u32 = 3;
+
 /// What bounds one cycle, and where it begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Looks at a machine or at a task; deterministic, unlike time. A look costs some hundred nanoseconds.
     pub steps: u64,
     pub places: usize,
+    /// Reservations of each pool: of the tasks that accept the same types of GPUs.
+    pub reservations: u32,
     /// Go on from here, where an earlier cycle over the same state ran out of steps. `None` = from the front.
     pub after: Option<Position>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { steps: 500_000, places: PLACES_PER_COMMAND, after: None }
+        Self { steps: 500_000, places: PLACES_PER_COMMAND, reservations: RESERVATIONS, after: None }
     }
 }
 
@@ -54,10 +67,28 @@ pub struct Plan {
     pub places: Vec<Place>,
     /// Why each other task that was looked at does not start, in the order of the queue; shared by equal shapes.
     pub reasons: Vec<(TaskKey, Arc<Reason>)>,
+    /// What is kept for tasks that wait, in the order of the queue.
+    pub reservations: Vec<Reservation>,
     /// The limits were reached before the queue's end.
     pub unfinished: bool,
     /// How far the order was looked at: `Limits::after` of the next cycle when this one is unfinished and placed nothing.
     pub reached: Option<Position>,
+}
+
+/// Machines kept for a task from the time at which it can start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reservation {
+    pub task: TaskKey,
+    /// Cluster time; from `ENDLESS_MS` on it is not known, as it waits for tasks without a time limit.
+    pub start_ms: u64,
+    pub parts: Vec<PlacePart>,
+}
+
+impl Reservation {
+    /// When it starts at the latest, if that is known.
+    pub fn known_start_ms(&self) -> Option<u64> {
+        (self.start_ms < ENDLESS_MS).then_some(self.start_ms)
+    }
 }
 
 impl Plan {
@@ -92,115 +123,224 @@ fn encoded_bytes(place: &Place) -> usize {
 ///
 /// The same arguments give the same plan, whatever the cache holds.
 pub fn plan(state: &State, cache: &mut Cache, limits: &Limits, unheard: &BTreeSet<NodeId>) -> Plan {
-    cache.keep_what_holds(state);
-    let mut cycle = Cycle {
-        machines: Machines::new(state, unheard),
-        cache,
-        shapes: BTreeMap::new(),
-        planned: Planned::default(),
-        steps: 0,
-        plan: Plan { base_index: state.meta.applied.index, ..Plan::default() },
-    };
-    let mut order = Order::new(state, limits.after.clone().unwrap_or_default());
-    let mut looked = 0usize;
-    loop {
-        // At least one task a cycle, so that a budget below its cost still comes through the queue.
-        let exhausted = cycle.steps >= limits.steps && looked > 0;
-        if exhausted || cycle.plan.places.len() >= limits.places {
-            cycle.plan.unfinished = order.has_more();
-            break;
-        }
-        let Some(key) = order.next() else { break };
-        if let Some(takes) = cycle.look_at(key.task, key.tenant) {
-            order.placed(key.tenant, &takes);
-        }
-        looked += 1;
-    }
-    cycle.plan.reached = (looked > 0).then(|| order.position());
-    cycle.plan
+    Cycle::run(state, cache, limits, unheard).plan
 }
 
-struct Cycle<'a> {
-    machines: Machines<'a>,
-    cache: &'a mut Cache,
-    shapes: BTreeMap<&'a Shape, Verdict<'a>>,
+/// One cycle under way.
+pub(crate) struct Cycle<'a> {
+    pub machines: Machines<'a>,
+    pub cache: &'a mut Cache,
+    /// By shape and bar.
+    seats: BTreeMap<(&'a Shape, u64), Seats<'a>>,
+    /// Shapes that failed at a bar. Resources only shrink within a cycle, and a higher bar leaves less: so they fail for
+    /// all that follow at this bar or a higher one.
+    failed: BTreeMap<&'a Shape, (u64, Arc<Reason>)>,
     planned: Planned,
-    steps: u64,
-    plan: Plan,
+    /// What was planned and what is kept.
+    promised: Planned,
+    pools: BTreeMap<Pool, Tries>,
+    reservations: u32,
+    pub steps: u64,
+    pub plan: Plan,
 }
 
-/// What this cycle knows of a shape.
-enum Verdict<'a> {
-    Fits(Seats<'a>),
-    /// It failed once; resources only shrink within a cycle, so it fails for all that follow.
-    Fails(Arc<Reason>),
+/// The tasks that wait for the same machines: without GPUs, or by the types that they accept.
+type Pool = (bool, Vec<GpuTypeId>);
+
+#[derive(Clone, Copy, Default)]
+struct Tries {
+    made: u32,
+    failed: u32,
 }
 
 impl<'a> Cycle<'a> {
+    pub(crate) fn run(
+        state: &'a State,
+        cache: &'a mut Cache,
+        limits: &Limits,
+        unheard: &'a BTreeSet<NodeId>,
+    ) -> Cycle<'a> {
+        cache.keep_what_holds(state);
+        let mut cycle = Cycle {
+            machines: Machines::new(state, unheard),
+            cache,
+            seats: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            planned: Planned::default(),
+            promised: Planned::default(),
+            pools: BTreeMap::new(),
+            reservations: limits.reservations,
+            steps: 0,
+            plan: Plan { base_index: state.meta.applied.index, ..Plan::default() },
+        };
+        let from = limits.after.clone().unwrap_or_default();
+        let mut reserved: Vec<QueueKey> = Vec::new();
+        let mut order = Order::new(state, from.clone());
+        // Those behind go on beside what an earlier cycle kept for those in front.
+        let mut again = from.reserved.into_iter();
+        let mut looked = 0usize;
+        loop {
+            // At least one task a cycle, so that a budget below its cost still comes through the queue.
+            let exhausted = cycle.steps >= limits.steps && looked > 0;
+            if exhausted || cycle.plan.places.len() >= limits.places {
+                cycle.plan.unfinished = order.has_more();
+                break;
+            }
+            let front = again.next();
+            looked += usize::from(front.is_none());
+            let Some(key) = front.or_else(|| order.next()) else { break };
+            let kept = cycle.plan.reservations.len();
+            if let Some(takes) = cycle.look_at(key.task, key.tenant) {
+                order.placed(key.tenant, &takes);
+            }
+            if cycle.plan.reservations.len() > kept {
+                reserved.push(key);
+            }
+        }
+        cycle.plan.reached = (looked > 0).then(|| Position { reserved, ..order.position() });
+        cycle
+    }
+
     /// What it takes, if it starts.
     fn look_at(&mut self, task: TaskKey, tenant: TenantId) -> Option<Amounts> {
         self.steps += 1;
         let state = self.machines.state;
-        let (shape, record) = waiting_task(state, task)?;
-        let placed = match self.planned.hit_by_shape(state, tenant, shape) {
+        let (spec, record) = waiting_task(state, task)?;
+        let end = holding::end_of(spec, state.meta.clock_ms);
+        let bar = self.machines.bar(end.time_ms());
+        let placed = match self.planned.hit_by_shape(state, tenant, &spec.shape) {
             Some(reason) => Err(Arc::new(reason)),
-            None => self.place(task, shape, record).and_then(|place| {
-                self.planned.hit_by(state, tenant, &place.parts).map_or(Ok(place), |reason| Err(Arc::new(reason)))
+            None => self.place(task, spec, record, bar).and_then(|place| {
+                // What is kept for a task must be free for its tenant too by then.
+                let charged = if bar == 0 { &self.planned } else { &self.promised };
+                charged.hit_by(state, tenant, &place.parts).map_or(Ok(place), |reason| Err(Arc::new(reason)))
             }),
         };
         match placed {
             Ok(place) => {
                 let takes = self.planned.add(state, tenant, &place.parts);
+                self.promised.add(state, tenant, &place.parts);
                 for part in &place.parts {
-                    self.machines.take(part);
+                    self.machines.take(part, end);
                 }
                 self.plan.places.push(place);
                 Some(takes)
             }
             Err(reason) => {
+                if reason.ends_with_time() && self.may_reserve(&spec.shape) {
+                    self.reserve(task, tenant, spec);
+                }
                 self.plan.reasons.push((task, reason));
                 None
             }
         }
     }
 
-    fn place(&mut self, task: TaskKey, shape: &'a Shape, record: Option<&Task>) -> Result<Place, Arc<Reason>> {
-        let verdict = match self.shapes.entry(shape) {
+    fn place(
+        &mut self,
+        task: TaskKey,
+        spec: &'a JobSpec,
+        record: Option<&Task>,
+        bar: u64,
+    ) -> Result<Place, Arc<Reason>> {
+        let shape = &spec.shape;
+        if let Some((_, reason)) = self.failed.get(shape).filter(|(failed, _)| *failed <= bar) {
+            return Err(reason.clone());
+        }
+        let seats = match self.seats.entry((shape, bar)) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => {
                 self.steps += self.machines.state.nodes.len() as u64;
-                new.insert(Verdict::Fits(Seats::new(&self.machines, self.cache, shape)))
+                new.insert(Seats::new(&self.machines, self.cache, shape, bar))
             }
-        };
-        let seats = match verdict {
-            Verdict::Fails(reason) => return Err(reason.clone()),
-            Verdict::Fits(seats) => seats,
         };
         self.steps += seats.refresh(&self.machines, self.cache);
         let no_avoid = VecDeque::new();
         let picked = seats.pick(record.map_or(&no_avoid, |task| &task.avoid));
-        let parts = picked.and_then(|nodes| {
-            nodes.into_iter().map(|(node, gpu_type)| self.machines.part(self.cache, node, shape, gpu_type)).collect()
-        });
+        let part = |(id, gpu_type): (NodeId, Option<GpuTypeId>)| {
+            let (node, alloc) = self.machines.beside(id, bar)?;
+            self.machines.part(self.cache, (id, node, &alloc), shape, gpu_type)
+        };
+        let parts: Option<Vec<PlacePart>> = picked.and_then(|nodes| nodes.into_iter().map(part).collect());
         match parts {
             Some(parts) => Ok(Place { task, attempt: next_attempt(record), parts }),
             None => {
                 self.steps += self.machines.state.nodes.len() as u64;
-                let reason = Arc::new(explain(&self.machines, self.cache, shape));
-                *verdict = Verdict::Fails(reason.clone());
+                let reason = match explain(&self.machines, self.cache, shape) {
+                    Reason::Soon if bar > 0 => self.kept_for_another(spec, bar),
+                    reason => reason,
+                };
+                let reason = Arc::new(reason);
+                self.failed.insert(shape, (bar, reason.clone()));
                 Err(reason)
             }
         }
     }
+
+    /// Who has the machines that it could have, and how short it would have to be.
+    fn kept_for_another(&self, spec: &JobSpec, bar: u64) -> Reason {
+        let state = self.machines.state;
+        let has_room = |part: &PlacePart| {
+            let machine = self.machines.node(part.node);
+            machine.is_some_and(|(node, alloc)| fit::room_for(node, alloc, &spec.shape).is_ok())
+        };
+        let barred = || self.plan.reservations.iter().filter(|kept| kept.start_ms <= bar);
+        let first = barred().find(|kept| kept.parts.iter().any(has_room)).or_else(|| barred().next());
+        let in_ms = |kept: &Reservation| kept.known_start_ms().map(|start| start.saturating_sub(state.meta.clock_ms));
+        let starts_in_ms = first.and_then(in_ms);
+        Reason::Reserved {
+            needs: needs_of(state, &spec.shape),
+            job: first.map(|kept| kept.task.job).unwrap_or_default(),
+            starts_in_ms,
+            fits_ms: starts_in_ms.and_then(|ms| ms.checked_sub(spec.kill_grace_ms)),
+        }
+    }
+
+    /// Its pool has a reservation left.
+    fn may_reserve(&self, shape: &Shape) -> bool {
+        let tries = self.pools.get(&pool_of(shape)).copied().unwrap_or_default();
+        tries.made < self.reservations && tries.failed < MORE_TRIES
+    }
+
+    /// Keeps machines for the task, if a start can be told.
+    fn reserve(&mut self, task: TaskKey, tenant: TenantId, spec: &JobSpec) {
+        let made = self.keep(task, spec);
+        let tries = self.pools.entry(pool_of(&spec.shape)).or_default();
+        match made {
+            Some(reservation) => {
+                tries.made += 1;
+                self.promised.add(self.machines.state, tenant, &reservation.parts);
+                self.plan.reservations.push(reservation);
+            }
+            None => tries.failed += 1,
+        }
+    }
+
+    /// The task's start, with its machines kept from then on.
+    pub(crate) fn keep(&mut self, task: TaskKey, spec: &JobSpec) -> Option<Reservation> {
+        let length_ms = holding::length_ms(spec);
+        let start = earliest(&self.machines, self.cache, &spec.shape, length_ms, &mut self.steps)?;
+        let until_ms = length_ms.map_or(u64::MAX, |length| start.at_ms.saturating_add(length));
+        for part in &start.parts {
+            self.machines.keep(start.at_ms, until_ms, part.clone());
+        }
+        Some(Reservation { task, start_ms: start.at_ms, parts: start.parts })
+    }
 }
 
-/// The shape and, if it ever left its first PENDING, the record of a task that may be placed.
-pub(crate) fn waiting_task(state: &State, key: TaskKey) -> Option<(&Shape, Option<&Task>)> {
+fn pool_of(shape: &Shape) -> Pool {
+    let mut types = shape.gpu_types.clone();
+    types.sort_unstable();
+    (shape.gpus_per_node() == 0, types)
+}
+
+/// The spec and, if it ever left its first PENDING, the record of a task that may be placed.
+pub(crate) fn waiting_task(state: &State, key: TaskKey) -> Option<(&JobSpec, Option<&Task>)> {
     let job = &state.jobs.get(&key.job)?.value;
     let task = state.tasks.get(&key).map(|task| &task.value);
     let pending = task.is_none_or(|task| task.phase == Phase::Pending);
     let may_start = pending && !job.holds.any() && job.stop.is_none() && job.ended.is_none();
-    may_start.then_some((&job.spec.shape, task))
+    may_start.then_some((&job.spec, task))
 }
 
 fn next_attempt(task: Option<&Task>) -> u32 {

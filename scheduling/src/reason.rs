@@ -31,6 +31,9 @@ pub enum Reason {
     LeasesFull { needs: Needs, limit: u32 },
     /// BANDWIDTH: the free GPUs are linked too slowly; `best` in MB/s. Cure: wait, or a lower `--min-bandwidth`.
     Bandwidth { needs: Needs, ready: u32, best: Best, wanted_mbps: u32 },
+    /// RESERVED: what it could have is kept for a job before it in the order, and it has no time limit that ends in time.
+    /// Cure: wait, or a `--time-limit` of at most `fits_ms`.
+    Reserved { needs: Needs, job: JobId, starts_in_ms: Option<u64>, fits_ms: Option<u64> },
     /// HELD: a person's word, 20 excused attempts in a row, or a machine that still runs an attempt without a lease.
     /// Cure: `ares release`; the last one ends by itself.
     Held { holds: Holds },
@@ -94,6 +97,7 @@ impl Reason {
             Reason::MemBusy { .. } => "MEM_BUSY",
             Reason::LeasesFull { .. } => "LEASES_FULL",
             Reason::Bandwidth { .. } => "BANDWIDTH",
+            Reason::Reserved { .. } => "RESERVED",
             Reason::Held { .. } => "HELD",
             Reason::Quota { .. } => "QUOTA",
             Reason::Dependency { .. } => "DEPENDENCY",
@@ -101,6 +105,19 @@ impl Reason {
             Reason::Backoff { .. } => "BACKOFF",
             Reason::Soon => "SOON",
         }
+    }
+
+    /// It starts once enough of what runs has ended, if nothing else changes.
+    pub(crate) fn ends_with_time(&self) -> bool {
+        matches!(
+            self,
+            Reason::GpusBusy { .. }
+                | Reason::CoresBusy { .. }
+                | Reason::MemBusy { .. }
+                | Reason::LeasesFull { .. }
+                | Reason::Bandwidth { .. }
+                | Reason::Reserved { .. }
+        )
     }
 }
 
@@ -139,6 +156,15 @@ impl fmt::Display for Reason {
             Reason::Bandwidth { needs, ready, best, wanted_mbps } => {
                 write!(f, "needs {needs} at {} or more; {}", gbps(*wanted_mbps), ready_now(needs, *ready))?;
                 write!(f, "{} {} among the free GPUs of {}", best_of(*ready), speed(best), best.node)
+            }
+            Reason::Reserved { needs, job, starts_in_ms, fits_ms } => {
+                write!(f, "needs {needs}; what is free is kept for job {job}, ")?;
+                match starts_in_ms {
+                    Some(ms) => write!(f, "which starts in {} at the latest", seconds(*ms))?,
+                    None => f.write_str("which waits for jobs without a time limit")?,
+                }
+                let fits = |ms: &u64| write!(f, "; with a time limit of {} s or less it would fit before", ms / 1_000);
+                fits_ms.as_ref().filter(|ms| **ms >= 1_000).map_or(Ok(()), fits)
             }
             Reason::Held { holds } => f.write_str(held(*holds)),
             Reason::Quota { text, .. } => f.write_str(text),

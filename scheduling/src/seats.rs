@@ -1,10 +1,12 @@
 //! For one shape: the machines that have room for a part of it, best fit first. Kept up to date while a plan takes
-//! resources away, so that the n-th job of equal shape costs a look-up, not a scan.
+//! resources away, so that the n-th job of equal shape costs a look-up, not a scan. What is kept for tasks before it in
+//! the order counts as taken from the bar on.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use statemachine::fit;
+use statemachine::record::{Alloc, Node};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId};
 
@@ -13,15 +15,16 @@ use crate::machines::{Cache, Machines, want_of};
 /// A machine with room, in the order of best fit: the fewest free GPUs, the highest bandwidth in GB/s among those, the
 /// fewest free cores, then the oldest node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Seat {
+pub(crate) struct Seat {
     gpus_free: u32,
     gbps: Reverse<u32>,
     cores_free: u32,
-    node: NodeId,
+    pub node: NodeId,
 }
 
 pub(crate) struct Seats<'a> {
     shape: &'a Shape,
+    bar: u64,
     /// By the type of the GPUs; `None` for a shape without GPUs.
     by_type: BTreeMap<Option<GpuTypeId>, BTreeSet<Seat>>,
     of_node: BTreeMap<NodeId, Vec<(Option<GpuTypeId>, Seat)>>,
@@ -31,9 +34,9 @@ pub(crate) struct Seats<'a> {
 
 impl<'a> Seats<'a> {
     /// Looks at every machine once.
-    pub(crate) fn new(machines: &Machines<'_>, cache: &mut Cache, shape: &'a Shape) -> Self {
+    pub(crate) fn new(machines: &Machines<'_>, cache: &mut Cache, shape: &'a Shape, bar: u64) -> Self {
         let mut seats =
-            Self { shape, by_type: BTreeMap::new(), of_node: BTreeMap::new(), read: machines.touched.len() };
+            Self { shape, bar, by_type: BTreeMap::new(), of_node: BTreeMap::new(), read: machines.touched.len() };
         for (node, _) in machines.state.nodes.iter() {
             seats.look_at(machines, cache, *node);
         }
@@ -54,7 +57,12 @@ impl<'a> Seats<'a> {
         for (gpu_type, seat) in self.of_node.remove(&node).unwrap_or_default() {
             self.by_type.entry(gpu_type).or_default().remove(&seat);
         }
-        let seats = seats_on(machines, cache, self.shape, node);
+        let seats = match machines.beside(node, self.bar) {
+            Some((record, alloc)) if machines.takes_leases(node) => {
+                seats_on(machines, cache, self.shape, (node, record, &alloc))
+            }
+            _ => Vec::new(),
+        };
         for (gpu_type, seat) in &seats {
             self.by_type.entry(*gpu_type).or_default().insert(*seat);
         }
@@ -122,9 +130,16 @@ fn fit_of(seats: &[Seat]) -> (u32, Reverse<u32>) {
     (free, Reverse(slowest))
 }
 
-fn seats_on(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape, id: NodeId) -> Vec<(Option<GpuTypeId>, Seat)> {
-    let Some(Ok(_)) = machines.room(id, shape) else { return Vec::new() };
-    let Some((node, alloc)) = machines.node(id) else { return Vec::new() };
+/// A machine's seats for the shape within what is free there, by the type of the GPUs.
+pub(crate) fn seats_on(
+    machines: &Machines<'_>,
+    cache: &mut Cache,
+    shape: &Shape,
+    (id, node, alloc): (NodeId, &Node, &Alloc),
+) -> Vec<(Option<GpuTypeId>, Seat)> {
+    if fit::room_for(node, alloc, shape).is_err() {
+        return Vec::new();
+    }
     let cores_free = fit::cores_of(&alloc.cores_free);
     let Some(want) = want_of(shape) else {
         // Jobs without GPUs go where they take cores from no free GPU.

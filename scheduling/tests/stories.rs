@@ -3,7 +3,7 @@
 mod site;
 
 use scheduling::links::Mask;
-use scheduling::plan::{Cache, Limits, plan};
+use scheduling::plan::{Cache, Limits, Plan, plan};
 use scheduling::predict::predict;
 use scheduling::{BandwidthTable, Reason};
 use site::{Machine, Site, cpu_only, hgx, mock_v100, pairs, shape};
@@ -345,9 +345,34 @@ fn ten_thousand_jobs_of_equal_shape_on_a_hundred_machines_are_one_look() {
     assert_eq!(plan.places.len(), 200);
     assert_eq!(plan.reasons.len(), 9_800);
     assert!(!plan.unfinished);
-    // Each task once, each machine once for the shape and once for the reason, and again after each placement on it.
-    let few = Limits { steps: 10_000 + 100 + 100 + 200 + 1, ..limits };
-    assert_eq!(scheduling::plan(&site.state, &mut Cache::default(), &few, &site.unheard), plan);
+    // Each task once, each machine once for the shape and once for the reason, and again after each placement on it; for
+    // the one reservation each machine, now and when its first job will have ended.
+    let looks = 10_000 + 100 + 100 + 200 + 3 * 100;
+    assert!(is_whole(&site, &plan, looks + 1), "it took more than {looks} looks");
+}
+
+#[test]
+fn jobs_that_no_machine_could_run_cost_one_look_each_and_no_reservation() {
+    let mut site = Site::default();
+    for n in 0..100 {
+        site.join(&format!("n{n:03}"), mock_v100());
+        site.submit(shape(1, 1, 3), 9, &[]);
+    }
+    site.start();
+    for _ in 0..10_000 {
+        site.submit(shape(1, 1, 1), 0, &["h100"]);
+    }
+    let plan = site.plan();
+    assert_eq!((plan.places.len(), plan.reasons.len(), plan.reservations.len()), (0, 10_000, 0));
+    let looks = 10_000 + 100 + 100;
+    assert!(is_whole(&site, &plan, looks + 1), "it took more than {looks} looks");
+}
+
+/// So many steps suffice for this plan.
+fn is_whole(site: &Site, expected: &Plan, steps: u64) -> bool {
+    let limits = Limits { steps, ..Limits::default() };
+    let plan = plan(&site.state, &mut Cache::default(), &limits, &site.unheard);
+    !plan.unfinished && plan == *expected
 }
 
 #[test]

@@ -1,26 +1,43 @@
 //! When another planning cycle is worth nothing: a pure memory of the last one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use scheduling::plan::{Limits, Plan};
 use scheduling::reason::Reason;
 use statemachine::event::Change;
-use statemachine::record::{Alloc, Node, Versioned};
-use statemachine::spec::Shape;
+use statemachine::record::{Alloc, Job, Node, Versioned};
+use statemachine::spec::{JobSpec, Shape};
 use statemachine::table::Table;
-use statemachine::{NodeId, Revision, State};
+use statemachine::{NodeId, Revision, State, TenantId};
 
 /// A complete cycle that could place nothing: while the machines stay as they were, only a shape that it did not look
-/// at can start. So a stream of submissions that wait costs a look at each, not at the whole queue.
+/// at can start, or one that goes before those whose reservations are in its way. So a stream of submissions that wait
+/// costs a look at each, not at the whole queue.
 pub struct Settled {
     nodes: Table<NodeId, Versioned<Node>>,
     allocs: Table<NodeId, Alloc>,
     unheard: BTreeSet<NodeId>,
     /// Shapes that find no room.
     waiting: BTreeSet<Shape>,
+    /// Shapes that find only what is kept for another task: by tenant, the first that did.
+    barred: BTreeMap<(TenantId, Shape), First>,
     seen: Revision,
     /// What operators had decided.
     policy: u64,
+}
+
+/// Who comes behind it in its tenant's queue and asks for no less time starts no sooner.
+struct First {
+    priority: i32,
+    /// `u64::MAX` without a limit.
+    length_ms: u64,
+}
+
+impl First {
+    fn of(spec: &JobSpec) -> Self {
+        let length_ms = if spec.limit_ms == 0 { u64::MAX } else { spec.limit_ms.saturating_add(spec.kill_grace_ms) };
+        Self { priority: spec.priority, length_ms }
+    }
 }
 
 impl Settled {
@@ -29,15 +46,20 @@ impl Settled {
         if plan.unfinished || limits.after.is_some() || !plan.places.is_empty() {
             return None;
         }
-        let mut waiting = BTreeSet::new();
+        let (mut waiting, mut barred) = (BTreeSet::new(), BTreeMap::new());
         for (task, reason) in &plan.reasons {
-            // The bound of one tenant says nothing about the shape.
-            if matches!(**reason, Reason::Quota { .. }) {
-                continue;
-            }
-            let shape = &state.jobs.get(&task.job)?.value.spec.shape;
-            if !waiting.contains(shape) {
-                waiting.insert(shape.clone());
+            let job = &state.jobs.get(&task.job)?.value;
+            match **reason {
+                // The bound of one tenant says nothing about the shape.
+                Reason::Quota { .. } => {}
+                Reason::Reserved { .. } => {
+                    let key = (job.tenant, job.spec.shape.clone());
+                    barred.entry(key).or_insert_with(|| First::of(&job.spec));
+                }
+                _ if waiting.contains(&job.spec.shape) => {}
+                _ => {
+                    waiting.insert(job.spec.shape.clone());
+                }
             }
         }
         Some(Self {
@@ -45,6 +67,7 @@ impl Settled {
             allocs: state.allocs.clone(),
             unheard,
             waiting,
+            barred,
             seen: state.meta.rev,
             policy: state.meta.policy,
         })
@@ -60,13 +83,27 @@ impl Settled {
             return false;
         }
         let Ok(mut events) = state.events_since(self.seen) else { return false };
-        let new_shape = events.any(|event| match &event.what {
-            Change::Queued { place } => {
-                state.jobs.get(&place.task.job).is_some_and(|job| !self.waiting.contains(&job.value.spec.shape))
-            }
+        let may_start = events.any(|event| match &event.what {
+            Change::Queued { place } => state.jobs.get(&place.task.job).is_some_and(|job| !self.knows(&job.value)),
+            // Whose reservation it was may have gone.
+            Change::Dequeued { .. } => !self.barred.is_empty(),
             _ => false,
         });
         self.seen = state.meta.rev;
-        !new_shape
+        !may_start
+    }
+
+    /// The job can't start where the ones that were looked at could not.
+    fn knows(&self, job: &Job) -> bool {
+        let shape = &job.spec.shape;
+        let behind = |first: &First| {
+            let own = First::of(&job.spec);
+            own.priority <= first.priority && own.length_ms >= first.length_ms
+        };
+        self.waiting.contains(shape) || self.barred.get(&(job.tenant, shape.clone())).is_some_and(behind)
     }
 }
+
+#[cfg(test)]
+#[path = "settled_tests.rs"]
+mod tests;

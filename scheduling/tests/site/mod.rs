@@ -154,11 +154,23 @@ impl Site {
     }
 
     pub fn submit_for(&mut self, tenant: &str, shape: Shape, priority: i32, gpu_types: &[&str]) -> JobId {
+        self.submit_limited(tenant, shape, priority, gpu_types, 0)
+    }
+
+    /// With a time limit in ms; 0 = none. The kill grace is 10 s.
+    pub fn submit_limited(
+        &mut self,
+        tenant: &str,
+        shape: Shape,
+        priority: i32,
+        gpu_types: &[&str],
+        limit_ms: u64,
+    ) -> JobId {
         let spec = JobSpec {
             name: "job".into(),
             priority,
             shape,
-            limit_ms: 0,
+            limit_ms,
             lease_ttl_ms: 300_000,
             kill_grace_ms: 10_000,
             retry: default_retry(),

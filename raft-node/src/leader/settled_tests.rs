@@ -1,0 +1,73 @@
+//! When the planner may rest: the memory of its last cycle, beside reservations.
+
+use super::*;
+use scheduling::plan::{Cache, plan};
+use statemachine::command::SubmitJob;
+use statemachine::{Command, JobId};
+
+/// The state machine's own small cluster to tell stories with.
+#[path = "../../../statemachine/tests/world/mod.rs"]
+mod world;
+
+use world::{World, job, machine, one_gpu, shape};
+
+fn limited(submit: SubmitJob, priority: i32, limit_ms: u64) -> SubmitJob {
+    SubmitJob { spec: JobSpec { limit_ms, priority, ..submit.spec.clone() }, ..submit }
+}
+
+/// Half of a machine is taken, and a job waits for the whole of it; another one for what is kept.
+fn world() -> (World, JobId) {
+    let mut world = World::new();
+    let (node, _) = world.register(machine("n1", 1, 2));
+    let first = world.submit(limited(one_gpu(), 0, 60_000));
+    world.place(first, &[node]).expect("it fits");
+    let whole = world.submit(limited(job(shape(1, 1, 2)), 0, 60_000));
+    world.submit(limited(one_gpu(), 0, 600_000));
+    (world, whole)
+}
+
+fn settle(world: &World) -> Settled {
+    let unheard = BTreeSet::new();
+    let plan = plan(&world.state, &mut Cache::default(), &Limits::default(), &unheard);
+    assert_eq!((plan.places.len(), plan.reservations.len()), (0, 1));
+    Settled::after(&plan, &Limits::default(), &world.state, unheard).expect("a complete cycle that placed nothing")
+}
+
+fn holds(settled: &mut Settled, world: &World) -> bool {
+    settled.still_holds(&world.state, &BTreeSet::new())
+}
+
+#[test]
+fn who_comes_behind_one_that_is_barred_changes_nothing() {
+    let (mut world, _) = world();
+    let mut settled = settle(&world);
+    for limit_ms in [600_000, 900_000, 0] {
+        world.submit(limited(one_gpu(), 0, limit_ms));
+        assert!(holds(&mut settled, &world));
+    }
+    world.submit(limited(job(shape(1, 1, 2)), 0, 60_000));
+    assert!(holds(&mut settled, &world), "one more that finds no room");
+}
+
+#[test]
+fn a_shorter_job_a_higher_one_and_the_end_of_the_reservation_wake_the_planner() {
+    let changes: [fn(&mut World, JobId); 3] = [
+        |world, _| {
+            world.submit(limited(one_gpu(), 0, 30_000));
+        },
+        |world, _| {
+            world.submit(limited(one_gpu(), 1, 0));
+        },
+        |world, whole| {
+            world.run(Command::Cancel { job: whole });
+        },
+    ];
+    for change in changes {
+        let (mut world, whole) = world();
+        let mut settled = settle(&world);
+        change(&mut world, whole);
+        assert!(!holds(&mut settled, &world));
+        let plan = plan(&world.state, &mut Cache::default(), &Limits::default(), &BTreeSet::new());
+        assert_eq!(plan.places.len(), 1, "and it starts something");
+    }
+}

@@ -1,0 +1,143 @@
+//! What a part holds on a machine and when it ends, as far as that is known: the future of one machine. Which future
+//! matters to a task, and what is kept for it, is `reserve`'s.
+
+use std::collections::BTreeMap;
+
+use statemachine::command::PlacePart;
+use statemachine::record::{Alloc, Lease, Node, PartState};
+use statemachine::spec::JobSpec;
+use statemachine::{NodeId, State};
+
+/// Times from here on stand for "when jobs without a time limit have ended": the n-th such job of a machine, the oldest
+/// first, is taken to end n times this later. So waiting for few of them comes before waiting for many.
+pub const ENDLESS_MS: u64 = 1 << 45;
+
+/// When a part ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// At this cluster time at the latest.
+    By(u64),
+    /// Its job has no time limit; since when it holds its machine.
+    Unknown { since_ms: u64 },
+}
+
+impl End {
+    /// The latest; never, where it is not known.
+    pub(crate) fn time_ms(self) -> u64 {
+        match self {
+            End::By(time) => time,
+            End::Unknown { .. } => u64::MAX,
+        }
+    }
+}
+
+/// The share of one part on one machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Holding {
+    end: End,
+    gpus: u128,
+    cores_by_numa: Vec<u16>,
+    mem_mib: u64,
+}
+
+/// A part that is kept for a task that waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub from_ms: u64,
+    pub until_ms: u64,
+    pub part: PlacePart,
+}
+
+impl Holding {
+    pub(crate) fn of_placed(part: &PlacePart, end: End) -> Self {
+        let gpus = part.gpu_order.iter().fold(0, |mask, slot| mask | 1 << slot);
+        Self { end, gpus, cores_by_numa: part.cores_by_numa.clone(), mem_mib: part.mem_mib }
+    }
+
+    /// Never more than the machine has: it may have registered with less than what its parts hold.
+    pub(crate) fn give_back(&self, node: &Node, alloc: &mut Alloc) {
+        alloc.free_gpus |= self.gpus;
+        for ((free, cores), all) in alloc.cores_free.iter_mut().zip(&self.cores_by_numa).zip(&node.cores_by_numa) {
+            *free = free.saturating_add(*cores).min(*all);
+        }
+        alloc.mem_free_mib = alloc.mem_free_mib.saturating_add(self.mem_mib).min(node.mem_mib);
+    }
+}
+
+/// How long a task may hold its machines: its time limit and the grace behind it.
+pub(crate) fn length_ms(spec: &JobSpec) -> Option<u64> {
+    (spec.limit_ms > 0).then(|| spec.limit_ms.saturating_add(spec.kill_grace_ms))
+}
+
+/// When a task that starts now ends.
+pub(crate) fn end_of(spec: &JobSpec, now_ms: u64) -> End {
+    length_ms(spec).map_or(End::Unknown { since_ms: now_ms }, |length| End::By(now_ms.saturating_add(length)))
+}
+
+/// Takes what the part holds out of what is free.
+pub(crate) fn take(alloc: &mut Alloc, part: &PlacePart) {
+    for slot in &part.gpu_order {
+        alloc.free_gpus &= !(1 << slot);
+    }
+    for (free, cores) in alloc.cores_free.iter_mut().zip(&part.cores_by_numa) {
+        *free = free.saturating_sub(*cores);
+    }
+    alloc.mem_free_mib = alloc.mem_free_mib.saturating_sub(part.mem_mib);
+}
+
+/// Keeps what is free in both.
+pub(crate) fn lower(free: &mut Alloc, other: &Alloc) {
+    free.free_gpus &= other.free_gpus;
+    for (free, other) in free.cores_free.iter_mut().zip(&other.cores_free) {
+        *free = (*free).min(*other);
+    }
+    free.mem_free_mib = free.mem_free_mib.min(other.mem_free_mib);
+}
+
+/// What every lease holds on each machine.
+pub(crate) fn of_leases(state: &State) -> BTreeMap<NodeId, Vec<Holding>> {
+    let mut held: BTreeMap<NodeId, Vec<Holding>> = BTreeMap::new();
+    for (_, lease) in state.leases.iter() {
+        let end = lease_end(state, &lease.value);
+        for part in lease.value.parts.iter().filter(|part| part.state != PartState::Released) {
+            let (gpus, cores_by_numa, mem_mib) = (part.gpus, part.cores_by_numa.clone(), part.mem_mib);
+            held.entry(part.node).or_default().push(Holding { end, gpus, cores_by_numa, mem_mib });
+        }
+    }
+    held
+}
+
+/// By its job's limit from the start of its ranks; one that was decided, by its grace.
+pub(crate) fn lease_end(state: &State, lease: &Lease) -> End {
+    let Some(job) = state.jobs.get(&lease.task.job) else { return End::By(0) };
+    let spec = &job.value.spec;
+    if let Some(verdict) = &lease.verdict {
+        return End::By(verdict.clock_ms.saturating_add(spec.kill_grace_ms));
+    }
+    end_of(spec, lease.started_ms.unwrap_or(lease.granted_ms))
+}
+
+/// The holdings of one machine with the times at which they end: in the future, as they have not ended yet.
+pub(crate) fn with_ends<'a>(
+    holdings: impl Iterator<Item = &'a Holding> + Clone,
+    now_ms: u64,
+) -> Vec<(u64, &'a Holding)> {
+    let since = |holding: &Holding| match holding.end {
+        End::Unknown { since_ms } => Some(since_ms),
+        End::By(_) => None,
+    };
+    let mut endless: Vec<u64> = holdings.clone().filter_map(since).collect();
+    endless.sort_unstable();
+    // Equal ages are told apart by their order.
+    let mut equal: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut end_ms = |holding: &Holding| match holding.end {
+        End::By(time) => time.max(now_ms.saturating_add(1)),
+        End::Unknown { since_ms } => {
+            let nth = equal.entry(since_ms).or_default();
+            *nth += 1;
+            let older = endless.partition_point(|other| *other < since_ms) as u64;
+            ENDLESS_MS.saturating_mul(older + *nth).saturating_add(since_ms)
+        }
+    };
+    holdings.map(|holding| (end_ms(holding), holding)).collect()
+}

@@ -1,0 +1,166 @@
+//! When a task that does not fit could start, and on which machines: the first moment at which enough of them have room
+//! for its whole gang, by the time limits of what runs and by what is kept for others. What becomes of the answer (a
+//! reservation that later tasks must not delay, or an estimate) is `plan`'s.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+
+use statemachine::command::PlacePart;
+use statemachine::fit;
+use statemachine::record::{Node, NodeAdmin};
+use statemachine::spec::Shape;
+use statemachine::{GpuTypeId, NodeId};
+
+use crate::machines::{Cache, Machines};
+use crate::seats::{Seat, seats_on};
+
+/// A start to come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Start {
+    pub at_ms: u64,
+    /// One a machine, by node number.
+    pub parts: Vec<PlacePart>,
+}
+
+/// By the type of the GPUs, the machines that have room soonest.
+type Soonest = BTreeMap<Option<GpuTypeId>, BTreeSet<(u64, Seat)>>;
+
+/// Machines, each with the type of its GPUs.
+type Chosen = Vec<(NodeId, Option<GpuTypeId>)>;
+
+/// The first start of a gang that holds its machines for `length_ms` (`None` = without end); no answer when what is kept
+/// for others never ends. Adds the looks that it took to `steps`.
+pub(crate) fn earliest(
+    machines: &Machines<'_>,
+    cache: &mut Cache,
+    shape: &Shape,
+    length_ms: Option<u64>,
+    steps: &mut u64,
+) -> Option<Start> {
+    let mut soonest = Soonest::new();
+    for (id, node) in machines.state.nodes.iter() {
+        *steps += 1;
+        if node.value.admin == NodeAdmin::Ready && !machines.unheard.contains(id) {
+            look_at(machines, cache, (shape, length_ms), *id, &mut soonest, steps);
+        }
+    }
+    let (at_ms, nodes) = pick(shape, &soonest)?;
+    let until_ms = window_end(shape, length_ms, at_ms);
+    let part = |(id, gpu_type): (NodeId, Option<GpuTypeId>)| {
+        let (node, _) = machines.node(id)?;
+        let free = machines.free_during(id, at_ms, until_ms, u64::MAX)?;
+        machines.part(cache, (id, node, &free), shape, gpu_type)
+    };
+    let parts: Option<Vec<PlacePart>> = nodes.into_iter().map(part).collect();
+    parts.map(|parts| Start { at_ms, parts })
+}
+
+/// The machines of a gang have room at different times, and it starts at the last of them: so each must have room from
+/// its own time on for ever. One machine alone must have it for as long as the task may run.
+fn window_end(shape: &Shape, length_ms: Option<u64>, at_ms: u64) -> u64 {
+    length_ms.filter(|_| shape.nodes == 1).map_or(u64::MAX, |length| at_ms.saturating_add(length))
+}
+
+/// Enters the machine's first moment with room, for each type, unless enough others have theirs sooner.
+fn look_at(
+    machines: &Machines<'_>,
+    cache: &mut Cache,
+    (shape, length_ms): (&Shape, Option<u64>),
+    id: NodeId,
+    soonest: &mut Soonest,
+    steps: &mut u64,
+) {
+    let Some((node, alloc)) = machines.node(id) else { return };
+    let types = types_on(node, shape);
+    let limit = machines.state.meta.settings.leases_per_node as usize;
+    let mut holdings = machines.holdings(id);
+    holdings.sort_by_key(|(end, _)| *end);
+    let kept = machines.kept_on(id);
+    let ends = holdings.iter().map(|(end, _)| *end).chain(kept.iter().map(|kept| kept.until_ms));
+    let mut times: Vec<u64> = ends.filter(|end| *end != u64::MAX).collect();
+    times.push(machines.state.meta.clock_ms);
+    times.sort_unstable();
+    times.dedup();
+    let (mut free, mut ended) = (alloc.clone(), 0);
+    let mut found: BTreeSet<Option<GpuTypeId>> = BTreeSet::new();
+    for time in times {
+        if found.len() == types.len() || is_late(shape, soonest, &types, time) {
+            return;
+        }
+        *steps += 1;
+        while let Some((_, holding)) = holdings.get(ended).filter(|(end, _)| *end <= time) {
+            holding.give_back(node, &mut free);
+            ended += 1;
+        }
+        if holdings.len() - ended >= limit {
+            continue;
+        }
+        let during = match kept.is_empty() {
+            true => Some(Cow::Borrowed(&free)),
+            false => machines.free_during(id, time, window_end(shape, length_ms, time), u64::MAX).map(Cow::Owned),
+        };
+        let Some(during) = during else { return };
+        for (gpu_type, seat) in seats_on(machines, cache, shape, (id, node, &during)) {
+            if found.insert(gpu_type) {
+                enter(shape, soonest.entry(gpu_type).or_default(), (time, seat));
+            }
+        }
+    }
+}
+
+/// The acceptable types of GPUs that the machine has.
+fn types_on(node: &Node, shape: &Shape) -> Vec<Option<GpuTypeId>> {
+    if shape.gpus_per_node() == 0 {
+        return vec![None];
+    }
+    let has = |gpu_type: &GpuTypeId| node.gpus.iter().any(|gpu| gpu.gpu_type == *gpu_type);
+    fit::acceptable_types(node, shape).into_iter().filter(has).map(Some).collect()
+}
+
+/// Enough machines have room before this time, whichever of these types it is.
+fn is_late(shape: &Shape, soonest: &Soonest, types: &[Option<GpuTypeId>], time: u64) -> bool {
+    let full = |seats: &BTreeSet<(u64, Seat)>| {
+        seats.len() == usize::from(shape.nodes) && seats.last().is_some_and(|(last, _)| *last < time)
+    };
+    !shape.mix_types && types.iter().all(|gpu_type| soonest.get(gpu_type).is_some_and(full))
+}
+
+/// Keeps as many as the gang has machines.
+fn enter(shape: &Shape, seats: &mut BTreeSet<(u64, Seat)>, entry: (u64, Seat)) {
+    seats.insert(entry);
+    if seats.len() > usize::from(shape.nodes) {
+        seats.pop_last();
+    }
+}
+
+/// The machines of the type that has enough of them first; of equal ones the most preferred.
+fn pick(shape: &Shape, soonest: &Soonest) -> Option<(u64, Chosen)> {
+    let needed = usize::from(shape.nodes);
+    let preference = |gpu_type: &Option<GpuTypeId>| {
+        gpu_type.and_then(|gpu_type| shape.gpu_types.iter().position(|wanted| *wanted == gpu_type))
+    };
+    let whole = soonest.iter().filter(|(_, seats)| seats.len() == needed);
+    let of_one_type =
+        whole.filter_map(|(gpu_type, seats)| Some((seats.last()?.0, preference(gpu_type), gpu_type, seats)));
+    let mixed = || {
+        let all = soonest.iter().flat_map(|(gpu_type, seats)| seats.iter().map(move |seat| (*seat, *gpu_type)));
+        let sorted: BTreeSet<((u64, Seat), Option<GpuTypeId>)> = all.collect();
+        let mut nodes = BTreeMap::new();
+        for ((time, seat), gpu_type) in sorted {
+            if nodes.len() < needed {
+                nodes.entry(seat.node).or_insert((time, gpu_type));
+            }
+        }
+        let at_ms = nodes.values().map(|(time, _)| *time).max()?;
+        (nodes.len() == needed).then(|| (at_ms, nodes.into_iter().map(|(id, (_, gpu_type))| (id, gpu_type)).collect()))
+    };
+    match of_one_type.min_by_key(|(at_ms, preference, ..)| (*at_ms, *preference)) {
+        Some((at_ms, _, gpu_type, seats)) => {
+            let mut nodes: Vec<_> = seats.iter().map(|(_, seat)| (seat.node, *gpu_type)).collect();
+            nodes.sort_unstable();
+            Some((at_ms, nodes))
+        }
+        None if shape.mix_types => mixed(),
+        None => None,
+    }
+}
