@@ -6,11 +6,7 @@ use statemachine::record::{ExitCause, KillStrength, Session};
 use super::*;
 use crate::leader::desired::desired;
 
-/// The state machine's own small cluster to tell stories with.
-#[path = "../../../statemachine/tests/world/mod.rs"]
-mod world;
-
-use world::{World, ended, job, machine, one_gpu, shape};
+use crate::leader::world::{World, ended, job, machine, one_gpu, shape};
 
 /// TTL of the stories' jobs.
 const TTL_MS: u64 = 10_000;

@@ -10,6 +10,11 @@ mod planner;
 pub mod settled;
 pub mod touched;
 
+/// The state machine's own small cluster to tell stories with.
+#[cfg(test)]
+#[path = "../../../statemachine/tests/world/mod.rs"]
+mod world;
+
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Instant;

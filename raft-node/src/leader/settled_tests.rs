@@ -5,11 +5,7 @@ use scheduling::plan::{Cache, plan};
 use statemachine::command::SubmitJob;
 use statemachine::{Command, JobId};
 
-/// The state machine's own small cluster to tell stories with.
-#[path = "../../../statemachine/tests/world/mod.rs"]
-mod world;
-
-use world::{World, job, machine, one_gpu, shape};
+use crate::leader::world::{World, job, machine, one_gpu, shape};
 
 fn limited(submit: SubmitJob, priority: i32, limit_ms: u64) -> SubmitJob {
     SubmitJob { spec: JobSpec { limit_ms, priority, ..submit.spec.clone() }, ..submit }
