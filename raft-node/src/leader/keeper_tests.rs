@@ -6,7 +6,7 @@ use statemachine::record::{ExitCause, KillStrength, Session};
 use super::*;
 use crate::leader::desired::desired;
 
-use crate::leader::world::{World, ended, job, machine, one_gpu, shape};
+use crate::leader::world::{self, World, ended, job, machine, one_gpu, shape};
 
 /// TTL of the stories' jobs.
 const TTL_MS: u64 = 10_000;
