@@ -19,6 +19,8 @@ pub fn job(job: &v1::Job) -> Value {
         "state": job.state,
         "ending": none_if_empty(&job.ending),
         "reason": none_if_empty(&job.reason),
+        "reason_code": none_if_empty(&job.reason_code),
+        "latest_start": none_if_empty(&time(job.latest_start_unix_ms)),
         "attempt": job.attempt,
         "token": token(job.token),
         "retries_used": job.retries_used,
@@ -45,7 +47,7 @@ pub fn job(job: &v1::Job) -> Value {
     })
 }
 
-fn part(part: &v1::PlacedPart) -> Value {
+pub fn part(part: &v1::PlacedPart) -> Value {
     json!({
         "node": part.node,
         "first_rank": part.first_rank,

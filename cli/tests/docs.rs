@@ -13,7 +13,7 @@ fn the_page_has_the_codes_variables_and_reasons_of_the_program() {
     let help = |topic: &str| format!("```text\n{}```\n", run(ares(&["help", topic])).ok().out);
     let mut wanted = page.clone();
     for (mark, text) in
-        [("exit-codes", help("exit-codes")), ("environment", help("environment")), ("reasons", reasons())]
+        [("exit-codes", help("exit-codes")), ("environment", help("environment")), ("why", codes()), ("reasons", reasons())]
     {
         wanted = with_part(&wanted, mark, &text);
     }
@@ -49,6 +49,14 @@ fn with_part(page: &str, mark: &str, text: &str) -> String {
     let (before, after) = page.split_once(&mark).unwrap_or_else(|| panic!("docs/CLI.md has no {mark:?}"));
     let rest = after.find("\n## ").map(|at| &after[at..]).unwrap_or_default();
     format!("{before}{mark}{text}{rest}")
+}
+
+fn codes() -> String {
+    let mut table = "| code | what keeps the job waiting | what to do |\n|---|---|---|\n".to_owned();
+    for (code, meaning, advice) in scheduling::reason::CODES {
+        table.push_str(&format!("| {code} | {meaning} | {advice} |\n"));
+    }
+    table
 }
 
 fn reasons() -> String {

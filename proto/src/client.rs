@@ -316,6 +316,8 @@ calls! {
     leader_call release_job(v1::jobs_client::JobsClient<Transport>, v1::SteerJobRequest) -> v1::SteerJobReply;
     leader_call requeue_job(v1::jobs_client::JobsClient<Transport>, v1::SteerJobRequest) -> v1::SteerJobReply;
     read_call get_job(v1::jobs_client::JobsClient<Transport>, v1::GetJobRequest) -> v1::Job;
+    read_call why_job(v1::jobs_client::JobsClient<Transport>, v1::WhyJobRequest) -> v1::Why;
+    read_call preview_job(v1::jobs_client::JobsClient<Transport>, v1::SubmitJobRequest) -> v1::Why;
     read_call list_jobs(v1::jobs_client::JobsClient<Transport>, v1::ListJobsRequest) -> v1::ListJobsReply;
     read_call watch_job(v1::jobs_client::JobsClient<Transport>, v1::WatchJobRequest) -> tonic::Streaming<v1::Job>;
     read_call get(v1::keyspace_client::KeyspaceClient<Transport>, v1::GetRequest) -> v1::GetReply;

@@ -11,19 +11,23 @@ use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
 use crate::choose::Shortage;
 use crate::machines::{Cache, Machines, is_present, want_of};
-use crate::plan::{Limits, plan, waiting_task};
+use crate::outlook::{Outlook, Start};
+use crate::plan::waiting_task;
 use crate::quota::Planned;
 use crate::reason::{Best, Lack, Needs, Reason};
 
 /// Why a task waits, from any replica's state; `None` when it does not wait (it runs, has ended, or is unknown).
 ///
-/// Looks at every machine once or twice; for a whole queue ask one `Explainer`.
+/// Plans a whole cycle; for a whole queue ask one `Explainer`.
 pub fn reason_for(state: &State, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
-    reason_with(state, &mut Cache::default(), task, unheard)
+    let mut cache = Cache::default();
+    let outlook = Arc::new(Outlook::new(state, &mut cache, unheard, 0));
+    let reason = Explainer::new(state, &mut cache, unheard).with(outlook).reason_for(task)?;
+    Some(Reason::clone(&reason))
 }
 
-/// `reason_for` for a caller that keeps a cache.
-pub fn reason_with(state: &State, cache: &mut Cache, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
+/// The first thing that binds a task by itself, whoever else waits.
+pub(crate) fn reason_with(state: &State, cache: &mut Cache, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
     Explainer::new(state, cache, unheard).reason_for(task).map(|reason| Reason::clone(&reason))
 }
 
@@ -32,15 +36,20 @@ pub struct Explainer<'a> {
     machines: Machines<'a>,
     cache: &'a mut Cache,
     by_shape: BTreeMap<&'a Shape, Arc<Reason>>,
-    /// What a whole cycle says, once somebody needs it.
-    planned: Option<BTreeMap<TaskKey, Arc<Reason>>>,
+    /// What a whole cycle says of all.
+    outlook: Option<Arc<Outlook>>,
 }
 
 impl<'a> Explainer<'a> {
     /// `unheard` as the leader knows it; elsewhere empty, which takes silent machines for busy or free ones.
     pub fn new(state: &'a State, cache: &'a mut Cache, unheard: &'a BTreeSet<NodeId>) -> Self {
         cache.keep_what_holds(state);
-        Self { machines: Machines::new(state, unheard), cache, by_shape: BTreeMap::new(), planned: None }
+        Self { machines: Machines::new(state, unheard), cache, by_shape: BTreeMap::new(), outlook: None }
+    }
+
+    /// With the outlook of this state, or of one a little older.
+    pub fn with(self, outlook: Arc<Outlook>) -> Self {
+        Self { outlook: Some(outlook), ..self }
     }
 
     /// Why a task waits; `None` when it does not.
@@ -65,19 +74,20 @@ impl<'a> Explainer<'a> {
         if *reason != Reason::Soon {
             return Some(reason);
         }
-        // It fits: what it could have may be kept for another one.
-        let (cache, unheard) = (&mut *self.cache, self.machines.unheard);
-        let planned = self
-            .planned
-            .get_or_insert_with(|| plan(state, cache, &Limits::default(), unheard).reasons.into_iter().collect());
-        Some(planned.get(&key).cloned().unwrap_or(reason))
+        // It fits: what it could have may be kept for another one, or goes before its turn comes.
+        Some(self.outlook.as_ref().and_then(|outlook| outlook.reason(key)).cloned().unwrap_or(reason))
+    }
+
+    /// When the task starts, as the outlook has it.
+    pub fn start_of(&self, key: TaskKey) -> Start {
+        self.outlook.as_ref().map_or(Start::Unknown, |outlook| outlook.start(key))
     }
 }
 
 /// Which hold binds: a person's or a fault's first, then other jobs, then the calendar.
 fn held(state: &State, job: &Job) -> Reason {
     let holds = job.holds;
-    if holds.user || holds.launch || holds.orphan {
+    if holds.user || holds.launch || holds.orphan || holds.restore {
         return Reason::Held { holds };
     }
     let mut parents = job.waits_for();

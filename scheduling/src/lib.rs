@@ -11,6 +11,7 @@ mod holding;
 pub mod links;
 mod machines;
 pub mod order;
+pub mod outlook;
 pub mod plan;
 pub mod points;
 pub mod predict;
@@ -21,12 +22,15 @@ mod reserve;
 pub mod score;
 mod seats;
 pub mod simulate;
+pub mod why;
 pub mod world;
 
 pub use bandwidth::BandwidthTable;
 pub use explain::{Explainer, reason_for};
 pub use holding::ENDLESS_MS;
+pub use outlook::{Outlook, Start};
 pub use plan::{Cache, Limits, Plan, Reservation, plan};
 pub use reason::Reason;
+pub use why::{Why, why};
 /// The link facts of a machine, for callers that have no state.
 pub use statemachine::record::{Class, Nic, PciClass};

@@ -75,6 +75,8 @@ pub(crate) fn want_of(shape: &Shape) -> Option<Want> {
 pub(crate) struct Machines<'a> {
     pub(crate) state: &'a State,
     pub(crate) unheard: &'a BTreeSet<NodeId>,
+    /// What runs is taken to end at once, not at its limit.
+    pub(crate) ends_now: bool,
     left: BTreeMap<NodeId, Left>,
     /// Machines that lost something, in order: whoever keeps a view of them reads on from where it stopped.
     pub(crate) touched: Vec<NodeId>,
@@ -97,6 +99,7 @@ impl<'a> Machines<'a> {
         Self {
             state,
             unheard,
+            ends_now: false,
             left: BTreeMap::new(),
             touched: Vec::new(),
             idle: OnceCell::new(),
@@ -161,8 +164,14 @@ impl<'a> Machines<'a> {
     /// When each part on a machine ends, in no order.
     pub(crate) fn holdings(&self, id: NodeId) -> Vec<(u64, &Holding)> {
         let leased = self.leased.get_or_init(|| holding::of_leases(self.state)).get(&id);
+        let leased = leased.map(Vec::as_slice).unwrap_or_default();
         let planned = self.left.get(&id).map(|left| left.parts.as_slice()).unwrap_or_default();
-        holding::with_ends(leased.into_iter().flatten().chain(planned), self.state.meta.clock_ms)
+        let now_ms = self.state.meta.clock_ms;
+        let mut holdings = holding::with_ends(leased.iter().chain(planned), now_ms);
+        if self.ends_now {
+            holdings.iter_mut().take(leased.len()).for_each(|(end, _)| *end = now_ms.saturating_add(1));
+        }
+        holdings
     }
 
     pub(crate) fn kept_on(&self, id: NodeId) -> &[Kept] {

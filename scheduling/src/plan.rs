@@ -123,7 +123,7 @@ fn encoded_bytes(place: &Place) -> usize {
 ///
 /// The same arguments give the same plan, whatever the cache holds.
 pub fn plan(state: &State, cache: &mut Cache, limits: &Limits, unheard: &BTreeSet<NodeId>) -> Plan {
-    Cycle::run(state, cache, limits, unheard).plan
+    Cycle::new(state, cache, limits, unheard).run(limits, None).plan
 }
 
 /// One cycle under way.
@@ -154,14 +154,14 @@ struct Tries {
 }
 
 impl<'a> Cycle<'a> {
-    pub(crate) fn run(
+    pub(crate) fn new(
         state: &'a State,
         cache: &'a mut Cache,
         limits: &Limits,
         unheard: &'a BTreeSet<NodeId>,
     ) -> Cycle<'a> {
         cache.keep_what_holds(state);
-        let mut cycle = Cycle {
+        Cycle {
             machines: Machines::new(state, unheard),
             cache,
             seats: BTreeMap::new(),
@@ -172,7 +172,12 @@ impl<'a> Cycle<'a> {
             reservations: limits.reservations,
             steps: 0,
             plan: Plan { base_index: state.meta.applied.index, ..Plan::default() },
-        };
+        }
+    }
+
+    /// Looks at the tasks in their order, `last` being the last one if it is met.
+    pub(crate) fn run(mut self, limits: &Limits, last: Option<TaskKey>) -> Self {
+        let state = self.machines.state;
         let from = limits.after.clone().unwrap_or_default();
         let mut reserved: Vec<QueueKey> = Vec::new();
         let mut order = Order::new(state, from.clone());
@@ -181,24 +186,28 @@ impl<'a> Cycle<'a> {
         let mut looked = 0usize;
         loop {
             // At least one task a cycle, so that a budget below its cost still comes through the queue.
-            let exhausted = cycle.steps >= limits.steps && looked > 0;
-            if exhausted || cycle.plan.places.len() >= limits.places {
-                cycle.plan.unfinished = order.has_more();
+            let exhausted = self.steps >= limits.steps && looked > 0;
+            if exhausted || self.plan.places.len() >= limits.places {
+                self.plan.unfinished = order.has_more();
                 break;
             }
             let front = again.next();
             looked += usize::from(front.is_none());
             let Some(key) = front.or_else(|| order.next()) else { break };
-            let kept = cycle.plan.reservations.len();
-            if let Some(takes) = cycle.look_at(key.task, key.tenant) {
+            let kept = self.plan.reservations.len();
+            if let Some(takes) = self.look_at(key.task, key.tenant) {
                 order.placed(key.tenant, &takes);
             }
-            if cycle.plan.reservations.len() > kept {
+            if self.plan.reservations.len() > kept {
                 reserved.push(key);
             }
+            if last == Some(key.task) {
+                self.plan.unfinished = order.has_more();
+                break;
+            }
         }
-        cycle.plan.reached = (looked > 0).then(|| Position { reserved, ..order.position() });
-        cycle
+        self.plan.reached = (looked > 0).then(|| Position { reserved, ..order.position() });
+        self
     }
 
     /// What it takes, if it starts.

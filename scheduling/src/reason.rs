@@ -10,44 +10,57 @@ use statemachine::spec::AfterKind;
 
 use crate::predict::gbps;
 
-/// Why a task does not start. `code()` names it, `Display` is one line with the numbers.
+/// Why a task does not start. `code()` names it, `Display` is one line with the numbers, `CODES` says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
-    /// NO_NODES: no machine is registered. Cure: join one.
     NoNodes,
-    /// NO_SUCH_GPU_TYPE: no machine has GPUs of an accepted type. Cure: another `--gpu-type`, or join such a machine.
     NoSuchGpuType { wanted: Vec<String>, present: Vec<String> },
-    /// NEVER: no machine of the cluster could run it, were it all idle. Cure: a smaller request, or larger machines.
     Never { needs: Needs, lack: Lack },
-    /// NODES_OUT: enough machines could, but too few of them are in service. Cure: resume or repair them.
     NodesOut { needs: Needs, able: u32, out: u32, silent: u32 },
-    /// GPUS_BUSY: too few machines have the GPUs free. Cure: wait, or ask for fewer.
     GpusBusy { needs: Needs, ready: u32, best: Best, unhealthy: u32, away: u32 },
-    /// CORES_BUSY: machines with the GPUs free lack cores. Cure: wait, or ask for fewer cores.
     CoresBusy { needs: Needs, ready: u32, best: Best, away: u32 },
-    /// MEM_BUSY: machines with GPUs and cores free lack memory; `best` in MiB. Cure: wait, or ask for less.
+    /// `best` in MiB.
     MemBusy { needs: Needs, ready: u32, best: Best, away: u32 },
-    /// LEASES_FULL: the machines with room hold as many leases as a machine may. Cure: wait.
     LeasesFull { needs: Needs, limit: u32 },
-    /// BANDWIDTH: the free GPUs are linked too slowly; `best` in MB/s. Cure: wait, or a lower `--min-bandwidth`.
+    /// `best` in MB/s.
     Bandwidth { needs: Needs, ready: u32, best: Best, wanted_mbps: u32 },
-    /// RESERVED: what it could have is kept for a job before it in the order, and it has no time limit that ends in time.
-    /// Cure: wait, or a `--time-limit` of at most `fits_ms`.
+    /// What it could have is kept for `job`; with a limit of `fits_ms` or less it would end before that starts.
     Reserved { needs: Needs, job: JobId, starts_in_ms: Option<u64>, fits_ms: Option<u64> },
-    /// HELD: a person's word, 20 excused attempts in a row, or a machine that still runs an attempt without a lease.
-    /// Cure: `ares release`; the last one ends by itself.
     Held { holds: Holds },
-    /// QUOTA: its tenant, or one above it, uses all that it may. Cure: wait, ask for less, or raise the limit.
     Quota { hit: QuotaHit, text: String },
-    /// DEPENDENCY: jobs that it was told to wait for have not ended. Cure: wait, or look why they do.
     Dependency { first: (AfterKind, JobId), parents: u32 },
-    /// BEGIN_TIME: it was told to start later. Cure: wait.
     BeginTime { in_ms: u64 },
-    /// BACKOFF: it failed, and the wait before its next attempt is not over. Cure: wait.
     Backoff { attempt: u32, in_ms: u64 },
-    /// SOON: it fits; the planner starts it, or one before it in the order, next.
     Soon,
 }
+
+/// Every code: its name, what it means, and what a person can do.
+pub const CODES: &[(&str, &str, &str)] = &[
+    ("NO_NODES", "no machine has joined the cluster", "join one: ares agent"),
+    ("NO_SUCH_GPU_TYPE", "no machine has GPUs of an accepted type", "accept another --gpu-type, or join such a machine"),
+    ("NEVER", "the machines could not run it, were they all idle", "ask for less, or join larger machines"),
+    ("NODES_OUT", "enough machines could run it, but too few are in service", "resume or repair them: ares nodes"),
+    ("GPUS_BUSY", "too few machines have the GPUs free", "wait, or ask for fewer"),
+    ("CORES_BUSY", "machines with the GPUs free lack cores", "wait, or ask for fewer --cores"),
+    ("MEM_BUSY", "machines with the GPUs and cores free lack memory", "wait, or ask for less --mem"),
+    ("LEASES_FULL", "the machines with room hold as many leases as a machine may", "wait"),
+    ("BANDWIDTH", "the GPUs that are free are linked too slowly", "wait, or ask for a lower --min-bandwidth"),
+    (
+        "RESERVED",
+        "what is free is kept for a job before it in the order, and it would not end in time",
+        "wait, or give it a --time-limit that ends before that job starts",
+    ),
+    (
+        "HELD",
+        "a person's word, 20 excused attempts in a row, a restore, or a machine that still runs an attempt without a lease",
+        "ares release; the last two end by themselves",
+    ),
+    ("QUOTA", "its tenant, or one above it, uses all that it may", "wait, ask for less, or have the limit raised"),
+    ("DEPENDENCY", "jobs that it was told to wait for have not ended", "wait, or ask why they do: ares why"),
+    ("BEGIN_TIME", "it was told to start later", "wait"),
+    ("BACKOFF", "it failed, and the wait before its next attempt is not over", "wait, or ares requeue"),
+    ("SOON", "it fits; the planner starts it, or one before it in the order, next", "nothing"),
+];
 
 /// What the gang asks for, as far as the reason needs it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,6 +118,11 @@ impl Reason {
             Reason::Backoff { .. } => "BACKOFF",
             Reason::Soon => "SOON",
         }
+    }
+
+    /// What a person can do about it.
+    pub fn advice(&self) -> &'static str {
+        CODES.iter().find(|(code, ..)| *code == self.code()).map_or("", |(.., advice)| advice)
     }
 
     /// It starts once enough of what runs has ended, if nothing else changes.
@@ -187,6 +205,8 @@ fn held(holds: Holds) -> &'static str {
         "on hold until it is released"
     } else if holds.launch {
         "on hold: 20 attempts in a row failed by no fault of the job; see its attempts, then release it"
+    } else if holds.restore {
+        "on hold: the cluster was restored from a backup, and a machine may still run an attempt that it does not know"
     } else {
         "on hold: a machine still runs an earlier attempt of it without a lease, and is ending it"
     }

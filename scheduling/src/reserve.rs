@@ -87,7 +87,8 @@ fn look_at(
         if found.len() == types.len() || is_late(shape, soonest, &types, time) {
             return;
         }
-        *steps += 1;
+        // Beside what is kept the machine is looked at as often as something begins there.
+        *steps += 1 + kept.len() as u64;
         while let Some((_, holding)) = holdings.get(ended).filter(|(end, _)| *end <= time) {
             holding.give_back(node, &mut free);
             ended += 1;

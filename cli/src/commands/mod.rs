@@ -24,6 +24,7 @@ mod version;
 mod wait;
 mod watch;
 mod when;
+mod why;
 
 use crate::Global;
 use crate::exit::Outcome;
@@ -57,6 +58,8 @@ pub enum Command {
     Requeue(steer::Args),
     /// Everything about a job
     Show(show::Args),
+    /// Why a job waits, when it starts, and what would start it sooner
+    Why(why::Args),
     /// Jobs that wait and run, in the order in which the planner looks at them
     Queue(queue::Args),
     /// Tenants: who pays, for how much
@@ -118,6 +121,7 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Release(args) => steer::run(args, steer::Verb::Release, global),
         Command::Requeue(args) => steer::run(args, steer::Verb::Requeue, global),
         Command::Show(args) => show::run(args, global),
+        Command::Why(args) => why::run(args, global),
         Command::Queue(args) => queue::run(args, global),
         Command::Tenant(args) => tenant::run(args, global),
         Command::Priority(args) => priority::run(args, global),

@@ -11,6 +11,9 @@ use crate::exit::Outcome;
 use crate::output::{self, Row};
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+START is the latest start of a job that waits, if what runs and what goes before it uses its whole time limit; ? where that
+can't be told. ares why JOB says more.")]
 pub struct Args {
     /// Ended jobs too
     #[arg(long, short = 'a')]
@@ -49,12 +52,22 @@ pub fn run(args: Args, global: Global) -> Outcome {
     });
     let (jobs, live) = jobs?;
     let shown = jobs.len();
-    let heads = ["JOB", "NAME", "USER", "PRIO", "STATE", "TRY", "GPUS", "AGE", "NODES / REASON"];
+    let heads = ["JOB", "NAME", "USER", "PRIO", "STATE", "TRY", "GPUS", "AGE", "START", "NODES / REASON"];
     output::rows(global.output, &heads, jobs.iter().map(row).collect());
     if global.output == output::Format::Table && (shown as u64) < live {
         eprintln!("{shown} of {live} jobs shown; --limit shows more.");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The latest start of one that waits, as far as it is known.
+fn starts_by(job: &v1::Job, now: i64) -> String {
+    match (job.reason_code.is_empty(), job.latest_start_unix_ms) {
+        (true, _) => "-".to_owned(),
+        (false, 0) => "?".to_owned(),
+        (false, latest) if latest - now < 1_000 => "now".to_owned(),
+        (false, latest) => output::age(latest - now),
+    }
 }
 
 fn row(job: &v1::Job) -> Row {
@@ -75,6 +88,7 @@ fn row(job: &v1::Job) -> Row {
             job.attempt.to_string(),
             gpus.to_string(),
             output::age(now - job.submitted_unix_ms),
+            starts_by(job, now),
             if nodes.is_empty() { job.reason.clone() } else { nodes },
         ],
         json: crate::json::job(job),

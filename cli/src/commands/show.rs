@@ -46,6 +46,7 @@ fn print(job: &v1::Job) {
     line("Job", &format!("{} ({})", job.id, spec.name));
     line("State", &state);
     line("Reason", &job.reason);
+    line("Starts by", &output::time(job.latest_start_unix_ms));
     line("Command", &command);
     line("User", &job.user);
     line("Tenant", &spec.tenant);

@@ -9,18 +9,20 @@ use std::time::Duration;
 
 use futures::Stream;
 use proto::{error, reason, v1};
+use scheduling::Outlook;
 use scheduling::explain::Explainer;
 use scheduling::plan::Cache;
 use statemachine::command::Command;
 use statemachine::record::{Phase, StoredReply};
 use statemachine::state::TimerKind;
 use statemachine::storage::{HistoryKey, Image};
-use statemachine::{JobId, NodeId, State, TaskKey, Token};
+use statemachine::{JobId, State, TaskKey, Token};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::history::Unread;
+use super::why::as_of_now;
 use super::{Api, requests, view};
 use crate::replica::Applied;
 
@@ -32,6 +34,8 @@ const SHOWN_OF_PAGE: usize = 64;
 const WATCH_BUFFER: usize = 4;
 /// A watcher hears nothing more often than this.
 const WATCH_PACE: Duration = Duration::from_millis(5);
+/// What a watcher is told of a start may be so old.
+const OUTLOOK_AGE: Duration = Duration::from_secs(2);
 
 #[tonic::async_trait]
 impl v1::jobs_server::Jobs for Api {
@@ -76,17 +80,40 @@ impl v1::jobs_server::Jobs for Api {
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::Job>, Status> {
         self.admit(&request)?;
         let request = request.into_inner();
-        let state = self.read(request.read).await?;
-        self.job(&state, JobId(request.job_id)).await.map(Response::new)
+        let state = as_of_now(self.read(request.read).await?);
+        self.job(&state, JobId(request.job_id), Duration::ZERO).await.map(Response::new)
+    }
+
+    async fn why_job(&self, request: Request<v1::WhyJobRequest>) -> Result<Response<v1::Why>, Status> {
+        self.admit(&request)?;
+        let request = request.into_inner();
+        let state = as_of_now(self.read(request.read).await?);
+        let id = JobId(request.job_id);
+        if state.jobs.get(&id).is_some_and(|job| job.value.ended.is_none()) {
+            return self.why(state, id).await.map(Response::new);
+        }
+        let job = self.job(&state, id, OUTLOOK_AGE).await?;
+        let (revision, now_unix_ms) = (state.meta.rev.0, state.meta.wall_ms);
+        Ok(Response::new(v1::Why { job_id: job.id, state: job.state, revision, now_unix_ms, ..Default::default() }))
+    }
+
+    async fn preview_job(&self, request: Request<v1::SubmitJobRequest>) -> Result<Response<v1::Why>, Status> {
+        self.admit(&request)?;
+        let request = request.into_inner();
+        let user = requests::user(&request.user)?;
+        let submit = requests::submit(request.job.unwrap_or_default())?;
+        let state = as_of_now(self.read(v1::ReadMode::Linearizable as i32).await?);
+        self.preview(state, user, submit).await.map(Response::new)
     }
 
     async fn list_jobs(&self, request: Request<v1::ListJobsRequest>) -> Result<Response<v1::ListJobsReply>, Status> {
         self.admit(&request)?;
         let request = request.into_inner();
-        let state = self.read(request.read).await?;
+        let state = as_of_now(self.read(request.read).await?);
         let limit = if request.limit == 0 { PAGE } else { (request.limit as usize).min(PAGE) };
         let from = Cursor::parse(&request.page)?;
-        let (jobs, at) = self.mending(|| ready(self.page(&state, from, limit, request.ended))).await?;
+        let outlook = self.outlook(&state, Duration::ZERO).await?;
+        let (jobs, at) = self.mending(|| ready(self.page(&state, from, limit, request.ended, &outlook))).await?;
         Ok(Response::new(v1::ListJobsReply {
             jobs,
             next_page: at.to_string(),
@@ -103,7 +130,7 @@ impl v1::jobs_server::Jobs for Api {
         // Subscribed before the first look: what changes while the job is rendered is not missed.
         let applied = self.replica.applied();
         let state = self.read(v1::ReadMode::Linearizable as i32).await?;
-        let first = self.job(&state, id).await?;
+        let first = self.job(&state, id, OUTLOOK_AGE).await?;
         let (out, stream) = mpsc::channel(WATCH_BUFFER);
         tokio::spawn(watch(self.clone(), id, first, applied, out));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -132,7 +159,7 @@ async fn watch(
             tokio::time::sleep(WATCH_PACE).await;
             applied.mark_unchanged();
             let state = api.replica.state();
-            let next = match api.job(&state, id).await {
+            let next = match api.job(&state, id, OUTLOOK_AGE).await {
                 Ok(next) => next,
                 Err(status) => {
                     let _ = out.send(Err(status)).await;
@@ -161,14 +188,19 @@ impl Api {
         Ok(Response::new(v1::SteerJobReply {}))
     }
 
-    /// The job from memory, or from history.
-    async fn job(&self, state: &State, id: JobId) -> Result<v1::Job, Status> {
-        self.mending(|| ready(self.find(state, id))).await
+    /// The job from memory, or from history; where it waits, with an outlook of at most this age.
+    async fn job(&self, state: &State, id: JobId, age: Duration) -> Result<v1::Job, Status> {
+        let outlook = match may_start(state, id) {
+            true => self.outlook(state, age).await?,
+            false => Arc::default(),
+        };
+        self.mending(|| ready(self.find(state, id, &outlook))).await
     }
 
-    fn find(&self, state: &State, id: JobId) -> Result<v1::Job, Unread> {
+    fn find(&self, state: &State, id: JobId, outlook: &Arc<Outlook>) -> Result<v1::Job, Unread> {
         let (unheard, mut cache) = (self.unheard(state), Cache::default());
-        if let Some(job) = view::live(state, id, &mut Explainer::new(state, &mut cache, &unheard), &self.tables) {
+        let mut reasons = Explainer::new(state, &mut cache, &unheard).with(outlook.clone());
+        if let Some(job) = view::live(state, id, &mut reasons, &self.tables) {
             return Ok(job);
         }
         match self.image()?.history(state, id)? {
@@ -178,9 +210,16 @@ impl Api {
     }
 
     /// One page of the list from the cursor on, and where the next begins.
-    fn page(&self, state: &State, from: Cursor, limit: usize, ended: bool) -> Result<(Vec<v1::Job>, Cursor), Unread> {
+    fn page(
+        &self,
+        state: &State,
+        from: Cursor,
+        limit: usize,
+        ended: bool,
+        outlook: &Arc<Outlook>,
+    ) -> Result<(Vec<v1::Job>, Cursor), Unread> {
         let (unheard, mut cache) = (self.unheard(state), Cache::default());
-        let mut reasons = Explainer::new(state, &mut cache, &unheard);
+        let mut reasons = Explainer::new(state, &mut cache, &unheard).with(outlook.clone());
         let (mut at, mut jobs) = (from, Vec::new());
         while jobs.len() < limit && at != Cursor::End {
             if at.past_live() && !ended {
@@ -196,11 +235,6 @@ impl Api {
     pub(super) fn image(&self) -> Result<Arc<Image>, Status> {
         let reason = "this replica is taking a snapshot of the leader's in: ask another one";
         self.replica.image().ok_or_else(|| error::refusal(reason::STOPPING, reason))
-    }
-
-    /// Nodes that the leader finds silent; a follower can't know.
-    fn unheard(&self, state: &State) -> BTreeSet<NodeId> {
-        self.board.desk().map(|desk| desk.unheard(state)).unwrap_or_default()
     }
 
     /// One section of the list from the cursor on: appends jobs and says where to go on.
@@ -278,6 +312,12 @@ fn waiting(state: &State, after: JobId, room: usize) -> Vec<JobId> {
     });
     let ids: BTreeSet<JobId> = held.chain(retrying).filter(|id| *id > after && is_waiting(state, *id)).collect();
     ids.into_iter().take(room).collect()
+}
+
+/// It is in the queue.
+fn may_start(state: &State, id: JobId) -> bool {
+    let free = state.jobs.get(&id).is_some_and(|job| !job.value.holds.any() && job.value.ended.is_none());
+    free && state.tasks.get(&TaskKey::from(id)).is_none_or(|task| task.value.phase == Phase::Pending)
 }
 
 fn is_waiting(state: &State, id: JobId) -> bool {

@@ -12,6 +12,7 @@ mod server;
 pub mod status;
 mod tenants;
 mod view;
+mod why;
 pub mod words;
 
 use std::sync::Arc;
@@ -38,12 +39,14 @@ pub struct Api {
     /// Hex of the cluster's id.
     cluster: Arc<str>,
     tables: view::Tables,
+    outlooks: why::Outlooks,
 }
 
 impl Api {
     pub fn new(replica: Replica, board: Board, join_token: &str) -> Self {
         let cluster = replica.cluster().to_string().into();
-        Self { replica, board, join_token: join_token.into(), cluster, tables: view::Tables::default() }
+        let (tables, outlooks) = Default::default();
+        Self { replica, board, join_token: join_token.into(), cluster, tables, outlooks }
     }
 }
 

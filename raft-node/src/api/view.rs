@@ -11,6 +11,7 @@ use statemachine::record::*;
 use statemachine::view::ShownState;
 use statemachine::{GpuTypeId, JobId, RequestId, State, TaskKey, UserId};
 
+use super::why::start_unix_ms;
 use super::words;
 use crate::leader::desired::gpu_uuids;
 
@@ -54,7 +55,10 @@ pub fn live(state: &State, id: JobId, reasons: &mut Explainer<'_>, tables: &Tabl
     shown.ending = view.task.ending.map(|kind| kind.name().to_owned()).unwrap_or_default();
     shown.attempt = view.task.attempt;
     if matches!(view.task.state, ShownState::Pending | ShownState::Retrying) {
-        shown.reason = reasons.reason_for(TaskKey::from(id)).map(|reason| reason.to_string()).unwrap_or_default();
+        let reason = reasons.reason_for(TaskKey::from(id));
+        shown.reason = reason.as_ref().map(|reason| reason.to_string()).unwrap_or_default();
+        shown.reason_code = reason.as_ref().map(|reason| reason.code().to_owned()).unwrap_or_default();
+        shown.latest_start_unix_ms = start_unix_ms(state, reasons.start_of(TaskKey::from(id)));
     }
     if let Some((token, lease)) = task.and_then(|task| live_lease(state, task)) {
         shown.token = token;
