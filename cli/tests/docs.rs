@@ -12,9 +12,12 @@ fn the_page_has_the_codes_variables_and_reasons_of_the_program() {
     let page = std::fs::read_to_string(&path).expect("docs/CLI.md is there");
     let help = |topic: &str| format!("```text\n{}```\n", run(ares(&["help", topic])).ok().out);
     let mut wanted = page.clone();
-    for (mark, text) in
-        [("exit-codes", help("exit-codes")), ("environment", help("environment")), ("why", codes()), ("reasons", reasons())]
-    {
+    for (mark, text) in [
+        ("exit-codes", help("exit-codes")),
+        ("environment", help("environment")),
+        ("why", codes()),
+        ("reasons", reasons()),
+    ] {
         wanted = with_part(&wanted, mark, &text);
     }
     if std::env::var_os("ARES_WRITE_DOCS").is_some() {

@@ -13,6 +13,7 @@ fn every_command_prints_what_it_knows() {
     let cluster = Cluster::with_machines();
     let pair = placed_with_reasons(&cluster);
     queue_reasons(&cluster);
+    why_and_when(&cluster);
     names(&cluster);
     logs_of_ranks_and_attempts(&cluster);
     followed_logs(&cluster);
@@ -69,6 +70,43 @@ fn queue_reasons(cluster: &Cluster) {
     assert_eq!(cancelled["cancelled"].as_array().map(Vec::len), Some(2));
     assert!(!cluster.ares(&["queue"]).ok().out.contains("64"), "an ended job is shown with --all alone");
     cluster.ares(&["queue", "--all"]).ok().shows(&["CANCELLED"]);
+}
+
+/// Two of eight GPUs are taken for two hours.
+fn why_and_when(cluster: &Cluster) {
+    let whole = cluster.submit(&["--gpus", "8", "--time-limit", "1h"], "true");
+    let said = [
+        &format!("Job {whole} waits: GPUS_BUSY."),
+        "Reason     needs 8 GPUs on one machine; best has 6 free on gpus",
+        "Do         wait, or ask for fewer",
+        "Held by    job 1 (pair, ",
+        "2 GPUs on gpus; ends by 2",
+        "Start      between now and 2",
+        "Sooner     --gpus 6: starts now",
+    ];
+    cluster.ares(&["why", &whole]).ok().shows(&said);
+    let json = cluster.json(&["why", &whole]);
+    assert_eq!((&json["code"], &json["holders"][0]["job"]), (&"GPUS_BUSY".into(), &1.into()), "{json}");
+    assert!(json["latest"].is_string() && json["changes"][0]["now"] == true, "{json}");
+    assert_eq!(cluster.ares(&["why", &whole, "-o", "name"]).ok().out, "GPUS_BUSY\n");
+    let queue = cluster.json(&["queue"]);
+    let row = queue.as_array().into_iter().flatten().find(|job| job["id"].to_string() == whole).cloned();
+    assert_eq!(row.map(|job| job["latest_start"].clone()), Some(json["latest"].clone()), "{queue}");
+
+    // What is free is kept for it: a job without a limit waits, a short one would not.
+    let kept = cluster.ares(&["submit", "--gpus", "1", "--dry-run", "--", "true"]).ok();
+    kept.shows(&["It waits: RESERVED.", &format!("job {whole} (sh, "), "goes first", "Sooner     --time-limit "]);
+    let short = ["submit", "--gpus", "1", "--time-limit", "30m", "--dry-run", "--", "true"];
+    cluster.ares(&short).ok().shows(&["It would start now.", "Placement  gpus: rank 0, GPUs "]);
+    let refused = ["submit", "--tenant", "nobody", "--dry-run", "--", "true"];
+    cluster.ares(&refused).refused(3, &["TENANT_UNKNOWN"]);
+    assert_eq!(cluster.json(&["queue"]), queue, "nothing was submitted");
+    let reply = cluster.json(&["submit", "--gpus", "1", "--", "true"]);
+    assert_eq!(reply["why"]["code"], "RESERVED", "{reply}");
+    cluster.ares(&["cancel", &whole, &reply["id"].to_string()]).ok();
+    cluster.ares(&["why", &whole]).ok().shows(&["does not wait: it is CANCELLED"]);
+    cluster.ares(&["why", "1"]).ok().shows(&["Job 1 does not wait: it is RUNNING."]);
+    cluster.ares(&["why", "999"]).refused(3, &["there is no job 999"]);
 }
 
 fn names(cluster: &Cluster) {

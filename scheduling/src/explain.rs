@@ -27,7 +27,12 @@ pub fn reason_for(state: &State, task: TaskKey, unheard: &BTreeSet<NodeId>) -> O
 }
 
 /// The first thing that binds a task by itself, whoever else waits.
-pub(crate) fn reason_with(state: &State, cache: &mut Cache, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Reason> {
+pub(crate) fn reason_with(
+    state: &State,
+    cache: &mut Cache,
+    task: TaskKey,
+    unheard: &BTreeSet<NodeId>,
+) -> Option<Reason> {
     Explainer::new(state, cache, unheard).reason_for(task).map(|reason| Reason::clone(&reason))
 }
 

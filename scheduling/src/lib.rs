@@ -31,6 +31,6 @@ pub use holding::ENDLESS_MS;
 pub use outlook::{Outlook, Start};
 pub use plan::{Cache, Limits, Plan, Reservation, plan};
 pub use reason::Reason;
-pub use why::{Why, why};
 /// The link facts of a machine, for callers that have no state.
 pub use statemachine::record::{Class, Nic, PciClass};
+pub use why::{Why, why};

@@ -14,30 +14,87 @@ use crate::predict::gbps;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     NoNodes,
-    NoSuchGpuType { wanted: Vec<String>, present: Vec<String> },
-    Never { needs: Needs, lack: Lack },
-    NodesOut { needs: Needs, able: u32, out: u32, silent: u32 },
-    GpusBusy { needs: Needs, ready: u32, best: Best, unhealthy: u32, away: u32 },
-    CoresBusy { needs: Needs, ready: u32, best: Best, away: u32 },
+    NoSuchGpuType {
+        wanted: Vec<String>,
+        present: Vec<String>,
+    },
+    Never {
+        needs: Needs,
+        lack: Lack,
+    },
+    NodesOut {
+        needs: Needs,
+        able: u32,
+        out: u32,
+        silent: u32,
+    },
+    GpusBusy {
+        needs: Needs,
+        ready: u32,
+        best: Best,
+        unhealthy: u32,
+        away: u32,
+    },
+    CoresBusy {
+        needs: Needs,
+        ready: u32,
+        best: Best,
+        away: u32,
+    },
     /// `best` in MiB.
-    MemBusy { needs: Needs, ready: u32, best: Best, away: u32 },
-    LeasesFull { needs: Needs, limit: u32 },
+    MemBusy {
+        needs: Needs,
+        ready: u32,
+        best: Best,
+        away: u32,
+    },
+    LeasesFull {
+        needs: Needs,
+        limit: u32,
+    },
     /// `best` in MB/s.
-    Bandwidth { needs: Needs, ready: u32, best: Best, wanted_mbps: u32 },
+    Bandwidth {
+        needs: Needs,
+        ready: u32,
+        best: Best,
+        wanted_mbps: u32,
+    },
     /// What it could have is kept for `job`; with a limit of `fits_ms` or less it would end before that starts.
-    Reserved { needs: Needs, job: JobId, starts_in_ms: Option<u64>, fits_ms: Option<u64> },
-    Held { holds: Holds },
-    Quota { hit: QuotaHit, text: String },
-    Dependency { first: (AfterKind, JobId), parents: u32 },
-    BeginTime { in_ms: u64 },
-    Backoff { attempt: u32, in_ms: u64 },
+    Reserved {
+        needs: Needs,
+        job: JobId,
+        starts_in_ms: Option<u64>,
+        fits_ms: Option<u64>,
+    },
+    Held {
+        holds: Holds,
+    },
+    Quota {
+        hit: QuotaHit,
+        text: String,
+    },
+    Dependency {
+        first: (AfterKind, JobId),
+        parents: u32,
+    },
+    BeginTime {
+        in_ms: u64,
+    },
+    Backoff {
+        attempt: u32,
+        in_ms: u64,
+    },
     Soon,
 }
 
 /// Every code: its name, what it means, and what a person can do.
 pub const CODES: &[(&str, &str, &str)] = &[
     ("NO_NODES", "no machine has joined the cluster", "join one: ares agent"),
-    ("NO_SUCH_GPU_TYPE", "no machine has GPUs of an accepted type", "accept another --gpu-type, or join such a machine"),
+    (
+        "NO_SUCH_GPU_TYPE",
+        "no machine has GPUs of an accepted type",
+        "accept another --gpu-type, or join such a machine",
+    ),
     ("NEVER", "the machines could not run it, were they all idle", "ask for less, or join larger machines"),
     ("NODES_OUT", "enough machines could run it, but too few are in service", "resume or repair them: ares nodes"),
     ("GPUS_BUSY", "too few machines have the GPUs free", "wait, or ask for fewer"),
@@ -53,7 +110,7 @@ pub const CODES: &[(&str, &str, &str)] = &[
     (
         "HELD",
         "a person's word, 20 excused attempts in a row, a restore, or a machine that still runs an attempt without a lease",
-        "ares release; the last two end by themselves",
+        "ares release ends the first two; the others end by themselves",
     ),
     ("QUOTA", "its tenant, or one above it, uses all that it may", "wait, ask for less, or have the limit raised"),
     ("DEPENDENCY", "jobs that it was told to wait for have not ended", "wait, or ask why they do: ares why"),

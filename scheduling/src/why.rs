@@ -24,6 +24,7 @@ const STEPS_OF_A_CHANGE: u64 = 600_000;
 const HOLDERS: usize = 16;
 /// Changes that are told.
 const CHANGES: usize = 3;
+const MINUTE_MS: u64 = 60_000;
 /// Machines out of service whose return is tried.
 const RETURNS: usize = 8;
 
@@ -124,7 +125,8 @@ fn holders(state: &State, look: &Look, reason: &Reason) -> Vec<Holder> {
             let nodes = if of_start.is_empty() { named.into_iter().collect() } else { of_start };
             let start_ms = look.start.as_ref().map_or(u64::MAX, |start| start.start_ms);
             let running = nodes.iter().flat_map(|node| on_node(state, *node));
-            let mut found: Vec<Holder> = running.filter(|holder| holder.ends_ms.is_none_or(|end| end <= start_ms)).collect();
+            let mut found: Vec<Holder> =
+                running.filter(|holder| holder.ends_ms.is_none_or(|end| end <= start_ms)).collect();
             found.extend(look.before.iter().flat_map(starting).filter(|holder| nodes.contains(&holder.node)));
             found
         }
@@ -204,7 +206,9 @@ fn assumptions(look: &Look, reason: &Reason, holders: &[Holder]) -> Vec<String> 
     match look.ahead + look.before.len() {
         0 => {}
         1 => assumes.push("1 job before it in the order starts first and uses its whole time limit".to_owned()),
-        ahead => assumes.push(format!("{ahead} jobs before it in the order start first and use their whole time limits")),
+        ahead => {
+            assumes.push(format!("{ahead} jobs before it in the order start first and use their whole time limits"))
+        }
     }
     let endless = holders.iter().filter(|holder| holder.ends_ms.is_none() && !holder.waits).count();
     if endless > 0 {
@@ -218,7 +222,7 @@ fn assumptions(look: &Look, reason: &Reason, holders: &[Holder]) -> Vec<String> 
 
 // ----------------------------------------------------------------------------------------------------------- changes
 
-/// What a change changes: once one of a kind starts the job now, a larger one of it says nothing more.
+/// What a change changes: a larger one of the same kind is told only where it starts the job sooner still.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Limit,
@@ -248,20 +252,20 @@ fn changes(
     latest: Start,
 ) -> Vec<Change> {
     let mut found: Vec<Change> = Vec::new();
-    let mut now: Vec<Kind> = Vec::new();
+    let mut best: Vec<(Kind, Start)> = Vec::new();
     for instead in alternatives(state, task, spec, reason) {
-        if now.contains(&instead.kind) {
+        let of_kind = best.iter().filter(|(kind, _)| *kind == instead.kind).map(|(_, start)| *start);
+        let to_beat = of_kind.min().unwrap_or(latest);
+        if to_beat == Start::Now {
             continue;
         }
         let look = Look::at(&instead.state, cache, unheard, task, (STEPS_OF_A_CHANGE, false));
         let start = look.start();
-        if start < latest {
+        if start < to_beat {
+            best.push((instead.kind, start));
             found.push(Change { ask: instead.ask, start });
         }
-        if start == Start::Now {
-            now.push(instead.kind);
-        }
-        if now.len() >= CHANGES {
+        if found.iter().filter(|change| change.start == Start::Now).count() >= CHANGES {
             break;
         }
     }
@@ -283,7 +287,15 @@ fn alternatives(state: &State, task: TaskKey, spec: &JobSpec, reason: &Reason) -
     if let Reason::Reserved { fits_ms: Some(ms), .. } = reason
         && *ms >= 1_000
     {
-        let limit_ms = ms / 1_000 * 1_000;
+        // Some time passes until it is typed.
+        let grain_ms = if *ms < MINUTE_MS {
+            1_000
+        } else if *ms < 10 * MINUTE_MS {
+            10_000
+        } else {
+            MINUTE_MS
+        };
+        let limit_ms = ms / grain_ms * grain_ms;
         with(Kind::Limit, format!("--time-limit {}s", limit_ms / 1_000), &move |spec| spec.limit_ms = limit_ms);
     }
     for (gpu_type, name) in other_types(state, shape) {

@@ -56,7 +56,8 @@ fn a_busy_machine_is_told_with_its_holders_and_their_ends() {
     let job = submit(&mut site, shape(1, 1, 4), 10 * MINUTE);
     let why = ask(&site, job);
     assert_eq!(why.reason.to_string(), "needs 4 GPUs on one machine; best has 2 free on n01");
-    let holders: Vec<_> = why.holders.iter().map(|holder| (holder.job, holder.gpus, holder.ends_ms.is_some())).collect();
+    let holders: Vec<_> =
+        why.holders.iter().map(|holder| (holder.job, holder.gpus, holder.ends_ms.is_some())).collect();
     assert_eq!(holders, [(short, 2, true)], "job {long} need not end first");
     assert!(wait(&site, why.soonest).unwrap() <= 1);
     let latest = wait(&site, why.latest).unwrap();
@@ -109,7 +110,7 @@ fn a_limit_that_fits_before_a_reservation_is_found() {
     let why = ask(&site, job);
     assert_eq!(why.reason.code(), "RESERVED");
     assert_eq!((why.holders.len(), why.holders[0].job, why.holders[0].waits), (1, whole, true));
-    assert_eq!(asks(&why), [("--time-limit 599s", true)]);
+    assert_eq!(asks(&why), [("--time-limit 590s", true)]);
 }
 
 #[test]

@@ -51,7 +51,7 @@ pub fn lines(why: &v1::Why) -> Vec<String> {
     let mut lines = vec![format!("{who} waits: {}.", why.code), row("Reason", &why.reason), row("Do", &why.advice)];
     lines.extend(why.holders.iter().map(|holder| row("Held by", &held_by(holder, why.now_unix_ms))));
     lines.push(row("Start", &start(why)));
-    lines.extend(why.assumes.iter().map(|assumed| row("  if", assumed)));
+    lines.extend(why.assumes.iter().map(|assumed| row("  assumes", assumed)));
     lines.extend(why.changes.iter().map(|change| row("Sooner", &sooner(change, why.now_unix_ms))));
     lines
 }
@@ -72,12 +72,12 @@ fn held_by(holder: &v1::Holder, now: i64) -> String {
         parts.push(format!("on {}", holder.node));
     }
     let end = match (holder.waits, holder.ends_unix_ms) {
-        (true, _) => "starts first".to_owned(),
+        (true, _) => "goes first".to_owned(),
         (false, 0) => "no time limit".to_owned(),
         (false, end) => format!("ends by {}", at(end, now)),
     };
-    let what = if parts.is_empty() { String::new() } else { format!(" {}", parts.join(" ")) };
-    format!("job {} ({}, {}):{what}; {end}", holder.job_id, holder.name, holder.user)
+    let what = if parts.is_empty() { String::new() } else { format!(": {}", parts.join(" ")) };
+    format!("job {} ({}, {}){what}; {end}", holder.job_id, holder.name, holder.user)
 }
 
 /// `between now and in 10m (2026-...)`.

@@ -21,7 +21,7 @@ use crate::door::wall_ms;
 /// Steps of the estimates of one outlook, beyond its cycle: the front of a long queue gets one.
 const ESTIMATE_STEPS: u64 = 400_000;
 /// An outlook that took so long or longer is shown again for a while: `REST` times what it took.
-const COSTLY: Duration = Duration::from_millis(20);
+const COSTLY: Duration = Duration::from_millis(50);
 const REST: u32 = 10;
 /// One of the very state that is asked about is as good as a new one for so long.
 const SAME: Duration = Duration::from_secs(1);
@@ -63,15 +63,18 @@ impl Api {
         let kept = self.outlooks.0.clone().lock_owned().await;
         let index = state.meta.applied.index;
         let rested = |made: &Made| if made.took < COSTLY { age } else { age.max(made.took * REST) };
-        let fresh = |made: &&Made| made.at.elapsed() <= rested(made) || made.index == index && made.at.elapsed() <= SAME;
+        let fresh =
+            |made: &&Made| made.at.elapsed() <= rested(made) || made.index == index && made.at.elapsed() <= SAME;
         if let Some(made) = kept.newest.as_ref().filter(fresh) {
             return Ok(made.outlook.clone());
         }
         let (state, unheard) = (state.clone(), self.unheard(state));
         blocking(kept, move |kept| {
-            let began = Instant::now();
+            // The first one makes the tables that all others use.
+            let (first, began) = (kept.newest.is_none(), Instant::now());
             let outlook = Arc::new(Outlook::new(&state, &mut kept.cache, &unheard, ESTIMATE_STEPS));
-            kept.newest = Some(Made { outlook: outlook.clone(), index, at: Instant::now(), took: began.elapsed() });
+            let took = if first { Duration::ZERO } else { began.elapsed() };
+            kept.newest = Some(Made { outlook: outlook.clone(), index, at: Instant::now(), took });
             outlook
         })
         .await
