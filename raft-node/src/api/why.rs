@@ -169,7 +169,7 @@ fn holder(state: &State, holder: &Holder) -> v1::Holder {
     let job = state.jobs.get(&holder.job).map(|job| &job.value);
     v1::Holder {
         job_id: holder.job.0,
-        name: job.map(|job| job.spec.name.clone()).unwrap_or_default(),
+        name: job.map(|job| job.spec.name.to_string()).unwrap_or_default(),
         user: job.map(|job| view::user_name(state, job.user)).unwrap_or_default(),
         node: state.node_name(holder.node).to_owned(),
         gpus: holder.gpus,
