@@ -90,7 +90,8 @@ fn why_and_when(cluster: &Cluster) {
     assert!(json["latest"].is_string() && json["changes"][0]["now"] == true, "{json}");
     assert_eq!(cluster.ares(&["why", &whole, "-o", "name"]).ok().out, "GPUS_BUSY\n");
     let queue = cluster.json(&["queue"]);
-    let row = queue.as_array().into_iter().flatten().find(|job| job["id"].to_string() == whole).cloned();
+    let id: u64 = whole.parse().expect("a number");
+    let row = queue.as_array().into_iter().flatten().find(|job| job["id"] == id).cloned();
     assert_eq!(row.map(|job| job["latest_start"].clone()), Some(json["latest"].clone()), "{queue}");
 
     // What is free is kept for it: a job without a limit waits, a short one would not.
