@@ -15,6 +15,7 @@ fn jobs_and_machines_do_as_they_are_told() {
     tenants(&cluster);
     priorities(&cluster);
     order(&cluster);
+    policy(&cluster);
 }
 
 fn tenants(cluster: &Cluster) {
@@ -54,6 +55,18 @@ fn priorities(cluster: &Cluster) {
     cluster.ares(&["submit", "--priority-class", "none", "--", "true"]).refused(3, &["PRIORITY_UNKNOWN"]);
     cluster.ares(&["priority", "list"]).ok().shows(&["urgent", "100", "lab"]);
     cluster.ares(&["priority", "remove", "urgent"]).ok();
+}
+
+fn policy(cluster: &Cluster) {
+    cluster.ares(&["policy", "show"]).ok().shows(&["Order         fair", "Reservations  1 ", "Aged after    7d00h"]);
+    let set = ["policy", "set", "--order", "fifo", "--reservations", "2", "--aged-after", "never"];
+    cluster.ares(&set).ok().says(&["The policy is changed."]).shows(&["fifo", "2 of each pool", "never"]);
+    let json = cluster.json(&["policy", "show"]);
+    assert_eq!((&json["order"], &json["aged_after_ms"]), (&"fifo".into(), &0.into()));
+    cluster.ares(&["policy", "set"]).refused(2, &["nothing to change", "--aged-after"]);
+    cluster.ares(&["policy", "set", "--order", "lifo"]).refused(2, &["order", "\"lifo\"; fair or fifo"]);
+    cluster.ares(&["policy", "set", "--reservations", "65"]).refused(2, &["reservations is 65, the limit is 64"]);
+    cluster.ares(&["policy", "set", "--order", "fair", "--reservations", "1", "--aged-after", "7d"]).ok();
 }
 
 /// Tenants take turns by their shares, and a guarantee goes before every borrower. No machine has 64 GPUs.

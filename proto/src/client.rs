@@ -340,6 +340,8 @@ calls! {
     leader_call remove_tenant(v1::tenants_client::TenantsClient<Transport>, v1::RemoveTenantRequest) -> v1::RemoveTenantReply;
     read_call list_tenants(v1::tenants_client::TenantsClient<Transport>, v1::ListTenantsRequest) -> v1::ListTenantsReply;
     leader_call set_priority(v1::tenants_client::TenantsClient<Transport>, v1::SetPriorityRequest) -> v1::SetPriorityReply;
+    leader_call set_policy(v1::tenants_client::TenantsClient<Transport>, v1::SetPolicyRequest) -> v1::SetPolicyReply;
+    read_call get_policy(v1::tenants_client::TenantsClient<Transport>, v1::GetPolicyRequest) -> v1::Policy;
     leader_call remove_priority(v1::tenants_client::TenantsClient<Transport>, v1::RemovePriorityRequest) -> v1::RemovePriorityReply;
     read_call list_priorities(v1::tenants_client::TenantsClient<Transport>, v1::ListPrioritiesRequest) -> v1::ListPrioritiesReply;
     leader_call register(v1::agents_client::AgentsClient<Transport>, v1::RegisterRequest) -> v1::RegisterReply;

@@ -2,19 +2,24 @@
 //!
 //! Between the tenants of one parent: who stays within what is guaranteed to it goes first; then the lowest dominant
 //! share by weight (DRF, Ghodsi 2011, in a tree); of equals, whose first task came first. Inside a tenant: priority, then
-//! queue position. A tenant's own tasks stand beside the tenants below it, as one of weight 1.
+//! queue position. A tenant's own tasks stand beside the tenants below it, as one of weight 1. The policy `fifo` knows no
+//! tenants: priority, then queue position.
+//!
+//! A task that has aged goes before every younger one of its tenant (under `fifo`: of all), the oldest first, whatever
+//! their priorities: so nobody but older ones passes it any more in there.
 //!
 //! A share is what is in use now plus what was used on average over the half-life, each the largest part of any
 //! resource of the cluster. The order moves with every placement; whether a task starts is `plan`'s.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 
 use statemachine::account::{Amounts, Usage};
 use statemachine::record::Tenant;
+use statemachine::settings::OrderBy;
 use statemachine::spec::Shape;
 use statemachine::state::QueueKey;
-use statemachine::{GpuTypeId, State, TaskKey, TenantId};
+use statemachine::{GpuTypeId, JobId, State, TaskKey, TenantId};
 
 /// A whole in the units of a share.
 const WHOLE: u128 = 1_000_000_000_000;
@@ -25,8 +30,10 @@ const LN_2: u128 = 693_147;
 /// How far the tenants' queues were looked at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Position {
-    pub(crate) passed: BTreeMap<TenantId, QueueKey>,
-    /// Those of them for whom machines are kept, in the order; `plan`'s.
+    passed: BTreeMap<TenantId, QueueKey>,
+    /// Of these, and of those behind them, the ones that had aged.
+    aged: BTreeSet<QueueKey>,
+    /// Those for whom machines are kept, in the order; `plan`'s.
     pub(crate) reserved: Vec<QueueKey>,
 }
 
@@ -36,6 +43,8 @@ pub struct Order<'a> {
     capacity: Amounts,
     places: BTreeMap<Place, Standing>,
     passed: Position,
+    /// By tenant, its tasks that have aged and were not passed, the oldest first.
+    aged: BTreeMap<TenantId, VecDeque<QueueKey>>,
 }
 
 /// A place in the tree: the root, a tenant with all below it, or a tenant's own tasks.
@@ -71,11 +80,14 @@ struct Standing {
 impl<'a> Order<'a> {
     /// The order behind a position of the same state.
     pub fn new(state: &'a State, passed: Position) -> Self {
-        let mut order = Self { state, capacity: capacity(state), places: BTreeMap::new(), passed };
+        let (capacity, places, aged) = (capacity(state), BTreeMap::new(), BTreeMap::new());
+        let mut order = Self { state, capacity, places, passed, aged };
         order.places.insert(Place::Root, Standing::default());
         let below = sums_below(state);
         for tenant in waiting_tenants(state) {
             order.plant(tenant, &below);
+            let aged = aged_tasks(state, tenant).into_iter().filter(|key| !order.passed.aged.contains(key)).collect();
+            order.aged.insert(tenant, aged);
             order.rank(tenant);
         }
         order
@@ -139,10 +151,18 @@ impl<'a> Order<'a> {
 
     /// Gives a place its first task, and its rank beside the others below the same place.
     fn settle(&mut self, place: Place, above: Place, first: Option<(bool, QueueKey)>) {
+        let aged = first.is_some_and(|(_, key)| self.first_aged(key.tenant) == Some(key));
         let Some(standing) = self.places.get_mut(&place) else { return };
+        let settings = &self.state.meta.settings;
         let ranked = first.map(|(borrows, key)| {
-            let share = share(standing, &self.capacity, self.state.meta.settings.usage_half_life_ms);
-            (Rank { borrows, share, seq: key.seq }, key)
+            let rank = match settings.planning.order {
+                OrderBy::Fair => {
+                    let share = share(standing, &self.capacity, settings.usage_half_life_ms);
+                    Rank { borrows, share, seq: key.seq }
+                }
+                OrderBy::Fifo => Rank { borrows: false, share: urgency(key, aged), seq: key.seq },
+            };
+            (rank, key)
         });
         let before = std::mem::replace(&mut standing.first, ranked);
         let Some(above) = self.places.get_mut(&above) else { return };
@@ -154,14 +174,21 @@ impl<'a> Order<'a> {
         }
     }
 
+    fn first_aged(&self, tenant: TenantId) -> Option<QueueKey> {
+        self.aged.get(&tenant)?.front().copied()
+    }
+
     fn next_of(&self, tenant: TenantId) -> Option<QueueKey> {
+        if let Some(aged) = self.first_aged(tenant) {
+            return Some(aged);
+        }
         let from = self
             .passed
             .passed
             .get(&tenant)
             .map_or(Bound::Included(QueueKey::first_of(tenant)), |key| Bound::Excluded(*key));
-        let next = self.state.index.queue.range((from, Bound::Unbounded)).next();
-        next.map(|(key, ())| *key).filter(|key| key.tenant == tenant)
+        let behind = self.state.index.queue.range((from, Bound::Unbounded)).map(|(key, ())| *key);
+        behind.take_while(|key| key.tenant == tenant).find(|key| !self.passed.aged.contains(key))
     }
 
     /// The task's GPUs are within what is guaranteed to the tenant, whichever acceptable type has room.
@@ -183,7 +210,15 @@ impl Iterator for Order<'_> {
     fn next(&mut self) -> Option<QueueKey> {
         let (_, lowest) = self.places.get(&Place::Root)?.below.first()?;
         let (_, key) = self.places.get(lowest)?.first?;
-        self.passed.passed.insert(key.tenant, key);
+        match self.aged.get_mut(&key.tenant).filter(|aged| aged.front() == Some(&key)) {
+            Some(aged) => {
+                aged.pop_front();
+                self.passed.aged.insert(key);
+            }
+            None => {
+                self.passed.passed.insert(key.tenant, key);
+            }
+        }
         self.rank(key.tenant);
         Some(key)
     }
@@ -199,6 +234,51 @@ pub fn queue(state: &State) -> impl Iterator<Item = QueueKey> + '_ {
         order.placed(key.tenant, &takes);
         Some(key)
     })
+}
+
+/// Tasks of one tenant that count as aged at a time, and priorities among which they are looked for, the lowest first:
+/// what is behind them has its turn when these have started.
+const AGED: usize = 64;
+const AGED_PRIORITIES: usize = 64;
+
+/// The tenant's tasks that have aged, the oldest first.
+fn aged_tasks(state: &State, tenant: TenantId) -> Vec<QueueKey> {
+    if state.meta.settings.planning.aged_after_ms == 0 {
+        return Vec::new();
+    }
+    let mut aged = Vec::new();
+    let mut below = Bound::Excluded(QueueKey::first_of(TenantId(tenant.0.saturating_add(1))));
+    for _ in 0..AGED_PRIORITIES {
+        let last = state.index.queue.range((Bound::Included(QueueKey::first_of(tenant)), below)).next_back();
+        let Some((last, ())) = last else { break };
+        // Of one priority the oldest stands first.
+        let first = QueueKey { seq: 0, task: TaskKey { job: JobId(0), index: 0 }, ..*last };
+        let equal = state.index.queue.range(first..=*last).map(|(key, ())| *key);
+        aged.extend(equal.take_while(|key| is_old(state, key.task)).filter(|key| is_aged(state, key.task)).take(AGED));
+        below = Bound::Excluded(first);
+    }
+    aged.sort_unstable_by_key(|key| key.seq);
+    aged.truncate(AGED);
+    aged
+}
+
+/// It was submitted so long ago that it goes before younger ones, and could have started since then.
+pub fn is_aged(state: &State, task: TaskKey) -> bool {
+    let aged_after_ms = state.meta.settings.planning.aged_after_ms;
+    let begin_ms = state.jobs.get(&task.job).map_or(0, |job| job.value.spec.begin_wall_ms());
+    is_old(state, task) && state.meta.wall_ms >= begin_ms.saturating_add_unsigned(aged_after_ms)
+}
+
+fn is_old(state: &State, task: TaskKey) -> bool {
+    let aged_after_ms = state.meta.settings.planning.aged_after_ms;
+    let submitted_ms = state.jobs.get(&task.job).map(|job| job.value.submitted_clock_ms);
+    aged_after_ms > 0 && submitted_ms.is_some_and(|at_ms| state.meta.clock_ms >= at_ms.saturating_add(aged_after_ms))
+}
+
+/// Less goes first: what has aged, then by priority.
+fn urgency(key: QueueKey, aged: bool) -> u64 {
+    let behind = i64::from(i32::MAX) - i64::from(key.priority.0);
+    if aged { 0 } else { behind.unsigned_abs() + 1 }
 }
 
 /// What a gang would take before its machines are known: the first type it accepts, or the cluster's commonest.

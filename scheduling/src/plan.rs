@@ -34,9 +34,6 @@ const PLACES_PER_COMMAND: usize = 4_096;
 /// Bytes of one `Plan` command: an entry of the log holds 128 KiB.
 const BYTES_PER_COMMAND: usize = 120 << 10;
 
-/// Tasks of one pool that get a reservation: EASY's one. More protect more and start less.
-const RESERVATIONS: u32 = 1;
-
 /// Tasks of one pool whose reservation is tried, beyond those that get one: each costs a look at every machine.
 const MORE_TRIES: u32 = 3;
 
@@ -46,15 +43,15 @@ pub struct Limits {
     /// Looks at a machine or at a task; deterministic, unlike time. A look costs some hundred nanoseconds.
     pub steps: u64,
     pub places: usize,
-    /// Reservations of each pool: of the tasks that accept the same types of GPUs.
-    pub reservations: u32,
+    /// Reservations of each pool: of the tasks that accept the same types of GPUs. `None` = as the state says.
+    pub reservations: Option<u32>,
     /// Go on from here, where an earlier cycle over the same state ran out of steps. `None` = from the front.
     pub after: Option<Position>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { steps: 500_000, places: PLACES_PER_COMMAND, reservations: RESERVATIONS, after: None }
+        Self { steps: 500_000, places: PLACES_PER_COMMAND, reservations: None, after: None }
     }
 }
 
@@ -169,7 +166,7 @@ impl<'a> Cycle<'a> {
             planned: Planned::default(),
             promised: Planned::default(),
             pools: BTreeMap::new(),
-            reservations: limits.reservations,
+            reservations: limits.reservations.unwrap_or(state.meta.settings.planning.reservations),
             steps: 0,
             plan: Plan { base_index: state.meta.applied.index, ..Plan::default() },
         }
@@ -206,7 +203,9 @@ impl<'a> Cycle<'a> {
                 break;
             }
         }
-        self.plan.reached = (looked > 0).then(|| Position { reserved, ..order.position() });
+        let mut reached = order.position();
+        reached.reserved = reserved;
+        self.plan.reached = (looked > 0).then_some(reached);
         self
     }
 

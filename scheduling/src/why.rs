@@ -13,6 +13,7 @@ use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey};
 use crate::explain::reason_with;
 use crate::holding::{End, lease_end};
 use crate::machines::{Cache, is_present};
+use crate::order::is_aged;
 use crate::outlook::{Look, Start};
 use crate::plan::waiting_task;
 use crate::reason::{Best, Lack, Reason};
@@ -25,6 +26,7 @@ const HOLDERS: usize = 16;
 /// Changes that are told.
 const CHANGES: usize = 3;
 const MINUTE_MS: u64 = 60_000;
+const DAY_MS: u64 = 24 * 60 * MINUTE_MS;
 /// Machines out of service whose return is tried.
 const RETURNS: usize = 8;
 
@@ -90,7 +92,11 @@ pub fn why(state: &State, cache: &mut Cache, task: TaskKey, unheard: &BTreeSet<N
         Start::Now => Vec::new(),
         _ => changes(state, cache, unheard, (task, spec), &reason, latest),
     };
-    let assumes = assumptions(&look, &reason, &holders);
+    let mut assumes = assumptions(&look, &reason, &holders);
+    if is_aged(state, task) && latest != Start::Now {
+        let days = state.meta.settings.planning.aged_after_ms / DAY_MS;
+        assumes.push(format!("it has waited for {days} days or more: only older jobs of its tenant go before it"));
+    }
     Some(Why { reason, holders, soonest, latest, assumes, placed: look.placed, changes })
 }
 

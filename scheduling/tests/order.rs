@@ -9,7 +9,8 @@ use scheduling::order::{Order, Position, queue};
 use scheduling::plan::{Cache, Limits, plan};
 use site::{Site, hgx, shape};
 use statemachine::JobId;
-use statemachine::command::SetTenant;
+use statemachine::command::{SetPolicy, SetTenant};
+use statemachine::settings::OrderBy;
 
 fn set(name: &str, weight: u32) -> SetTenant {
     SetTenant { name: name.into(), parent: Some(String::new()), weight: Some(weight), ..SetTenant::default() }
@@ -112,6 +113,82 @@ fn who_used_more_goes_later_until_it_has_faded() {
     assert_eq!(site.plan().places[0].task.job, jobs[1], "a day of use goes behind none");
     site.wait_ms(400 * 24 * 3_600_000);
     assert_eq!(site.plan().places[0].task.job, jobs[0], "after a year the first comes first again");
+}
+
+fn policy(site: &mut Site, order: OrderBy, aged_after_ms: u64) {
+    site.policy(SetPolicy { order: Some(order), aged_after_ms: Some(aged_after_ms), ..SetPolicy::default() });
+}
+
+fn order_of(site: &Site) -> Vec<JobId> {
+    queue(&site.state).map(|key| key.task.job).collect()
+}
+
+#[test]
+fn fifo_knows_priority_and_submission_alone() {
+    let mut site = site(1);
+    site.tenant(set("rich", 1_000));
+    site.tenant(guaranteed(set("poor", 1), 8));
+    site.tenant(below("child", "rich", 1));
+    policy(&mut site, OrderBy::Fifo, 0);
+    let plain: Vec<JobId> =
+        ["rich", "poor", "child", "poor"].map(|tenant| site.submit_for(tenant, shape(1, 1, 1), 0, &[])).into();
+    let low = site.submit_for("poor", shape(1, 1, 1), -3, &[]);
+    let high = site.submit_for("child", shape(1, 1, 1), i32::MAX, &[]);
+    let expected: Vec<JobId> = [&[high][..], &plain, &[low]].concat();
+    assert_eq!(order_of(&site), expected);
+    assert_eq!(site.plan().places.iter().map(|place| place.task.job).collect::<Vec<_>>(), expected);
+    policy(&mut site, OrderBy::Fair, 0);
+    assert_eq!(order_of(&site)[0], plain[1], "the guarantee goes first again");
+}
+
+#[test]
+fn what_has_aged_goes_first_in_its_tenant_and_takes_no_others_turn() {
+    const HOUR: u64 = 3_600_000;
+    let mut site = site(0);
+    site.tenant(set("a", 1));
+    site.tenant(set("b", 1));
+    policy(&mut site, OrderBy::Fair, 10 * HOUR);
+    let old = [-7, 0, -7, 3].map(|priority| site.submit_for("a", shape(1, 1, 1), priority, &[]));
+    site.wait_ms(6 * HOUR);
+    let young = [9, -9].map(|priority| site.submit_for("a", shape(1, 1, 1), priority, &[]));
+    let other = [0, 0, 0].map(|priority| site.submit_for("b", shape(1, 1, 1), priority, &[]));
+    let of_a = |site: &Site| -> Vec<JobId> { order_of(site).into_iter().filter(|job| !other.contains(job)).collect() };
+    assert_eq!(of_a(&site), [young[0], old[3], old[1], old[0], old[2], young[1]]);
+    site.wait_ms(5 * HOUR);
+    assert_eq!(of_a(&site), [&old[..], &young].concat(), "by age, whatever the priority");
+    // The tenants still take turns.
+    site.join("n00", hgx("h100"));
+    let first = names(&site, order_of(&site).into_iter().take(4));
+    assert_eq!(first.iter().filter(|name| *name == "b").count(), 2, "{first:?}");
+    policy(&mut site, OrderBy::Fifo, 10 * HOUR);
+    assert_eq!(order_of(&site)[..5], [&old[..], &young[..1]].concat());
+    policy(&mut site, OrderBy::Fair, 0);
+    assert_eq!(of_a(&site)[0], young[0], "never, if the site wants it so");
+}
+
+#[test]
+fn an_order_that_goes_on_forgets_no_aged_task_and_tells_none_twice() {
+    let mut site = site(0);
+    site.tenant(set("a", 1));
+    policy(&mut site, OrderBy::Fair, 60_000);
+    let jobs: Vec<JobId> = (0..100).map(|n| site.submit_for("a", shape(1, 1, 1), n % 7, &[])).collect();
+    site.wait_ms(120_000);
+    let whole: Vec<JobId> = Order::new(&site.state, Position::default()).map(|key| key.task.job).collect();
+    assert_eq!((whole.len(), &whole[..64]), (100, &jobs[..64]));
+    let (mut told, mut at) = (Vec::new(), Position::default());
+    loop {
+        let mut order = Order::new(&site.state, at);
+        let some: Vec<JobId> = order.by_ref().take(7).map(|key| key.task.job).collect();
+        at = order.position();
+        if some.is_empty() {
+            break;
+        }
+        told.extend(some);
+    }
+    let (mut told, mut all) = (told.clone(), jobs.clone());
+    told.sort_unstable();
+    all.sort_unstable();
+    assert_eq!(told, all);
 }
 
 #[derive(Clone, Debug)]

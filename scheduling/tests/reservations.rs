@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use scheduling::plan::{Cache, Limits, plan};
 use scheduling::{ENDLESS_MS, Reason};
 use site::{Site, hgx, mock_v100, shape};
-use statemachine::command::SetTenant;
+use statemachine::command::{SetPolicy, SetTenant};
 use statemachine::spec::Shape;
 use statemachine::{JobId, Token};
 
@@ -130,7 +130,7 @@ fn each_pool_has_its_own_reservation() {
     let waits = [(4, "v100"), (8, "h100"), (8, "h100")]
         .map(|(gpus, gpu_type)| site.submit_limited("default", shape(1, 1, gpus), 0, &[gpu_type], MINUTE));
     let kept = |reservations: u32| -> Vec<JobId> {
-        let limits = Limits { reservations, ..Limits::default() };
+        let limits = Limits { reservations: Some(reservations), ..Limits::default() };
         let plan = plan(&site.state, &mut Cache::default(), &limits, &site.unheard);
         plan.reservations.iter().map(|kept| kept.task.job).collect()
     };
@@ -238,6 +238,30 @@ fn a_gang_behind_a_stream_of_small_jobs_starts_at_its_reservation() {
         assert!(promised.is_none_or(|promised| start <= promised + 31_000), "{start} ms, promised {promised:?}");
         assert_eq!(promised.is_none(), limit == 0);
     }
+}
+
+/// A job of the lowest priority that needs a whole machine, in a stream of small urgent ones: when it starts.
+fn start_in_a_stream_of_urgent_jobs(aged_after_ms: u64) -> Option<u64> {
+    let mut running = Running { site: Site::default(), ends: BTreeMap::new(), started: BTreeMap::new() };
+    running.site.join("n01", mock_v100());
+    running.site.policy(SetPolicy { aged_after_ms: Some(aged_after_ms), ..SetPolicy::default() });
+    let low = submit(&mut running.site, shape(1, 1, 4), -5, MINUTE);
+    submit(&mut running.site, small(), 9, 4 * MINUTE);
+    for _ in 0..400 {
+        submit(&mut running.site, small(), 9, 4 * MINUTE);
+        running.cycle(100);
+        running.pass(MINUTE / 2);
+    }
+    running.started.get(&low).copied()
+}
+
+/// The bound: its age, and then the longest of what runs.
+#[test]
+fn an_aged_job_starts_once_what_ran_at_its_age_has_ended() {
+    let age = 60 * MINUTE;
+    let start = start_in_a_stream_of_urgent_jobs(age).expect("it starts");
+    assert!((age..=age + 4 * MINUTE + GRACE + MINUTE).contains(&start), "{start} ms");
+    assert_eq!(start_in_a_stream_of_urgent_jobs(0), None, "without ageing it starves");
 }
 
 #[derive(Clone, Debug)]

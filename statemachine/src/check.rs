@@ -32,6 +32,8 @@ impl State {
         }
         self.check_strays()?;
         self.check_tenants()?;
+        let wrong = self.meta.settings.planning.wrong();
+        must(wrong.is_empty(), "policy_in_bounds", || wrong.join("; "))?;
         self.check_requests()?;
         self.check_locks()?;
         must(self.index == self.indexes_of_tables(), "queue_iff_pending", || {

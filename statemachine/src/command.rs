@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::*;
 use crate::record::{Body, Class, Exit, ExitCause, GpuHealth, KillStrength, StoredReply};
+use crate::settings::OrderBy;
 use crate::spec::{JobSpec, Retry};
 
 /// One entry of the replicated log: time and randomness from the leader, then commands of many clients.
@@ -116,6 +117,16 @@ pub enum Command {
     Restore {
         generation: u32,
     },
+    SetPolicy(SetPolicy),
+}
+
+/// How the planner orders and protects what waits; what is absent stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetPolicy {
+    pub order: Option<OrderBy>,
+    pub reservations: Option<u32>,
+    /// 0 = never.
+    pub aged_after_ms: Option<u64>,
 }
 
 /// Out of scheduling.

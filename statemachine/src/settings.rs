@@ -2,6 +2,43 @@
 
 use serde::{Deserialize, Serialize};
 
+/// In which order what waits is looked at, and what is protected: the operators' choice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Planning {
+    pub order: OrderBy,
+    /// Reservations of each pool of GPUs, at most `RESERVATIONS`; 0 = none.
+    pub reservations: u32,
+    /// A task that was submitted so long ago goes before younger ones of its tenant; 0 = never.
+    pub aged_after_ms: u64,
+}
+
+/// A named order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum OrderBy {
+    /// Tenants by guarantee and share; inside one by priority, then by submission.
+    Fair,
+    /// By priority, then by submission, whoever pays.
+    Fifo,
+}
+
+impl OrderBy {
+    pub const ALL: [OrderBy; 2] = [OrderBy::Fair, OrderBy::Fifo];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            OrderBy::Fair => "fair",
+            OrderBy::Fifo => "fifo",
+        }
+    }
+}
+
+impl Default for Planning {
+    fn default() -> Self {
+        // EASY's one reservation; a week, after which nobody finds waiting for others' priorities fair.
+        Self { order: OrderBy::Fair, reservations: 1, aged_after_ms: 7 * 24 * 3_600_000 }
+    }
+}
+
 /// Limits and waits that apply reads from the state; the defaults are design choices, explained beside each.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
@@ -52,6 +89,7 @@ pub struct Settings {
     pub usage_half_life_ms: u64,
     pub chore_steps: u32,
     pub timers_per_entry: u32,
+    pub planning: Planning,
 }
 
 impl Default for Settings {
@@ -91,6 +129,7 @@ impl Default for Settings {
             usage_half_life_ms: 7 * 24 * HOUR,
             chore_steps: 1_000,
             timers_per_entry: 1_000,
+            planning: Planning::default(),
         }
     }
 }

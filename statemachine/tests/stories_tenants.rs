@@ -4,7 +4,7 @@ mod world;
 
 use statemachine::command::*;
 use statemachine::record::*;
-use statemachine::settings::Settings;
+use statemachine::settings::{OrderBy, Planning, Settings};
 use world::*;
 
 fn tenant(name: &str, parent: &str) -> SetTenant {
@@ -212,4 +212,26 @@ fn a_priority_is_used_by_those_who_may_and_gives_its_value() {
     assert_eq!(answer(world.run(Command::SubmitJob(Box::new(both)))).unwrap_err().0, Code::InvalidSpec);
     answer(world.run(Command::RemovePriority { name: "urgent".into() })).unwrap();
     assert_eq!(answer(world.run(Command::SubmitJob(Box::new(as_urgent("lab"))))).unwrap_err().0, Code::PriorityUnknown);
+}
+
+#[test]
+fn a_policy_changes_what_it_names_within_its_bounds() {
+    let mut world = World::new();
+    let before = world.state.meta.settings.planning.clone();
+    assert_eq!((before.order, before.reservations), (OrderBy::Fair, 1));
+    let fifo = SetPolicy { order: Some(OrderBy::Fifo), ..SetPolicy::default() };
+    answer(world.run(Command::SetPolicy(fifo))).unwrap();
+    let after = world.state.meta.settings.planning.clone();
+    assert_eq!(after, Planning { order: OrderBy::Fifo, ..before });
+    let policy = world.state.meta.policy;
+    let wild = SetPolicy { order: None, reservations: Some(65), aged_after_ms: Some(59_999) };
+    let (code, detail) = answer(world.run(Command::SetPolicy(wild))).unwrap_err();
+    assert_eq!(code, Code::InvalidSpec);
+    assert!(
+        detail.starts_with("reservations is 65, the limit is 64; aged_after_ms is 59999, must be 60000 to "),
+        "{detail}"
+    );
+    assert_eq!((world.state.meta.settings.planning.clone(), world.state.meta.policy), (after, policy));
+    let never = SetPolicy { reservations: Some(0), aged_after_ms: Some(0), ..SetPolicy::default() };
+    answer(world.run(Command::SetPolicy(never))).unwrap();
 }

@@ -10,6 +10,7 @@ mod help;
 mod history;
 mod lock;
 mod node;
+mod policy;
 mod priority;
 mod queue;
 mod run;
@@ -66,6 +67,8 @@ pub enum Command {
     Tenant(tenant::Args),
     /// Named priorities, and who may use them
     Priority(priority::Args),
+    /// The order in which jobs are looked at, and what is protected
+    Policy(policy::Args),
     /// Who has used what, and who is owed what
     Share(tenant::ShareArgs),
     /// The GPU machines
@@ -125,6 +128,7 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Queue(args) => queue::run(args, global),
         Command::Tenant(args) => tenant::run(args, global),
         Command::Priority(args) => priority::run(args, global),
+        Command::Policy(args) => policy::run(args, global),
         Command::Share(args) => tenant::share(args, global),
         Command::Nodes(args) => node::list(args, global),
         Command::Node(args) => node::run(args, global),

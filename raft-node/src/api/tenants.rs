@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use proto::v1;
 use statemachine::account::{Share, Tenant};
-use statemachine::command::{Command, SetPriority, SetTenant};
+use statemachine::command::{Command, SetPolicy, SetPriority, SetTenant};
+use statemachine::settings::OrderBy;
 use statemachine::{GpuTypeId, State, TenantId};
 use tonic::{Request, Response, Status};
 
@@ -94,6 +95,34 @@ impl v1::tenants_server::Tenants for Api {
         priorities.sort_by_key(|class| std::cmp::Reverse(class.value));
         Ok(Response::new(v1::ListPrioritiesReply { priorities }))
     }
+
+    async fn set_policy(&self, request: Request<v1::SetPolicyRequest>) -> Result<Response<v1::SetPolicyReply>, Status> {
+        self.admit(&request)?;
+        let request = request.into_inner();
+        let id = request_id(&request.request_id)?;
+        let order = request.order.as_deref().map(order_by).transpose()?;
+        let set = SetPolicy { order, reservations: request.reservations, aged_after_ms: request.aged_after_ms };
+        self.commit(Some(id), ACTOR.to_owned(), Command::SetPolicy(set)).await?;
+        Ok(Response::new(v1::SetPolicyReply {}))
+    }
+
+    async fn get_policy(&self, request: Request<v1::GetPolicyRequest>) -> Result<Response<v1::Policy>, Status> {
+        self.admit(&request)?;
+        let planning = self.read(request.get_ref().read).await?.meta.settings.planning;
+        Ok(Response::new(v1::Policy {
+            order: planning.order.name().to_owned(),
+            reservations: planning.reservations,
+            aged_after_ms: planning.aged_after_ms,
+        }))
+    }
+}
+
+fn order_by(name: &str) -> Result<OrderBy, Status> {
+    let known = OrderBy::ALL.into_iter().find(|order| order.name() == name);
+    known.ok_or_else(|| {
+        let names = OrderBy::ALL.map(OrderBy::name).join(" or ");
+        proto::error::invalid_fields(&[("order".to_owned(), format!("{name:?}; {names}"))])
+    })
 }
 
 fn set_tenant(request: v1::SetTenantRequest) -> Result<SetTenant, Status> {

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use scheduling::plan::{Cache, Limits, Plan, plan};
 use scheduling::{Reason, reason_for};
 use statemachine::command::{
-    GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportItem, SetTenant,
-    SubmitJob, default_retry,
+    GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportItem, SetPolicy,
+    SetTenant, SubmitJob, default_retry,
 };
 use statemachine::record::{Class, Exit, ExitCause, GpuHealth, KillStrength, PciClass, StoredReply};
 use statemachine::settings::Settings;
@@ -147,6 +147,10 @@ impl Site {
 
     pub fn submit(&mut self, shape: Shape, priority: i32, gpu_types: &[&str]) -> JobId {
         self.submit_for("default", shape, priority, gpu_types)
+    }
+
+    pub fn policy(&mut self, set: SetPolicy) {
+        self.done(Command::SetPolicy(set));
     }
 
     pub fn tenant(&mut self, set: SetTenant) {

@@ -18,6 +18,7 @@ mod node_admin;
 mod node_silent;
 mod owned;
 mod plan;
+mod policy;
 mod register;
 mod report;
 mod requests;
@@ -180,6 +181,7 @@ impl State {
             Command::SetPriority(set) => tenant::set_priority(self, set),
             Command::RemovePriority { name } => tenant::remove_priority(self, name),
             Command::Restore { generation } => restore::apply(self, ctx, *generation),
+            Command::SetPolicy(set) => policy::set(self, set),
         }
     }
 

@@ -16,7 +16,7 @@ use super::image::Head;
 use crate::command::*;
 use crate::event::{Change, Event, QueuePlace};
 use crate::record::*;
-use crate::settings::Settings;
+use crate::settings::{OrderBy, Settings};
 use crate::spec::{After, AfterKind, Retry, Shape, Terms};
 use crate::view::{LeaseView, PartView, ShownState, TaskView};
 use crate::*;
@@ -463,6 +463,7 @@ fn name(command: &Command) -> &'static str {
         Command::RemoveTenant { .. } => "remove_tenant",
         Command::SetPriority(_) => "set_priority",
         Command::RemovePriority { .. } => "remove_priority",
+        Command::SetPolicy(_) => "set_policy",
     }
 }
 
@@ -576,6 +577,11 @@ fn commands() -> Vec<Command> {
             preemptible: true,
         }),
         Command::RemovePriority { name: "urgent".into() },
+        Command::SetPolicy(SetPolicy {
+            order: Some(OrderBy::Fifo),
+            reservations: Some(2),
+            aged_after_ms: Some(60_000),
+        }),
     ]
 }
 

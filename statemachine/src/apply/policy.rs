@@ -1,0 +1,44 @@
+//! SetPolicy: in which order what waits is looked at, and what is protected.
+//!
+//! Refuses INVALID_SPEC with all that is wrong at once. Changes no key.
+
+use super::{DONE, submit};
+use crate::command::{Code, Rejection, Reply, SetPolicy};
+use crate::settings::Planning;
+use crate::state::State;
+
+/// Reservations of a pool: each costs the planner a look at every machine.
+pub(crate) const RESERVATIONS: u32 = 64;
+/// The shortest age that raises a task, in ms.
+pub(crate) const LEAST_AGE_MS: u64 = 60_000;
+
+pub(super) fn set(state: &mut State, set: &SetPolicy) -> Result<Reply, Rejection> {
+    let now = &state.meta.settings.planning;
+    let planning = Planning {
+        order: set.order.unwrap_or(now.order),
+        reservations: set.reservations.unwrap_or(now.reservations),
+        aged_after_ms: set.aged_after_ms.unwrap_or(now.aged_after_ms),
+    };
+    let wrong = planning.wrong();
+    if !wrong.is_empty() {
+        return Err(Rejection::new(Code::InvalidSpec, wrong.join("; ")));
+    }
+    state.meta.settings.planning = planning;
+    state.meta.policy = state.meta.policy.saturating_add(1);
+    DONE
+}
+
+impl Planning {
+    /// What is out of bounds, and the bounds.
+    pub(crate) fn wrong(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        if self.reservations > RESERVATIONS {
+            wrong.push(format!("reservations is {}, the limit is {RESERVATIONS}", self.reservations));
+        }
+        let (age, most) = (self.aged_after_ms, submit::MAX_LIMIT_MS);
+        if age != 0 && !(LEAST_AGE_MS..=most).contains(&age) {
+            wrong.push(format!("aged_after_ms is {age}, must be {LEAST_AGE_MS} to {most}, or 0 for never"));
+        }
+        wrong
+    }
+}
