@@ -293,11 +293,11 @@ fn pairs(
     Ok(map)
 }
 
-/// A duration such as `90s`, `30m`, `2h30m`, `1 day`, or a plain number of seconds.
+/// A duration such as `90s`, `30m`, `2h30m`, `7d`, or a plain number of seconds.
 pub fn duration_ms(option: &str, text: &str) -> Result<u64, Failure> {
     let duration = match text.parse::<u64>() {
         Ok(seconds) => SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX)),
-        Err(_) => text.parse::<SignedDuration>().map_err(|_| {
+        Err(_) => text.parse().ok().or_else(|| with_days(text)).ok_or_else(|| {
             Failure::usage(format!("{option} {text:?} is no duration")).advise("write such as 90s, 30m or 2h30m")
         })?,
     };
@@ -305,6 +305,13 @@ pub fn duration_ms(option: &str, text: &str) -> Result<u64, Failure> {
         .ok()
         .filter(|ms| *ms > 0)
         .ok_or_else(|| Failure::usage(format!("{option} {text:?} is not above zero")))
+}
+
+/// `7d`, `1d12h`: days of 24 hours, which the parser leaves to calendars.
+fn with_days(text: &str) -> Option<SignedDuration> {
+    let (days, rest) = text.split_once('d')?;
+    let rest = if rest.is_empty() { SignedDuration::ZERO } else { rest.parse().ok()? };
+    SignedDuration::try_from_hours(days.trim().parse::<i64>().ok()?.checked_mul(24)?)?.checked_add(rest)
 }
 
 fn optional_ms(option: &str, text: &str) -> Result<u64, Failure> {
@@ -345,10 +352,18 @@ mod tests {
 
     #[test]
     fn durations_are_read_as_people_write_them() {
-        for (text, ms) in [("90s", 90_000), ("30m", 1_800_000), ("2h30m", 9_000_000), ("15", 15_000), ("500ms", 500)] {
+        for (text, ms) in [
+            ("90s", 90_000),
+            ("30m", 1_800_000),
+            ("2h30m", 9_000_000),
+            ("7d", 604_800_000),
+            ("1d12h", 129_600_000),
+            ("15", 15_000),
+            ("500ms", 500),
+        ] {
             assert_eq!(duration_ms("--x", text).map_err(|failure| failure.message), Ok(ms), "{text}");
         }
-        for text in ["", "soon", "-5s", "0"] {
+        for text in ["", "soon", "-5s", "0", "-1d", "d", "1dd"] {
             assert!(duration_ms("--x", text).is_err(), "{text}");
         }
     }
