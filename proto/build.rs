@@ -3,7 +3,8 @@
 use std::error::Error;
 use std::path::Path;
 
-const FILES: [&str; 9] = ["common", "jobs", "keyspace", "locks", "cluster", "agents", "agentlogs", "peer", "tenants"];
+const FILES: [&str; 10] =
+    ["common", "jobs", "keyspace", "locks", "cluster", "agents", "agentlogs", "peer", "tenants", "audit"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = std::env::var("CARGO_MANIFEST_DIR")?;

@@ -344,6 +344,8 @@ calls! {
     read_call get_policy(v1::tenants_client::TenantsClient<Transport>, v1::GetPolicyRequest) -> v1::Policy;
     leader_call remove_priority(v1::tenants_client::TenantsClient<Transport>, v1::RemovePriorityRequest) -> v1::RemovePriorityReply;
     read_call list_priorities(v1::tenants_client::TenantsClient<Transport>, v1::ListPrioritiesRequest) -> v1::ListPrioritiesReply;
+    leader_call mark_state(v1::audit_client::AuditClient<Transport>, v1::MarkStateRequest) -> v1::MarkStateReply;
+    read_call save_snapshot(v1::audit_client::AuditClient<Transport>, v1::SaveSnapshotRequest) -> tonic::Streaming<v1::SnapshotPart>;
     leader_call register(v1::agents_client::AgentsClient<Transport>, v1::RegisterRequest) -> v1::RegisterReply;
     leader_call report(v1::agents_client::AgentsClient<Transport>, v1::ReportRequest) -> v1::ReportReply;
     leader_call report_health(v1::agents_client::AgentsClient<Transport>, v1::ReportHealthRequest) -> v1::ReportHealthReply;

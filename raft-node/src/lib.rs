@@ -1,6 +1,7 @@
 //! A scheduler replica: openraft, the log, the APIs, and the loops that only the leader runs.
 
 pub mod api;
+pub mod backup;
 pub mod door;
 pub mod identity;
 pub mod leader;

@@ -26,6 +26,7 @@ use crate::office::{self, Office};
 use crate::raft::Raft;
 use crate::raft::image::Writer;
 use crate::raft::machine::{Machine, Shared};
+use crate::raft::mark::Mark;
 use crate::raft::mend::{MendError, Mender};
 use crate::raft::network::{MAX_MESSAGE, Network, Pool};
 use crate::raft::service::PeerService;
@@ -303,6 +304,10 @@ impl Replica {
 
     pub(crate) fn shared(&self) -> &Shared {
         &self.inner.shared
+    }
+
+    pub(crate) fn raft(&self) -> &Raft {
+        &self.inner.raft
     }
 
     /// Hands leadership over, lets what is under way end, writes the image, and stops. Other handles see a stopped replica.
@@ -656,6 +661,7 @@ fn start_disk_watch(log: &Arc<Log>, shared: &Arc<Shared>) -> watch::Receiver<boo
 }
 
 fn start_upkeep(raft: &Raft, shared: &Arc<Shared>, disk_full: &watch::Receiver<bool>) {
+    tokio::spawn(Mark::let_go(shared.clone()));
     tokio::spawn(upkeep::keep_log_short(raft.clone(), shared.clone()));
     tokio::spawn(upkeep::leave_office_when_full(raft.clone(), disk_full.clone()));
     tokio::spawn(upkeep::report_death(raft.clone(), shared.clone()));

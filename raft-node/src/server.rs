@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use crate::api::{self, Api, Served};
 use crate::identity::{Home, IdentityError};
 use crate::leader::{self, Board};
-use crate::replica::{self, Replica, StartError};
+use crate::replica::{self, Peer, Replica, StartError};
 
 const DEFAULT_LISTEN: &str = "127.0.0.1:7401";
 const DEFAULT_PEER_LISTEN: &str = "127.0.0.1:7400";
@@ -251,16 +251,21 @@ fn new_token() -> String {
 
 fn keep_files(dir: &Path, replica: &Replica, token: &str) -> Result<(), ServerError> {
     let peer = replica.peer();
-    let addresses = Addresses { api: peer.api_addr.clone(), peer: peer.peer_addr.clone() };
-    let addresses = serde_json::to_vec(&addresses).map_err(|error| file_error(dir, &error))?;
     write_private(&dir.join(TOKEN_FILE), token.as_bytes())?;
-    write_private(&dir.join(ADDRESS_FILE), &addresses)?;
+    note_addresses(dir, peer)?;
     let env = format!(
         "export ARES_SERVER={}\nexport ARES_CLUSTER={}\nexport ARES_JOIN_TOKEN={token}\n",
         peer.api_addr,
         replica.cluster()
     );
     write_private(&dir.join(ENV_FILE), env.as_bytes())
+}
+
+/// Where the replica listens when nothing else is said at its start.
+pub(crate) fn note_addresses(dir: &Path, peer: &Peer) -> Result<(), ServerError> {
+    let addresses = Addresses { api: peer.api_addr.clone(), peer: peer.peer_addr.clone() };
+    let addresses = serde_json::to_vec(&addresses).map_err(|error| file_error(dir, &error))?;
+    write_private(&dir.join(ADDRESS_FILE), &addresses)
 }
 
 /// Whole or not at all, for the owner's eyes only.

@@ -85,7 +85,7 @@ pub enum Command {
     Retain {
         bucket: u32,
     },
-    /// Replicas publish the digest at this index.
+    /// Changes nothing: replicas keep their state as it is at this entry, so that it can be compared.
     Mark,
     /// Runs due timers and chores.
     Tick,

@@ -328,7 +328,8 @@ pub struct Node {
     /// A random id in the agent's directory: another directory is another machine.
     pub machine_id: [u8; 16],
     pub boot_id: [u8; 16],
-    /// Grows with each registration; a message of an older epoch changes nothing.
+    /// Grows with each registration; a message of an older epoch changes nothing. The high 32 bits count restores from a backup, the low
+    /// ones registrations since the last restore.
     pub epoch: u64,
     pub version: String,
     pub class: ClassId,
@@ -352,6 +353,21 @@ pub enum KillStrength {
     Cgroup,
     /// Process groups only: a silent node's parts become Stuck.
     Weak,
+}
+
+impl Node {
+    /// Epochs of one life of the cluster.
+    const LIFE: u64 = 1 << 32;
+
+    /// The cluster was restored: every epoch of before is over, and no agent has registered yet.
+    pub(crate) fn begin_life(&mut self) {
+        self.epoch = (self.epoch / Self::LIFE + 1).saturating_mul(Self::LIFE);
+    }
+
+    /// An agent has registered since the last restore: one with an older epoch is not the newest.
+    pub fn has_registered(&self) -> bool {
+        !self.epoch.is_multiple_of(Self::LIFE)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use proto::{Client, Patience, v1};
 
+use super::snapshot;
 use crate::Global;
 use crate::connect::{client, client_with_token, runtime, servers};
 use crate::exit::{CONFLICT, Failure, LOOK_FOR_CLUSTER, Outcome, UNAVAILABLE};
@@ -21,6 +22,8 @@ pub struct Args {
 enum Verb {
     /// Each replica: role, term, indexes, disk
     Status,
+    /// Copies of the whole cluster: take one, look at it, go on from it
+    Snapshot(snapshot::Args),
     /// Who belongs to the group, as the leader knows it
     Members,
     /// Make a replica a learner; it becomes a voter once it has caught up
@@ -57,6 +60,7 @@ enum Verb {
 pub fn run(args: Args, global: Global) -> Outcome {
     let members = match args.verb {
         Verb::Status => return status(&global),
+        Verb::Snapshot(args) => return snapshot::run(args, &global),
         Verb::Members => {
             let client = client(&global)?;
             runtime()?.block_on(leader_status(&client))?.members
@@ -175,7 +179,7 @@ fn status_row(address: &str, reply: &Result<v1::StatusReply, proto::Error>) -> R
 }
 
 /// The leader's own status: its members carry the matched indexes.
-async fn leader_status(client: &Client) -> Result<v1::StatusReply, proto::Error> {
+pub async fn leader_status(client: &Client) -> Result<v1::StatusReply, proto::Error> {
     let any = client.status(v1::StatusRequest {}).await?;
     if any.leader_addr.is_empty() || any.leader_id == any.replica_id {
         return Ok(any);

@@ -1,12 +1,10 @@
-//! `ares history export` and `ares verify --history`: a cluster's events in a file, and the judgement of such a file by a
-//! model that shares no code with the cluster (crate `evidence`).
+//! `ares history export`: a cluster's events in a file, for `ares verify --history`.
 
 use std::fs::{self, File};
-use std::io::{BufReader, BufWriter, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use evidence::{Counterexample, Counts, Judgement};
 use proto::v1;
 use serde_json::json;
 use tokio_stream::StreamExt;
@@ -15,7 +13,6 @@ use crate::Global;
 use crate::connect::{client, runtime};
 use crate::exit::{FAILURE, Failure, Outcome, USAGE};
 use crate::json;
-use crate::output::{self, Format};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -33,13 +30,6 @@ enum Verb {
         #[arg(long, default_value_t = 1, value_name = "REVISION", value_parser = clap::value_parser!(u64).range(1..))]
         from: u64,
     },
-}
-
-#[derive(Debug, clap::Args)]
-pub struct VerifyArgs {
-    /// A file of ares history export, or what ares watch / --prefix -o jsonl printed
-    #[arg(long, value_name = "FILE", required = true)]
-    history: PathBuf,
 }
 
 pub fn run(args: Args, global: Global) -> Outcome {
@@ -107,54 +97,5 @@ async fn write_events(client: &proto::Client, out: &mut impl Write, from: u64, t
             Some(Err(status)) => return Err(proto::Error::from(proto::Failure::from(status)).into()),
             None => return Err(Failure::new(FAILURE, "the replica ended the stream").advise("export again")),
         }
-    }
-}
-
-pub fn verify(args: VerifyArgs, global: Global) -> Outcome {
-    let path = args.history.display();
-    let file = File::open(&args.history).map_err(|error| Failure::new(FAILURE, format!("{path}: {error}")))?;
-    let judged = evidence::judge(BufReader::new(file));
-    match judged.map_err(|error| Failure::new(FAILURE, format!("{path}: {error}")))? {
-        Judgement::Holds(counts) => {
-            print_pass(&counts, global.output);
-            Ok(ExitCode::SUCCESS)
-        }
-        Judgement::Broken(counterexample) => {
-            print_fail(&counterexample, global.output);
-            Ok(ExitCode::from(FAILURE))
-        }
-    }
-}
-
-fn print_pass(counts: &Counts, format: Format) {
-    match format {
-        Format::Json | Format::Jsonl => output::json(&json!({ "verdict": "PASS", "seen": counts })),
-        Format::Name => println!("PASS"),
-        Format::Table => {
-            println!(
-                "PASS: revisions {} to {}, {} events, {} jobs, {} grants, {} results, {} GPUs",
-                counts.first_revision,
-                counts.last_revision,
-                counts.events,
-                counts.jobs,
-                counts.grants,
-                counts.results,
-                counts.gpus
-            );
-            if !counts.from_the_beginning {
-                println!("The history does not begin with the cluster: what came before is not judged.");
-            }
-            if counts.handed_on > 0 {
-                println!("{} GPUs went on while the rest of their gang was open: not judged.", counts.handed_on);
-            }
-        }
-    }
-}
-
-fn print_fail(counterexample: &Counterexample, format: Format) {
-    match format {
-        Format::Json | Format::Jsonl => output::json(&json!({ "verdict": "FAIL", "counterexample": counterexample })),
-        Format::Name => println!("FAIL"),
-        Format::Table => println!("FAIL: {counterexample}"),
     }
 }

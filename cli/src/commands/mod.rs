@@ -16,11 +16,13 @@ mod queue;
 mod run;
 mod server;
 mod show;
+mod snapshot;
 mod spec;
 mod steer;
 mod submit;
 mod tenant;
 mod topology;
+mod verify;
 mod version;
 mod wait;
 mod watch;
@@ -83,8 +85,8 @@ pub enum Command {
     Watch(watch::Args),
     /// The cluster's events in a file, for ares verify
     History(history::Args),
-    /// Judge an exported history: one result a job, no GPU shared, tokens that grow
-    Verify(history::VerifyArgs),
+    /// Judge the running cluster on every replica, or an exported history
+    Verify(verify::Args),
     /// Named locks with fencing tokens
     Lock(lock::Args),
     /// Files and steps that refuse an older attempt, by its fencing token
@@ -136,7 +138,7 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Get(args) => get::run(args, global),
         Command::Watch(args) => watch::run(args, global),
         Command::History(args) => history::run(args, global),
-        Command::Verify(args) => history::verify(args, global),
+        Command::Verify(args) => verify::run(args, global),
         Command::Lock(args) => lock::run(args, global),
         Command::Fence(args) => fence::run(args, global),
         Command::Cluster(args) => cluster::run(args, global),

@@ -2,6 +2,7 @@
 //! here; meaning is in the state machine.
 
 mod agents;
+mod audit;
 mod cluster;
 mod history;
 mod jobs;

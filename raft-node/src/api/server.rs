@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use proto::v1::agents_server::AgentsServer;
+use proto::v1::audit_server::AuditServer;
 use proto::v1::cluster_server::ClusterServer;
 use proto::v1::jobs_server::JobsServer;
 use proto::v1::keyspace_server::KeyspaceServer;
@@ -58,6 +59,7 @@ pub fn serve(listener: TcpListener, api: Api) -> std::io::Result<Served> {
         .add_service(KeyspaceServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(LocksServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(ClusterServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
+        .add_service(AuditServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(TenantsServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(AgentsServer::new(api).max_decoding_message_size(MAX_REQUEST));
     let task = tokio::spawn(server.serve_with_incoming_shutdown(incoming, async {

@@ -99,7 +99,7 @@ impl Keeper {
         let current = record.value.epoch;
         if current != epoch {
             return Answer::Reregister {
-                superseded: current > epoch,
+                superseded: current > epoch && record.value.has_registered(),
                 reason: format!("epoch {epoch} of node {} is over, the newest is {current}", record.value.name),
             };
         }

@@ -162,6 +162,19 @@ fn a_heartbeat_of_another_epoch_is_not_heard_and_is_sent_to_register() {
 }
 
 #[test]
+fn after_a_restore_an_agent_is_sent_to_register_until_another_one_has() {
+    let mut site = Site::new();
+    site.world.run(Command::Restore { generation: 9 });
+    let answer = |site: &Site| site.keeper.answer(&site.world.state, site.node, site.epoch);
+    // No agent is newer than it: its epoch is of the life before.
+    assert!(matches!(answer(&site), Answer::Reregister { superseded: false, .. }), "{:?}", answer(&site));
+    let machine = world::machine("n1", 1, 4);
+    let (node, _) = site.world.register(machine);
+    assert_eq!(node, site.node);
+    assert!(matches!(answer(&site), Answer::Reregister { superseded: true, .. }), "{:?}", answer(&site));
+}
+
+#[test]
 fn a_part_that_a_registration_did_not_name_ends_a_ttl_after_it_was_seen_so() {
     let mut site = Site::new();
     site.start();

@@ -20,6 +20,7 @@ use statemachine::storage::{
 use tokio::sync::watch;
 
 use super::image::Bell;
+use super::mark::Mark;
 use super::types::{
     ApplyReply, Entry, EntryPayload, LeaderId, LogId, Payload, Peer, SnapshotMeta, StoredMembership, TypeConfig, log_id,
 };
@@ -96,6 +97,7 @@ pub struct Shared {
     /// The newest snapshot that verified.
     current: Mutex<Option<SnapshotFiles>>,
     pub(super) bell: Bell,
+    pub(crate) mark: Mark,
     applied: watch::Sender<Applied>,
     digest: watch::Sender<Option<Digest>>,
     marks: watch::Sender<Marks>,
@@ -135,6 +137,7 @@ impl Shared {
             dir: dir.to_owned(),
             current: Mutex::default(),
             bell: Bell::default(),
+            mark: Mark::default(),
             applied: watch::Sender::new(applied),
             digest: watch::Sender::default(),
             marks: watch::Sender::new(Marks { image: on_disk, ..Marks::default() }),
@@ -362,6 +365,9 @@ impl Shared {
         let LeaderId { term, node_id } = entry.log_id.leader_id;
         live.state.set_applied(LogPosition { term, leader: node_id, index: entry.log_id.index });
         live.uncut_bytes += payload_len(entry);
+        if let Some(decoded) = &decoded {
+            self.mark.keep(decoded, &live.state);
+        }
         if entry.log_id.index.is_multiple_of(DIGEST_EVERY) {
             let value = live.state.digest();
             self.digest.send_replace(Some(Digest { index: entry.log_id.index, value }));

@@ -4,6 +4,7 @@
 pub mod fetch;
 pub mod image;
 pub mod machine;
+pub mod mark;
 pub mod mend;
 pub mod network;
 pub mod service;

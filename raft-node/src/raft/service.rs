@@ -140,7 +140,7 @@ impl proto::v1::peer_server::Peer for PeerService {
         request: Request<FetchSnapshotRequest>,
     ) -> Result<Response<Self::FetchSnapshotStream>, Status> {
         self.check(&request)?;
-        let files = self.snapshot_of(request.into_inner().at_least).await?;
+        let files = snapshot_of(&self.raft, &self.shared, request.into_inner().at_least).await?;
         Ok(Response::new(file_parts(files).map(Ok).boxed()))
     }
 
@@ -180,24 +180,22 @@ fn send_rows(state: &State, image: &Image, jobs: Vec<u64>, rows: &mpsc::Sender<H
     }
 }
 
-impl PeerService {
-    /// A snapshot that holds entry `at_least`: the newest one, or one made now.
-    async fn snapshot_of(&self, at_least: u64) -> Result<SnapshotFiles, Status> {
-        let applied = self.shared.applied().borrow().index;
-        if applied < at_least {
-            return Err(Status::unavailable(format!("applied up to {applied} only")));
-        }
-        let reaches = |files: &SnapshotFiles| files.id.0.index >= at_least;
-        let newest = || self.shared.newest_snapshot().filter(reaches);
-        if let Some(files) = newest() {
-            return Ok(files);
-        }
-        self.raft.trigger().snapshot().await.map_err(stopped)?;
-        let mut marks = self.shared.marks();
-        let made = marks.wait_for(|marks| marks.newest_snapshot.is_some_and(|index| index >= at_least));
-        let made = tokio::time::timeout(SNAPSHOT_MADE, made).await.is_ok_and(|made| made.is_ok());
-        newest().filter(|_| made).ok_or_else(|| Status::unavailable("no snapshot was made in time"))
+/// A snapshot that holds entry `at_least`: the newest one, or one made now.
+pub async fn snapshot_of(raft: &Raft, shared: &Shared, at_least: u64) -> Result<SnapshotFiles, Status> {
+    let applied = shared.applied().borrow().index;
+    if applied < at_least {
+        return Err(Status::unavailable(format!("applied up to {applied} only")));
     }
+    let reaches = |files: &SnapshotFiles| files.id.0.index >= at_least;
+    let newest = || shared.newest_snapshot().filter(reaches);
+    if let Some(files) = newest() {
+        return Ok(files);
+    }
+    raft.trigger().snapshot().await.map_err(stopped)?;
+    let mut marks = shared.marks();
+    let made = marks.wait_for(|marks| marks.newest_snapshot.is_some_and(|index| index >= at_least));
+    let made = tokio::time::timeout(SNAPSHOT_MADE, made).await.is_ok_and(|made| made.is_ok());
+    newest().filter(|_| made).ok_or_else(|| Status::unavailable("no snapshot was made in time"))
 }
 
 /// The requests of a stream up to its end, or to the first that can't be read: then the stream ends and the leader begins another.
@@ -234,7 +232,7 @@ pub fn snapshot_parts(
 }
 
 /// Each file in chunks, the manifest last.
-fn file_parts(files: SnapshotFiles) -> impl Stream<Item = SnapshotPart> + Send + 'static {
+pub fn file_parts(files: SnapshotFiles) -> impl Stream<Item = SnapshotPart> + Send + 'static {
     let (parts, queue) = mpsc::channel(CHUNKS_QUEUED);
     tokio::task::spawn_blocking(move || {
         if let Err(err) = send_files(&files, &parts) {
@@ -269,7 +267,7 @@ fn send_files(files: &SnapshotFiles, parts: &mpsc::Sender<SnapshotPart>) -> io::
 }
 
 /// Writes what arrives below `root`; the snapshot once it is whole, verified and durable.
-pub(super) async fn receive_files(root: &Path, mut parts: Streaming<SnapshotPart>) -> Result<SnapshotFiles, Status> {
+pub async fn receive_files(root: &Path, mut parts: Streaming<SnapshotPart>) -> Result<SnapshotFiles, Status> {
     let (chunks, mut queue) = mpsc::channel::<FileChunk>(CHUNKS_QUEUED);
     let root = root.to_owned();
     let writer = tokio::task::spawn_blocking(move || {

@@ -8,6 +8,8 @@ use openraft::raft::{
     AppendEntriesRequest, StreamAppendError, StreamAppendResult, TransferLeaderRequest, VoteRequest, VoteResponse,
 };
 
+use statemachine::record::LogPosition;
+
 use super::types::{
     Entry, EntryPayload, LeaderId, LogId, Membership, Payload, Peer, SnapshotMeta, StoredMembership, TypeConfig, Vote,
     log_id,
@@ -244,6 +246,13 @@ impl Wire for Membership {
         }
         Membership::new(configs, nodes).map_err(|err| WireError::Membership(err.to_string()))
     }
+}
+
+/// The membership of a group of one, decided at `at` by that one, in the form of `Meta::membership`.
+pub fn sole_member(at: LogPosition, peer: &Peer) -> Vec<u8> {
+    let members = BTreeMap::from([(at.leader, peer.clone())]);
+    let membership = Membership::new(vec![BTreeSet::from([at.leader])], members).expect("the one voter is a member");
+    encode(&StoredMembership::new(Some(log_id(at.term, at.leader, at.index)), membership)).to_vec()
 }
 
 impl Wire for StoredMembership {

@@ -28,7 +28,6 @@ use crate::state::State;
 const JOBS: u64 = 1 << 24;
 const SESSIONS: u64 = 1 << 32;
 const REVISIONS: u64 = 1 << 32;
-const EPOCHS: u64 = 1 << 32;
 /// Job ids are below this: the bits above are reserved.
 const JOB_END: u64 = 1 << 48;
 /// As the leader measures silence: a process is dead when its lease's time, the clocks' drift and the kill are over.
@@ -87,7 +86,7 @@ fn hold_live_jobs(state: &mut State, ctx: &mut Ctx<'_>) {
 fn distrust_nodes(state: &mut State, ctx: &mut Ctx<'_>) {
     let nodes: Vec<NodeId> = state.nodes.iter().map(|(id, _)| *id).collect();
     for id in nodes {
-        state.nodes.update(&id, |node| node.value.epoch = node.value.epoch.saturating_add(EPOCHS));
+        state.nodes.update(&id, |node| node.value.begin_life());
         if state.nodes.get(&id).is_some_and(|node| node.value.admin == NodeAdmin::Ready) {
             state.set_admin(id, NodeAdmin::Out { reason: UNHEARD.into(), evict_ms: None });
         }

@@ -74,6 +74,12 @@ impl Snapshot {
         Ok(Self { id, manifest, dir })
     }
 
+    /// A snapshot in a directory of any name: a copy that somebody keeps.
+    pub fn kept_at(dir: &Path) -> Result<Self, StorageError> {
+        let manifest = Manifest::read(dir)?;
+        Ok(Self { id: SnapshotId(manifest.position), manifest, dir: dir.into() })
+    }
+
     /// The directory that holds its files.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -217,7 +223,7 @@ pub(super) fn remove_unfinished(snapshots: &Path) -> Result<(), StorageError> {
 }
 
 /// Under an unfinished name first, so that a crash in the middle leaves no snapshot with files missing.
-fn remove(dir: &Path) -> Result<(), StorageError> {
+pub(super) fn remove(dir: &Path) -> Result<(), StorageError> {
     let doomed = dir.with_file_name(format!("{UNFINISHED}{}", dir.file_name().unwrap_or_default().to_string_lossy()));
     fs::rename(dir, &doomed).at(dir, "rename")?;
     fs::remove_dir_all(&doomed).at(&doomed, "remove")
@@ -244,6 +250,19 @@ fn begin(snapshots: &Path, kind: &str) -> Result<PathBuf, StorageError> {
     }
     fs::create_dir(&dir).at(&dir, "create")?;
     Ok(dir)
+}
+
+/// Copies a verified snapshot among those of a replica.
+pub(super) fn copy(from: &Snapshot, snapshots: &Path) -> Result<Snapshot, StorageError> {
+    let dir = begin(snapshots, "copy")?;
+    for (name, _) in from.files() {
+        let (source, target) = (from.dir.join(&name), dir.join(&name));
+        fs::copy(&source, &target).at(&source, "copy")?;
+        fs::File::open(&target).and_then(|file| file.sync_all()).at(&target, "sync")?;
+    }
+    let copied = publish(&dir, snapshots, from.id)?;
+    copied.verify()?;
+    Ok(copied)
 }
 
 /// Links a file of the same name and content from a finished snapshot, where there is one. Its content is verified
