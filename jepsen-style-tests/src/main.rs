@@ -8,6 +8,7 @@ use clap::Parser;
 use jepsen_style_tests::disk::Disk;
 use jepsen_style_tests::faults::{Fault, Need};
 use jepsen_style_tests::network::Network;
+use jepsen_style_tests::sim::{campaign, fault};
 use jepsen_style_tests::verdict::Verdict;
 use jepsen_style_tests::{cluster, nemesis, powercut, reads};
 
@@ -38,6 +39,13 @@ enum Run {
         #[arg(long, value_name = "BUG", value_parser = ["ack_without_fsync"])]
         planted: Option<String>,
     },
+    /// Simulate whole clusters in virtual time: real decisions, simulated network, clocks, disks and processes
+    ///
+    /// Each seed is a cluster of 3 to 5 replicas and 20 agents with 200 jobs under its own faults for 60 s or more, and then
+    /// without faults until everything has ended. The last line is the hash of all traces: the same seeds give the same hash.
+    Sim(Sim),
+    /// Switch on planted bugs one by one: the simulation must catch each, by an invariant that it breaks
+    Planted(Planted),
     /// Kill, freeze, restart and part replicas, agents and clients while real jobs run, then check what they wrote
     ///
     /// With a fault of the network among them (root), each replica, each agent and the clients are on a machine of their
@@ -75,6 +83,58 @@ enum Run {
     },
 }
 
+#[derive(Debug, clap::Args)]
+struct Sim {
+    /// The first seed
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// How many seeds, counted up from the first [default: 1, or as many as the other limits let]
+    #[arg(long, value_name = "COUNT")]
+    seeds: Option<u64>,
+    /// Begin no further seed after so much simulated time
+    #[arg(long, value_name = "MINUTES")]
+    minutes_simulated: Option<u64>,
+    /// Begin no further seed after so much real time
+    #[arg(long, value_name = "SECONDS")]
+    wall_seconds: Option<u64>,
+    /// These kinds of fault alone, comma-separated
+    #[arg(long, value_name = "FAULTS", value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(fault::KINDS))]
+    only: Vec<String>,
+    /// Print each event
+    #[arg(long)]
+    trace: bool,
+    /// Threads
+    #[arg(long, default_value_t = 1)]
+    jobs: usize,
+    /// Go on after a failure
+    #[arg(long)]
+    keep_going: bool,
+    /// Shrink what fails to its least faults and keep it there
+    #[arg(long, value_name = "DIR")]
+    corpus: Option<PathBuf>,
+    /// Run with this planted bug, in a build that has them
+    #[arg(long, value_name = "BUG")]
+    planted: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+struct Planted {
+    /// The first seed of each bug
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Seeds within which each must be caught
+    #[arg(long, default_value_t = 500)]
+    seeds: u64,
+    /// These bugs alone, comma-separated [default: all]
+    #[arg(long, value_name = "BUGS", value_delimiter = ',')]
+    only: Vec<String>,
+    #[arg(long, default_value_t = 1)]
+    jobs: usize,
+    /// What the plain build says of the first seeds: `run` asks it
+    #[arg(long, value_name = "HASH", hide = true)]
+    plain: Option<String>,
+}
+
 fn main() -> ExitCode {
     let run = Cli::parse().run;
     let runs = match run {
@@ -85,6 +145,8 @@ fn main() -> ExitCode {
             }
             vec![power_cuts(cuts, replicas.into(), seed, planted)]
         }
+        Run::Sim(options) => return simulate(options),
+        Run::Planted(options) => return hunt(&options),
         Run::Nemesis { minutes, seed, faults, pairs, allow_skip, planted, out } => {
             let faults = if faults.is_empty() { Fault::all() } else { faults };
             let Some(faults) = possible(faults, &allow_skip, pairs) else { return ExitCode::FAILURE };
@@ -106,6 +168,80 @@ fn main() -> ExitCode {
         Run::Short { seed } => short(seed),
     };
     if runs.iter().all(Verdict::is_valid) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn simulate(options: Sim) -> ExitCode {
+    if let Err(why) = options.planted.as_deref().map_or(Ok(()), plant) {
+        eprintln!("{why}");
+        return ExitCode::from(2);
+    }
+    let limited = options.minutes_simulated.is_some() || options.wall_seconds.is_some();
+    let plan = campaign::Plan {
+        first: options.seed,
+        count: options.seeds.unwrap_or(if limited { u64::MAX } else { 1 }),
+        simulated_ms: options.minutes_simulated.map(|minutes| minutes.saturating_mul(60_000)),
+        wall: options.wall_seconds.map(Duration::from_secs),
+        only: options.only,
+        jobs: options.jobs,
+        trace: options.trace,
+        keep_going: options.keep_going,
+        corpus: options.corpus,
+        quiet: false,
+    };
+    let sum = campaign::run(&plan);
+    let (text, valid) = campaign::conclude(&plan, &sum);
+    println!("{text}");
+    if valid { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(feature = "planted")]
+fn plant(name: &str) -> Result<(), String> {
+    let bug = planted::Bug::ALL.iter().find(|bug| bug.name() == name);
+    let names: Vec<&str> = planted::Bug::ALL.iter().map(|bug| bug.name()).collect();
+    planted::choose(Some(*bug.ok_or_else(|| format!("--planted is {name:?}, must be one of {}", names.join(", ")))?));
+    Ok(())
+}
+
+#[cfg(not(feature = "planted"))]
+fn plant(name: &str) -> Result<(), String> {
+    Err(format!("--planted {name} needs a build with planted bugs: jepsen-style-tests/run makes it"))
+}
+
+/// The table bug -> invariant -> seeds.
+#[cfg(feature = "planted")]
+fn hunt(options: &Planted) -> ExitCode {
+    use jepsen_style_tests::sim::bugs;
+    // A planted bug ends many runs by a panic of the state machine's own checks: they are counted, not told.
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut good = true;
+    if let Some(plain) = &options.plain {
+        let own = format!("{:016x}", bugs::plain_hash());
+        good &= own == *plain;
+        let word = if own == *plain { "the same" } else { "NOT THE SAME" };
+        println!("without a bug, seeds 1 to {}: {own}, in the plain build {plain}: {word}", bugs::SAME);
+    }
+    println!("{:<24} {:<22} {:>6}", "bug", "caught by", "seeds");
+    for bug in planted::Bug::ALL {
+        if !options.only.is_empty() && !options.only.iter().any(|name| name == bug.name()) {
+            continue;
+        }
+        let caught = bugs::hunt(*bug, options.seed, options.seeds, options.jobs);
+        good &= caught.as_named();
+        let (by, seeds) = caught.by.clone().unwrap_or_else(|| ("-".to_owned(), options.seeds));
+        let word = match caught.by {
+            None => "NOT CAUGHT",
+            Some(_) if caught.as_named() => "",
+            Some(_) => "BY ANOTHER CHECK",
+        };
+        println!("{:<24} {by:<22} {seeds:>6} {word}", bug.name());
+    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(not(feature = "planted"))]
+fn hunt(_: &Planted) -> ExitCode {
+    eprintln!("this build has no planted bugs: jepsen-style-tests/run planted makes one that has");
+    ExitCode::from(2)
 }
 
 fn short(seed: u64) -> Vec<Verdict> {

@@ -75,16 +75,22 @@ bugs! {
 
 #[cfg(feature = "on")]
 mod chosen {
-    use std::sync::atomic::{AtomicU8, Ordering};
+    use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
     use super::Bug;
 
+    static MEMORY: AtomicU64 = AtomicU64::new(0);
     const NONE: u8 = u8::MAX;
     static CHOSEN: AtomicU8 = AtomicU8::new(NONE);
 
     /// Chooses the one bug of this process; `None` = none.
     pub fn choose(bug: Option<Bug>) {
         CHOSEN.store(bug.map_or(NONE, |bug| bug as u8), Ordering::Relaxed);
+    }
+
+    /// A number that no other call of this process gets: what the log does not know.
+    pub fn process_memory() -> u64 {
+        MEMORY.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Whether this bug was chosen.
@@ -94,7 +100,13 @@ mod chosen {
 }
 
 #[cfg(feature = "on")]
-pub use chosen::{choose, planted};
+pub use chosen::{choose, planted, process_memory};
+
+/// What only this process remembers: nothing, in a build without planted bugs.
+#[cfg(not(feature = "on"))]
+pub const fn process_memory() -> u64 {
+    0
+}
 
 /// Whether this bug was chosen: never, in a build without them.
 #[cfg(not(feature = "on"))]

@@ -3,6 +3,8 @@
 //!
 //! Callers run these inside [`State::change_job`] of the lease's job.
 
+use planted::{Bug, planted};
+
 use crate::apply::Ctx;
 use crate::command::{Code, Rejection};
 use crate::fit;
@@ -302,6 +304,7 @@ impl Task {
         let counter = match burns {
             None => return,
             Some(Burn::Retry) => &mut used.retries,
+            Some(Burn::Lost) if planted(Bug::LostBurnsRetry) => &mut used.retries,
             Some(Burn::Lost) => &mut used.lost,
             Some(Burn::Launch) => &mut used.launch,
             Some(Burn::GpuFault) => &mut used.gpu_fault,

@@ -1,5 +1,7 @@
 //! When the next attempt may start: backoff with jitter, in integers.
 
+use planted::{Bug, planted};
+
 use crate::id::TaskKey;
 use crate::spec::Retry;
 
@@ -25,6 +27,7 @@ fn base_ms(retry: &Retry, nth: u32) -> u64 {
 
 fn jitter(salt: u64, task: TaskKey, attempt: u32) -> u64 {
     let mut bytes = [0u8; 24];
+    let salt = if planted(Bug::RandomInApply) { planted::process_memory() } else { salt };
     bytes[..8].copy_from_slice(&salt.to_le_bytes());
     bytes[8..16].copy_from_slice(&task.job.0.to_le_bytes());
     bytes[16..20].copy_from_slice(&task.index.to_le_bytes());

@@ -4,6 +4,8 @@
 //! The law that it keeps: at the deadline every process of the rank gets SIGKILL, whatever else has happened. Once a rank
 //! was told to end, that is not taken back: a lease extended after the signal finds a rank that is on its way out.
 
+use planted::{Bug, planted};
+
 use super::control::Stop;
 use super::record::{Cause, Exit, Outcome};
 
@@ -111,6 +113,7 @@ impl Watch {
     }
 
     fn page(&mut self, deadline: u64, stop: Option<Stop>, open: bool, now: u64) -> Vec<Do> {
+        let deadline = if planted(Bug::ShimTrustsAgent) { deadline.saturating_add(1 << 40) } else { deadline };
         self.deadline = deadline;
         let asked = if stop == self.stop { None } else { stop };
         self.stop = stop;

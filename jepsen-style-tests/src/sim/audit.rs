@@ -8,8 +8,8 @@ use gpu_agent::shim::record::Exit;
 use proto::v1::DesiredLease;
 use statemachine::command::{Code, Outcome, Reply};
 use statemachine::event::Change;
-use statemachine::record::{StoredReply, TaskOutcome};
-use statemachine::{Command, Entry, JobId, RequestId, Revision, SessionId, Token};
+use statemachine::record::{AttemptRow, StoredReply, TaskOutcome, VerdictKind};
+use statemachine::{Command, Entry, JobId, RequestId, Revision, SessionId, TaskKey, Token};
 
 use super::event::Event;
 use super::machine::Key;
@@ -143,6 +143,7 @@ impl World {
                 if result.outcome == TaskOutcome::Succeeded {
                     self.audit_success(task.job, token);
                 }
+                self.audit_retries(at, *task);
             }
             Change::LockShown { name, holder: Some(holder), .. } => {
                 if self.audit.ended_sessions.contains(&holder.session) {
@@ -167,6 +168,21 @@ impl World {
                 let text = format!("job {job} succeeded by token {token}, its rank {rank} ended as {exit:?}");
                 return self.violate("result_once", text);
             }
+        }
+    }
+
+    /// Only an attempt that failed by its own doing burns one of the job's retries.
+    fn audit_retries(&mut self, at: usize, key: TaskKey) {
+        let Some(task) = self.replicas[at].state.tasks.get(&key).map(|task| &task.value) else { return };
+        // Older rows are dropped: a job with more attempts can't be recounted here.
+        if u64::from(task.attempt) > task.attempts.len() as u64 {
+            return;
+        }
+        let own = |row: &&AttemptRow| !matches!(row.verdict, VerdictKind::Lost | VerdictKind::Preempted);
+        let failed = task.attempts.iter().filter(own).count();
+        if usize::from(task.used.retries) > failed {
+            let text = format!("{} retries of job {} are burnt, {failed} attempts failed", task.used.retries, key.job);
+            self.violate("retries_bounded", text);
         }
     }
 

@@ -10,7 +10,7 @@ use raft_node::leader::desired::desired;
 use raft_node::leader::keeper::{HEARTBEAT_MS, Keeper};
 use raft_node::leader::settled::Settled;
 use raft_node::leader::touched::Touched;
-use raft_node::leader::{beats, duties};
+use raft_node::leader::{beats, duties, of_silence};
 use scheduling::plan::{Cache, Limits, plan};
 use statemachine::record::StoredReply;
 use statemachine::{Cmd, Command, JobId, NodeId, Outcome, Reply};
@@ -48,6 +48,7 @@ pub struct Desk {
     pub id: u64,
     pub term: u64,
     opened_ms: u64,
+    opened_wall_ms: i64,
     clock_at_start_ms: u64,
     pub keeper: Keeper,
     pub conns: BTreeMap<u64, Conn>,
@@ -85,12 +86,18 @@ struct Planner {
 }
 
 impl Desk {
+    /// Since the office began, by the clock that silence is measured by.
     pub fn now_ms(&self, clock: &Clock, now: u64) -> u64 {
+        let wall = || u64::try_from(clock.wall_ms(now) - self.opened_wall_ms).unwrap_or(0);
+        of_silence(|| self.monotonic_ms(clock, now), wall)
+    }
+
+    fn monotonic_ms(&self, clock: &Clock, now: u64) -> u64 {
         clock.monotonic_ms(now) - self.opened_ms
     }
 
     pub fn cluster_ms(&self, clock: &Clock, now: u64) -> u64 {
-        self.clock_at_start_ms + self.now_ms(clock, now)
+        self.clock_at_start_ms + self.monotonic_ms(clock, now)
     }
 }
 
@@ -100,10 +107,12 @@ impl World {
         let now = self.now;
         let replica = &mut self.replicas[at];
         let opened_ms = replica.clock.monotonic_ms(now);
+        let opened_wall_ms = replica.clock.wall_ms(now);
         replica.desk = Some(Box::new(Desk {
             id,
             term,
             opened_ms,
+            opened_wall_ms,
             clock_at_start_ms: replica.state.meta.clock_ms,
             keeper: Keeper::new(&replica.state, 0),
             conns: BTreeMap::new(),
@@ -500,7 +509,7 @@ impl World {
         let replica = &mut self.replicas[at];
         let Some(desk) = replica.desk.as_deref_mut().filter(|desk| desk.id == id) else { return };
         let now_ms = desk.now_ms(&replica.clock, now);
-        let cluster_ms = desk.clock_at_start_ms + now_ms;
+        let cluster_ms = desk.cluster_ms(&replica.clock, now);
         let commands = duties::due(&replica.state, &mut desk.keeper, desk.round, now_ms, cluster_ms);
         desk.round += 1;
         for body in commands {

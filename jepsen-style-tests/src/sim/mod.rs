@@ -4,6 +4,9 @@
 
 pub mod agent;
 pub mod audit;
+#[cfg(feature = "planted")]
+pub mod bugs;
+pub mod campaign;
 pub mod desk;
 pub mod event;
 pub mod fault;

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use planted::{Bug, planted};
 use statemachine::command::DueCause;
 use statemachine::record::{LeasePhase, PartState, VerdictKind};
 use statemachine::{Command, NodeId, SessionId, State, Token};
@@ -40,6 +41,8 @@ pub enum Answer {
 /// One term's memory. Times are ms of the leader's own monotonic clock unless they are called cluster time.
 #[derive(Clone, Debug)]
 pub struct Keeper {
+    /// When the term's leader took office.
+    office_ms: u64,
     heard: BTreeMap<NodeId, (u64, u64)>,
     sessions: BTreeMap<SessionId, u64>,
     /// Ends proposed and not applied yet, with the time of the last proposal.
@@ -61,6 +64,7 @@ impl Keeper {
             }
         }
         Self {
+            office_ms: now_ms,
             heard,
             sessions: state.sessions.iter().map(|(id, _)| (*id, now_ms)).collect(),
             ending: BTreeMap::new(),
@@ -97,7 +101,7 @@ impl Keeper {
             return Answer::Reregister { superseded: false, reason: format!("node {node} is not known here") };
         };
         let current = record.value.epoch;
-        if current != epoch {
+        if current != epoch && !planted(Bug::EpochIgnored) {
             return Answer::Reregister {
                 superseded: current > epoch && record.value.has_registered(),
                 reason: format!("epoch {epoch} of node {} is over, the newest is {current}", record.value.name),
@@ -110,7 +114,7 @@ impl Keeper {
     /// Was the end of this node's part proposed? Then it must not begin there any more: an agent starts a part on the word
     /// of any acknowledgement.
     pub fn is_ending(&self, token: Token, node: NodeId) -> bool {
-        self.ending.contains_key(&(token, node))
+        self.ending.contains_key(&(token, node)) && !planted(Bug::AckAfterEnd)
     }
 
     pub fn has_ending(&self, node: NodeId) -> bool {
@@ -130,7 +134,7 @@ impl Keeper {
         let live = lease.value.parts.iter().any(|part| {
             part.node == node && part.epoch == epoch && !matches!(part.state, PartState::Released | PartState::Stuck)
         });
-        live && !by_silence && !ending
+        live && !by_silence && (!ending || planted(Bug::AckAfterEnd))
     }
 
     /// Nodes that get nothing new: unheard for three heartbeats, or never heard in this term.
@@ -199,6 +203,12 @@ impl Keeper {
             *self.unnamed.entry((token, node)).or_insert(now_ms)
         };
         let ttl_ms = lease.value.ttl_ms;
+        if planted(Bug::NoMargin) {
+            return now_ms > since_ms + ttl_ms;
+        }
+        if planted(Bug::NoGrace) && since_ms == self.office_ms {
+            return true;
+        }
         now_ms > since_ms + ttl_ms + ttl_ms * DRIFT_PERCENT / 100 + KILL_MARGIN_MS
     }
 

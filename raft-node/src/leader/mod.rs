@@ -19,6 +19,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Instant;
 
+use planted::{Bug, planted};
 use statemachine::{NodeId, State};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -26,11 +27,17 @@ use tokio::task::JoinSet;
 pub use beats::Beat;
 pub use links::{Link, LinkEnd};
 
+use crate::door::wall_ms;
 use crate::office::Office;
 use crate::read::ReadError;
 use crate::replica::Replica;
 use keeper::Keeper;
 use links::Links;
+
+/// Which clock a term measures silence by, both in ms since it began: the one that nobody can set.
+pub fn of_silence(monotonic: impl FnOnce() -> u64, wall: impl FnOnce() -> u64) -> u64 {
+    if planted(Bug::LeaseByWallClock) { wall() } else { monotonic() }
+}
 
 /// The desk of one term of office: what the API's leader calls and the loops share.
 pub struct Desk {
@@ -43,6 +50,7 @@ pub struct Desk {
     heard: Notify,
     closed: watch::Sender<bool>,
     opened: Instant,
+    opened_wall_ms: i64,
 }
 
 impl Desk {
@@ -57,12 +65,14 @@ impl Desk {
             heard: Notify::new(),
             closed: watch::Sender::new(false),
             opened: Instant::now(),
+            opened_wall_ms: wall_ms(),
         }
     }
 
     /// Ms of this term's own monotonic clock.
     pub fn now_ms(&self) -> u64 {
-        self.opened.elapsed().as_millis() as u64
+        let monotonic = || self.opened.elapsed().as_millis() as u64;
+        of_silence(monotonic, || u64::try_from(wall_ms() - self.opened_wall_ms).unwrap_or(0))
     }
 
     pub fn keeper(&self) -> MutexGuard<'_, Keeper> {

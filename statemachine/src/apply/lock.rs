@@ -3,6 +3,8 @@
 //!
 //! Refuse SESSION_UNKNOWN, INVALID_SPEC (name), LIMIT; LOCK_NOT_HELD. Emit the lock.
 
+use planted::{Bug, planted};
+
 use super::{Ctx, DONE, session};
 use crate::command::{Code, Rejection, Reply};
 use crate::event::Change;
@@ -69,7 +71,7 @@ pub(super) fn unlock(state: &mut State, ctx: &mut Ctx<'_>, id: SessionId, name: 
 pub(super) fn leave(state: &mut State, ctx: &mut Ctx<'_>, id: SessionId, name: &str) {
     state.locks.update(&name.to_owned(), |lock| {
         lock.value.holder = lock.value.holder.filter(|holder| holder.session != id);
-        lock.value.waiters.retain(|waiter| *waiter != id);
+        lock.value.waiters.retain(|waiter| *waiter != id || planted(Bug::LockAfterSession));
     });
     grant_next(state, ctx, name);
 }
@@ -84,7 +86,7 @@ fn grant_next(state: &mut State, ctx: &mut Ctx<'_>, name: &str) -> Option<Holder
             ctx.tell(Change::LockFree { name: key });
             return None;
         };
-        if !state.sessions.contains(&session) {
+        if !state.sessions.contains(&session) && !planted(Bug::LockAfterSession) {
             continue;
         }
         let Some(token) = state.mint() else { continue };

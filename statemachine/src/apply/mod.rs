@@ -28,6 +28,8 @@ mod session;
 mod submit;
 mod tenant;
 
+use planted::{Bug, planted};
+
 use crate::command::*;
 use crate::event::Change;
 use crate::id::*;
@@ -113,6 +115,10 @@ impl State {
 
     /// The position of the last entry applied, as the consensus layer counts.
     pub fn set_applied(&mut self, applied: LogPosition) {
+        if planted(Bug::DedupInLeader) && applied.term != self.meta.applied.term {
+            self.requests = Default::default();
+            self.index.requests = Default::default();
+        }
         self.meta.applied = applied;
     }
 
@@ -196,6 +202,9 @@ impl State {
     /// A token above all earlier ones. Only a command that keeps the token may draw one.
     pub(crate) fn mint(&mut self) -> Option<Token> {
         self.meta.token = self.meta.token.next()?;
+        if planted(Bug::TokenFromMemory) {
+            self.meta.token = Token(planted::process_memory());
+        }
         Some(self.meta.token)
     }
 

@@ -6,6 +6,8 @@
 
 use std::collections::BTreeSet;
 
+use planted::{Bug, planted};
+
 use super::Ctx;
 use crate::command::*;
 use crate::id::*;
@@ -31,7 +33,11 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, report: &Report) -> Re
 }
 
 fn one(state: &mut State, ctx: &mut Ctx<'_>, node: NodeId, epoch: u64, item: &ReportItem) -> Result<(), Rejection> {
-    let token = item.token;
+    let token = match () {
+        () if planted(Bug::ResultWithoutToken) => any_lease(state, node, item.token),
+        () if planted(Bug::ResultByAttempt) => lease_of_same_job(state, node, item.token),
+        () => item.token,
+    };
     let Some(part) = live_part(state, token, node) else { return orphan_gone(state, ctx, node, item) };
     if part.epoch != epoch {
         // The agent's registration did not name it, so it can't know what became of it: the part is left to silence.
@@ -57,7 +63,7 @@ fn one(state: &mut State, ctx: &mut Ctx<'_>, node: NodeId, epoch: u64, item: &Re
             }
             PartReport::Exited { exits, released } => {
                 let news = exited(state, ctx, token, node, exits);
-                if *released {
+                if *released || planted(Bug::FreedOnFirstExit) {
                     state.release_part(ctx, token, node);
                 }
                 late(before.filter(|_| news.iter().any(|exit| exit.cause != ExitCause::Stopped)))
@@ -69,6 +75,23 @@ fn one(state: &mut State, ctx: &mut Ctx<'_>, node: NodeId, epoch: u64, item: &Re
             PartReport::LaunchFailed { fault, why } => launch_failed(state, ctx, token, node, *fault, why),
         }
     })
+}
+
+/// A planted bug: whatever the node holds will be meant.
+fn any_lease(state: &State, node: NodeId, token: Token) -> Token {
+    let held = state.allocs.get(&node).map(|alloc| alloc.leases.as_slice()).unwrap_or_default();
+    if held.contains(&token) { token } else { held.first().copied().unwrap_or(token) }
+}
+
+/// A planted bug: an attempt that is over is taken for its successor.
+fn lease_of_same_job(state: &State, node: NodeId, token: Token) -> Token {
+    let held = state.allocs.get(&node).map(|alloc| alloc.leases.as_slice()).unwrap_or_default();
+    let was = |lease: &Lease| {
+        let task = state.tasks.get(&lease.task);
+        task.is_some_and(|task| task.value.attempts.iter().any(|row| row.token == token))
+    };
+    let next = held.iter().copied().find(|held| state.leases.get(held).is_some_and(|lease| was(&lease.value)));
+    next.unwrap_or(token)
 }
 
 /// The part of this lease on this node, unless it was released.

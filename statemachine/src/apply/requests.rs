@@ -2,6 +2,8 @@
 //! its job lives; over the limit the oldest go early, never within `request_keep_least_ms`. An id that may have been
 //! forgotten is refused, so that a late repetition can't become a second effect.
 
+use planted::{Bug, planted};
+
 use crate::command::{Cmd, Code, Command, Rejection};
 use crate::id::RequestId;
 use crate::record::{Request, StoredReply};
@@ -23,7 +25,7 @@ pub(super) fn admit(state: &State, cmd: &Cmd) -> Admitted {
     let Some(id) = cmd.request else { return Admitted::Fresh(None) };
     let digest = digest(&cmd.body);
     if let Some(known) = state.requests.get(&id) {
-        if known.body == digest {
+        if known.body == digest || planted(Bug::DedupIgnoresBody) {
             return Admitted::Known(known.reply);
         }
         let detail = "request_id was used before with another body: make a new id for a new request";
@@ -102,6 +104,9 @@ fn forget_oldest(state: &mut State, keep_ms: u64) -> bool {
         state.index.requests.insert((now, id));
     } else {
         state.requests.remove(&id);
+        if planted(Bug::ForgottenTooEarly) {
+            return true;
+        }
         let age = i64::try_from(age_ms(state, bucket)).unwrap_or(i64::MAX);
         let horizon = state.meta.wall_ms.saturating_sub(age);
         state.meta.request_horizon_wall_ms = state.meta.request_horizon_wall_ms.max(horizon);

@@ -1,0 +1,217 @@
+//! Many seeds on a few threads: what each showed is added up, the first failure is told, shrunk and kept.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::Report;
+use super::fault::KINDS;
+use super::setup::Setup;
+use super::shrink::{Corpus, shrink};
+use super::sometimes::REQUIRED;
+
+/// Of so many seeds each thing that must happen sometimes is expected to have happened.
+const BIG: u64 = 300;
+/// A seed shows something when at least so many faults, of so many kinds, took effect.
+const FAULTS: u64 = 10;
+const FAULT_KINDS: usize = 5;
+/// Runs that a failure may take to be shrunk.
+const SHRINK_RUNS: usize = 300;
+/// Failures after which a run that goes on gives up.
+const FAILURES: usize = 20;
+
+/// Which seeds run, and how.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub first: u64,
+    pub count: u64,
+    /// Simulated time after which no further seed begins; `None` = no limit.
+    pub simulated_ms: Option<u64>,
+    /// Wall time after which no further seed begins; `None` = no limit.
+    pub wall: Option<Duration>,
+    /// Kinds of fault; none = the seed's own choice of all.
+    pub only: Vec<String>,
+    pub jobs: usize,
+    pub trace: bool,
+    /// Go on after a failure.
+    pub keep_going: bool,
+    /// Where shrunk failures are kept; `None` = failures are not shrunk.
+    pub corpus: Option<PathBuf>,
+    /// Say nothing of failures.
+    pub quiet: bool,
+}
+
+/// What all seeds showed.
+#[derive(Debug, Default)]
+pub struct Sum {
+    pub seeds: u64,
+    /// Seeds with too few faults, or kinds of them, that took effect.
+    pub thin: u64,
+    pub hash: u64,
+    pub simulated_ms: u64,
+    pub cpu: Duration,
+    pub events: u64,
+    pub started: u64,
+    pub entries: u64,
+    pub offices: u64,
+    pub took: BTreeMap<&'static str, u64>,
+    pub sometimes: BTreeMap<String, u64>,
+    pub failures: Vec<Report>,
+}
+
+impl Sum {
+    fn add(&mut self, report: Report, cpu: Duration) {
+        self.seeds += 1;
+        // The same whatever order the threads come in.
+        let mut one = [0; 16];
+        one[..8].copy_from_slice(&report.setup.seed.to_le_bytes());
+        one[8..].copy_from_slice(&report.hash.to_le_bytes());
+        self.hash = self.hash.wrapping_add(xxh3_64(&one));
+        self.thin += u64::from(report.took.values().sum::<u64>() < FAULTS || report.took.len() < FAULT_KINDS);
+        self.simulated_ms += report.simulated_ms;
+        self.cpu += cpu;
+        self.events += report.events;
+        self.started += report.started;
+        self.entries += report.entries;
+        self.offices += report.offices;
+        for (kind, hits) in &report.took {
+            *self.took.entry(kind).or_default() += hits;
+        }
+        for (what, hits) in &report.sometimes.0 {
+            *self.sometimes.entry(what.clone()).or_default() += hits;
+        }
+        if report.failure.is_some() {
+            self.failures.push(report);
+        }
+    }
+
+    /// What a big run should have reached and did not.
+    pub fn unreached(&self) -> Vec<&'static str> {
+        let missing = |what: &&str| !self.sometimes.contains_key(*what);
+        REQUIRED.iter().copied().filter(missing).collect()
+    }
+}
+
+/// Runs the plan; failures are told as they are found.
+pub fn run(plan: &Plan) -> Sum {
+    let (next, stop, simulated) = (AtomicU64::new(0), AtomicBool::new(false), AtomicU64::new(0));
+    let began = Instant::now();
+    let (send, receive) = mpsc::channel();
+    let mut sum = Sum::default();
+    std::thread::scope(|scope| {
+        for _ in 0..plan.jobs.max(1) {
+            let (send, next, stop, simulated) = (send.clone(), &next, &stop, &simulated);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let nth = next.fetch_add(1, Ordering::Relaxed);
+                    let enough = plan.simulated_ms.is_some_and(|limit| simulated.load(Ordering::Relaxed) >= limit);
+                    let late = plan.wall.is_some_and(|limit| began.elapsed() >= limit);
+                    if nth >= plan.count || enough || late {
+                        break;
+                    }
+                    let setup = Setup::of(plan.first.wrapping_add(nth), None);
+                    let before = thread_cpu();
+                    let report = super::run(&setup, &super::faults_of(&setup, &plan.only), plan.trace);
+                    simulated.fetch_add(report.simulated_ms, Ordering::Relaxed);
+                    if report.failure.is_some() && !plan.keep_going {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                    let _ = send.send((report, thread_cpu().saturating_sub(before)));
+                }
+            });
+        }
+        drop(send);
+        for (report, cpu) in receive {
+            if report.failure.is_some() && !plan.quiet {
+                tell(plan, &report);
+            }
+            sum.add(report, cpu);
+            if sum.failures.len() >= FAILURES {
+                stop.store(true, Ordering::Relaxed);
+            }
+        }
+    });
+    sum
+}
+
+fn thread_cpu() -> Duration {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
+}
+
+fn tell(plan: &Plan, report: &Report) {
+    let Some(failure) = &report.failure else { return };
+    let seed = report.setup.seed;
+    let only = if plan.only.is_empty() { String::new() } else { format!(" --only {}", plan.only.join(",")) };
+    println!("seed {seed}: {} is broken after {} ms: {}", failure.invariant, failure.at_ms, failure.detail);
+    println!("  options: {:?}", report.setup);
+    println!("  faults that took effect: {:?}", report.took);
+    println!("  the last events (seconds, what, which):");
+    for line in report.tail.lines() {
+        println!("  {line}");
+    }
+    println!("  again: jepsen-style-tests/run sim --seed {seed}{only} --trace");
+    let Some(dir) = &plan.corpus else { return };
+    let found = Corpus {
+        seed,
+        seconds: report.setup.safety_ms / 1_000,
+        jobs: report.setup.jobs,
+        agents: report.setup.agents,
+        invariant: failure.invariant.clone(),
+        faults: super::faults_of(&report.setup, &plan.only),
+    };
+    let small = shrink(&found, SHRINK_RUNS);
+    match small.write(dir) {
+        Ok(path) => println!("  shrunk to {} faults: {}", small.faults.len(), path.display()),
+        Err(error) => println!("  not kept in {}: {error}", dir.display()),
+    }
+}
+
+/// The verdict of a run, for people; the last line is the hash. Whether everything held.
+pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
+    let mut text = String::new();
+    let hours = sum.simulated_ms as f64 / 3_600_000.0;
+    let rate = sum.simulated_ms as f64 / 1e3 / sum.cpu.as_secs_f64().max(1e-9);
+    let _ = writeln!(
+        text,
+        "{} seeds from {}, {hours:.2} simulated hours, {:.1} s of CPU time: {rate:.0} simulated s a CPU second",
+        sum.seeds,
+        plan.first,
+        sum.cpu.as_secs_f64()
+    );
+    let _ = writeln!(
+        text,
+        "{} events, {} entries applied, {} ranks begun, {} offices of leaders",
+        sum.events, sum.entries, sum.started, sum.offices
+    );
+    let faults: u64 = sum.took.values().sum();
+    let _ = writeln!(text, "{faults} faults took effect ({:.1} a seed):", faults as f64 / sum.seeds.max(1) as f64);
+    for kind in KINDS {
+        let _ = writeln!(text, "  {kind:<16} {}", sum.took.get(kind).copied().unwrap_or(0));
+    }
+    let _ = writeln!(text, "sometimes:");
+    for (what, hits) in &sum.sometimes {
+        let _ = writeln!(text, "  {hits:>9}  {what}");
+    }
+    if sum.thin > 0 {
+        let _ =
+            writeln!(text, "{} seeds had fewer than {FAULTS} faults or {FAULT_KINDS} kinds that took effect", sum.thin);
+    }
+    let unreached = if sum.seeds >= BIG && plan.only.is_empty() { sum.unreached() } else { Vec::new() };
+    for what in &unreached {
+        let _ = writeln!(text, "NEVER REACHED: {what}");
+    }
+    let failed: Vec<String> = sum.failures.iter().map(|report| report.setup.seed.to_string()).collect();
+    let valid = failed.is_empty() && unreached.is_empty() && sum.seeds > 0;
+    if !failed.is_empty() {
+        let _ = writeln!(text, "seeds that failed: {}", failed.join(" "));
+    }
+    let _ = writeln!(text, "{}", if valid { "VALID" } else { "INVALID" });
+    let _ = write!(text, "hash {:016x}", sum.hash);
+    (text, valid)
+}
