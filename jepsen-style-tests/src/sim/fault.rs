@@ -264,7 +264,7 @@ pub fn draw(setup: &Setup, only: &[String]) -> Vec<Timed> {
     }
     let mut faults = Vec::new();
     for kind in kinds {
-        let often = rng.range(2, 6);
+        let often = rng.range(3, 7);
         faults.extend((0..often).map(|_| {
             // Long runs are long for the clocks' sake: their faults come in one stretch.
             let at_ms = rng.range(1_500, setup.busy_ms.saturating_sub(4_000).max(2_000));

@@ -38,10 +38,10 @@ impl World {
             Fault::Duplicate { permille, .. } => self.net.duplicate_permille = permille,
             Fault::IsolateLeader { with, .. } => {
                 let Some(leader) = self.lasting() else { return false };
-                self.net.cuts.push(Cut::Island { replicas: 1 << leader, agents: with });
                 if self.replicas[leader].desk.is_none() {
                     return false;
                 }
+                self.net.cuts.push(Cut::Island { replicas: 1 << leader, agents: with });
             }
             Fault::Mute { replica, .. } => self.net.cuts.push(Cut::Mute(replica)),
             Fault::Halves { mask, .. } => self.net.cuts.push(Cut::Halves(mask)),
