@@ -105,6 +105,15 @@ impl World {
         linked && peer.awake(self.now) && peer.voted <= term
     }
 
+    /// The followers that answer the leader, and whose next entry is still in its log.
+    fn near(&self, leader: usize, term: u64) -> Vec<usize> {
+        let last = self.committed();
+        let near = |other: usize| last - self.replicas[other].applied <= 2 * self.setup.snapshot_every;
+        (0..self.replicas.len())
+            .filter(|other| *other != leader && near(*other) && self.answers(leader, *other, term))
+            .collect()
+    }
+
     pub fn committed(&self) -> u64 {
         self.raft.log.len() as u64
     }
@@ -281,6 +290,9 @@ impl World {
         let able = self.replicas[leader].awake(self.now)
             && self.replicas[leader].voted == term
             && self.has_quorum(leader, term);
+        // Who needs a snapshot first would not have the entry on its disk.
+        let near = self.near(leader, term);
+        let able = able && 2 * (near.len() + 1) > self.replicas.len();
         if !able {
             return;
         }
@@ -307,23 +319,20 @@ impl World {
             more = true;
         }
         if more {
-            self.replicate(leader, term);
+            self.replicate(leader, term, &near);
         }
     }
 
-    fn replicate(&mut self, leader: usize, term: u64) {
+    fn replicate(&mut self, leader: usize, term: u64, near: &[usize]) {
         let last = self.committed();
         self.replicas[leader].received = last;
         self.replicas[leader].leader = Some(leader);
         self.apply_soon(leader);
-        for other in 0..self.replicas.len() {
-            // Who is far behind gets a snapshot with the next heartbeat.
-            let near = last - self.replicas[other].applied <= 2 * self.setup.snapshot_every;
-            if other != leader && near && self.answers(leader, other, term) {
-                self.replicas[other].voted = term;
-                self.replicas[other].received = last;
-                self.apply_soon(other);
-            }
+        // Who is far behind gets a snapshot with the next heartbeat.
+        for other in near.iter().copied() {
+            self.replicas[other].voted = term;
+            self.replicas[other].received = last;
+            self.apply_soon(other);
         }
     }
 
@@ -412,6 +421,9 @@ impl World {
         replica.up = false;
         replica.life += 1;
         replica.elected = None;
+        // It may be back before anybody missed it, but not as the leader of that term.
+        self.raft.leader = self.raft.leader.filter(|leader| *leader != at);
+        let replica = &mut self.replicas[at];
         let Some(desk) = replica.desk.take() else { return };
         // The kernel resets its connections; callers learn nothing of their requests.
         for (_, conn) in desk.conns {
