@@ -387,7 +387,7 @@ impl World {
         let replica = &mut self.replicas[at];
         let Some(desk) = replica.desk.as_deref_mut() else { return };
         let Some(conn) = desk.conns.get_mut(&id) else { return };
-        let first = conn.node != Some(node) || !desk.links.contains_key(&node);
+        let first = desk.links.get(&node) != Some(&id);
         conn.node = Some(node);
         if first {
             desk.links.insert(node, id);

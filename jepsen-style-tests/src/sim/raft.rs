@@ -230,6 +230,7 @@ impl World {
     /// Of what earlier leaders proposed, the new one has a beginning of each, and all of its own: that it commits. The rest is lost.
     fn settle_pending(&mut self, winner: usize) {
         let term = self.raft.term;
+        let committed_term = self.raft.log.last().map_or(0, |last| last.position.term);
         let pending = std::mem::take(&mut self.raft.pending);
         let mut broken: Vec<usize> = Vec::new();
         let mut oldest = None;
@@ -237,7 +238,9 @@ impl World {
             let own = one.leader == winner;
             // A log has one history: what a later leader proposed excludes the rest of an earlier one's.
             let other = oldest.is_some_and(|leader| leader != one.leader);
-            if broken.contains(&one.leader) || other || (!own && !self.rng.chance(500)) {
+            // Proposed by one who did not know that he was deposed: a later term's entries stand in its place.
+            let overtaken = one.term < committed_term;
+            if overtaken || broken.contains(&one.leader) || other || (!own && !self.rng.chance(500)) {
                 broken.push(one.leader);
                 if one.entry.is_some() {
                     self.sometimes.hit("an uncommitted entry was lost");
@@ -369,6 +372,9 @@ impl World {
             replica.snapshot = (replica.state.clone(), index);
         }
         if index > self.audit.applied {
+            if let Some(entry) = entry.as_deref() {
+                self.trace.say(self.now, || format!("entry {index} term {} {entry:?} -> {outcomes:?}", position.term));
+            }
             self.audit_entry(at, index, seen, entry.as_deref(), &outcomes);
         }
         if entry.is_none() && position.leader == at as u64 && self.replicas[at].elected == Some(position.term) {

@@ -129,8 +129,8 @@ async fn listen(
         };
         let Some(Ok(message)) = message else { break };
         let from = NodeId(message.node_id);
-        // An older stream of the node that ended late may have taken this one's place, and left it empty.
-        if node != Some(from) || !desk.links.knows(from) {
+        // The stream that was heard last has the node's place: a late old one may have taken it, and hang there unread.
+        if !desk.links.are(from, &link) {
             node = Some(from);
             desk.links.connect(from, link.clone());
             desk.offer(Some(&BTreeSet::from([from])));

@@ -65,8 +65,9 @@ impl Links {
         self.map().insert(node, link);
     }
 
-    pub fn knows(&self, node: NodeId) -> bool {
-        self.map().contains_key(&node)
+    /// The node's sets go to this link.
+    pub fn are(&self, node: NodeId, link: &Link) -> bool {
+        self.map().get(&node).is_some_and(|current| Arc::ptr_eq(&current.desired, &link.desired))
     }
 
     /// Forgets the link if it is still this one.
@@ -125,8 +126,8 @@ mod tests {
         links.connect(node, old.clone());
         links.connect(node, new.clone());
         links.disconnect(node, &old);
-        assert!(links.knows(node));
+        assert!(links.are(node, &new) && !links.are(node, &old));
         links.disconnect(node, &new);
-        assert!(!links.knows(node));
+        assert!(!links.are(node, &new));
     }
 }
