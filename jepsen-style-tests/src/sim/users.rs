@@ -326,9 +326,12 @@ impl World {
             (wish @ (Wish::Submit(_) | Wish::Cancel(_) | Wish::Release(_) | Wish::Operate(_)), None) => {
                 self.wish_after(300_000, wish);
             }
-            // The leader's wall clock is wrong: users come again until somebody has set it right.
+            // The leader's wall clock is wrong, or the user's was: users come again until somebody has set it right.
             (wish, Some(Answer::Outcome(Outcome::Rejected(no), _))) if no.code == Code::RequestFromFuture => {
                 self.sometimes.hit("a request id was refused as from the future");
+                if let Wish::Cancel(n) = wish {
+                    self.users.jobs[n].cancel_request = None;
+                }
                 if !matches!(wish, Wish::Again(_) | Wish::OtherBody(_)) {
                     self.wish_after(1_000_000, wish);
                 }
