@@ -108,6 +108,36 @@ fn an_old_request_id_is_forgotten_and_then_refused_but_not_while_its_job_lives()
 }
 
 #[test]
+fn a_forgotten_request_id_is_refused_wherever_the_wall_clock_has_leapt_since() {
+    let mut world = World::new();
+    let submit = |world: &mut World, id| world.run_as("ada", Some(id), Command::SubmitJob(Box::new(one_gpu())));
+    let id = request_at(WALL0 + 1_000, 1);
+    submit(&mut world, id);
+    world.run(Command::Cancel { job: JobId(1) });
+    world.wall_ahead_ms = -3_600_000;
+    world.wait(25 * 3_600_000);
+    assert_eq!(world.state.requests.len(), 0);
+    for ahead in [-3_600_000, 0, 3_600_000] {
+        world.wall_ahead_ms = ahead;
+        assert_eq!(World::code(&submit(&mut world, id)), Some(Code::RequestExpired));
+    }
+}
+
+#[test]
+fn a_leap_of_the_wall_clock_while_ids_are_forgotten_does_not_refuse_new_ones() {
+    let mut world = World::with(Settings { request_keep_ms: 900_000, ..Settings::default() });
+    let submit = |world: &mut World, id| world.run_as("ada", Some(id), Command::SubmitJob(Box::new(one_gpu())));
+    submit(&mut world, request_at(WALL0 + 1_000, 1));
+    world.run(Command::Cancel { job: JobId(1) });
+    world.wall_ahead_ms = 3_600_000;
+    world.wait(1_800_000);
+    assert_eq!(world.state.requests.len(), 0);
+    world.wall_ahead_ms = 0;
+    let fresh = request_at(WALL0 + 1_801_000, 2);
+    assert!(matches!(submit(&mut world, fresh), Outcome::Done(_)));
+}
+
+#[test]
 fn a_request_id_from_the_future_is_refused() {
     let mut world = World::new();
     let id = request_at(WALL0 + 20 * 60_000, 1);

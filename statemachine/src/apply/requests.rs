@@ -107,9 +107,10 @@ fn forget_oldest(state: &mut State, keep_ms: u64) -> bool {
         if planted(Bug::ForgottenTooEarly) {
             return true;
         }
-        let age = i64::try_from(age_ms(state, bucket)).unwrap_or(i64::MAX);
-        let horizon = state.meta.wall_ms.saturating_sub(age);
-        state.meta.request_horizon_wall_ms = state.meta.request_horizon_wall_ms.max(horizon);
+        // By the ids' own times, whatever the leader's wall clock has leapt to since.
+        if let Some(own_ms) = id.unix_ms() {
+            state.meta.request_horizon_wall_ms = state.meta.request_horizon_wall_ms.max(own_ms);
+        }
     }
     true
 }

@@ -12,6 +12,8 @@ use statemachine::*;
 pub struct World {
     pub state: State,
     pub clock_ms: u64,
+    /// How far the leader's wall clock has leapt.
+    pub wall_ahead_ms: i64,
     pub log: Vec<Entry>,
 }
 
@@ -23,7 +25,7 @@ impl World {
     }
 
     pub fn with(settings: Settings) -> Self {
-        Self { state: State::new([7; 16], settings), clock_ms: 1_000, log: Vec::new() }
+        Self { state: State::new([7; 16], settings), clock_ms: 1_000, wall_ahead_ms: 0, log: Vec::new() }
     }
 
     /// One entry with these commands, at the world's clock.
@@ -31,7 +33,7 @@ impl World {
         let entry = Entry {
             level: LEVEL,
             clock_ms: self.clock_ms,
-            wall_ms: WALL0 + i64::try_from(self.clock_ms).unwrap(),
+            wall_ms: WALL0 + i64::try_from(self.clock_ms).unwrap() + self.wall_ahead_ms,
             salt: 99 + u64::try_from(self.log.len()).unwrap(),
             cmds,
         };
@@ -62,7 +64,9 @@ impl World {
         }
     }
 
-    pub fn register(&mut self, node: RegisterNode) -> (NodeId, u64) {
+    /// As the newest registration of its node.
+    pub fn register(&mut self, mut node: RegisterNode) -> (NodeId, u64) {
+        node.after_epoch = self.state.node_epoch(&node.name);
         match self.run(Command::RegisterNode(Box::new(node))) {
             Outcome::Done(Reply::Registered { node, epoch }) => (node, epoch),
             other => panic!("register: {other:?}"),
@@ -218,6 +222,7 @@ pub fn machine(name: &str, seed: u8, gpus: u8) -> RegisterNode {
         running: Vec::new(),
         finished: Vec::new(),
         dead: Vec::new(),
+        after_epoch: 0,
     }
 }
 
