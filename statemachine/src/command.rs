@@ -237,6 +237,9 @@ pub struct RegisterNode {
     pub finished: Vec<FinishedPart>,
     /// In the fence file, with neither shim nor exit status, processes seen gone.
     pub dead: Vec<Token>,
+    /// Epoch of the node's newest registration when the agent wrote this one; 0 = there was none. With another one since then
+    /// it comes late, and what it lists is no longer so.
+    pub after_epoch: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -240,6 +240,12 @@ impl State {
         self.names.get(&NameKey::GpuType(gpu_type)).map_or("", String::as_str)
     }
 
+    /// The epoch of the newest registration under this name; 0 = there was none.
+    pub fn node_epoch(&self, name: &str) -> u64 {
+        let id = self.index.node_by_name.get(name);
+        id.and_then(|id| self.nodes.get(id)).map_or(0, |node| node.value.epoch)
+    }
+
     pub fn node_name(&self, node: NodeId) -> &str {
         self.nodes.get(&node).map_or("", |node| &node.value.name)
     }

@@ -371,6 +371,8 @@ fn registration(state: &State, n: u8, boot: u8, gpus: u8, fate: u8, fence_new: b
             register.class = machine("x", 0, 1).class;
         }
     }
+    // Of two in one entry the second comes late.
+    register.after_epoch = state.node_epoch(&register.name);
     let Some(id) = state.index.node_by_name.get(&register.name) else { return register };
     for token in state.allocs.get(id).map(|alloc| alloc.leases.clone()).unwrap_or_default() {
         let Some(lease) = state.leases.get(&token) else { continue };
@@ -620,7 +622,7 @@ fn random_logs_reach_what_matters() {
     use proptest::strategy::ValueTree;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (mut verdicts, mut states, mut codes) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-    for _ in 0..120 {
+    for _ in 0..160 {
         let ops = ops().new_tree(&mut runner).expect("a list of operations").current();
         let (world, _) = play(&ops);
         for event in &world.state.events {

@@ -345,6 +345,23 @@ fn an_orphan_keeps_its_gpus_and_holds_its_job_until_it_is_gone() {
     assert!(world.place(id, &[node]).is_ok());
 }
 
+/// A registration that was held up on its way while the machine booted: it says of a boot that is over that nothing runs.
+#[test]
+fn a_registration_that_comes_after_a_newer_one_changes_nothing() {
+    let mut world = World::new();
+    world.register(machine("n1", 1, 1));
+    let late = RegisterNode { after_epoch: 1, ..machine("n1", 1, 1) };
+    let booted = RegisterNode { boot_id: [2; 16], ..machine("n1", 1, 1) };
+    let (node, epoch) = world.register(booted);
+    let id = world.submit(one_gpu());
+    let token = world.place(id, &[node]).unwrap();
+    world.report(node, token, PartReport::Started { port: 1 }).unwrap();
+    let refused = world.run(Command::RegisterNode(Box::new(late)));
+    assert_eq!(World::code(&refused), Some(Code::EpochStale), "{refused:?}");
+    assert_eq!((world.state.node_epoch("n1"), world.shown(id).as_str()), (epoch, "RUNNING"));
+    assert_eq!(world.state.allocs.get(&node).unwrap().free_gpus, 0);
+}
+
 #[test]
 fn another_machine_may_not_take_a_name_with_leases_on_it() {
     let mut world = World::new();

@@ -28,6 +28,8 @@ pub struct Listing {
     pub running: Vec<v1::RunningPart>,
     pub finished: Vec<v1::FinishedPart>,
     pub dead: Vec<u64>,
+    /// Epoch of the newest registration known when this was written; 0 = none.
+    pub after_epoch: u64,
 }
 
 /// One attempt to take up.
@@ -45,6 +47,10 @@ pub struct Launch {
 pub enum Event {
     Tick,
     Registered(v1::RegisterReply),
+    /// Another registration of this node came first, an own one perhaps whose answer was lost: the newest has this epoch.
+    Overtaken {
+        epoch: u64,
+    },
     /// It is tried again after a while.
     RegisterFailed,
     Connected,
@@ -143,6 +149,8 @@ struct Finished {
 pub struct Core {
     registration: Registration,
     register_retry: Retry,
+    /// Epoch of the newest registration of this node that is known here; 0 = none is.
+    newest_epoch: u64,
     node_id: u32,
     epoch: u64,
     cluster_id: String,
@@ -165,6 +173,8 @@ pub struct Core {
     fetching: Vec<u64>,
     fetch_retry: Retry,
     reporting: Vec<(u64, Say)>,
+    /// In which epoch that was said.
+    reporting_epoch: u64,
     report_retry: Retry,
     /// A start waits for a fresh acknowledgement.
     beat_first: bool,
@@ -177,6 +187,7 @@ impl Core {
         Self {
             registration: Registration::Due,
             register_retry: Retry::NOW,
+            newest_epoch: 0,
             node_id: 0,
             epoch: 0,
             cluster_id: String::new(),
@@ -195,6 +206,7 @@ impl Core {
             fetching: Vec::new(),
             fetch_retry: Retry::NOW,
             reporting: Vec::new(),
+            reporting_epoch: 0,
             report_retry: Retry::NOW,
             beat_first: false,
             over: false,
@@ -284,6 +296,10 @@ impl Core {
         match event {
             Event::Tick => {}
             Event::Registered(reply) => self.registered(reply, now, actions),
+            Event::Overtaken { epoch } => {
+                self.registration = Registration::Due;
+                self.newest_epoch = epoch;
+            }
             Event::RegisterFailed => {
                 self.registration = Registration::Due;
                 self.register_retry.failed(now);
@@ -362,6 +378,7 @@ impl Core {
         self.register_retry = Retry::NOW;
         self.node_id = reply.node_id;
         self.epoch = reply.epoch;
+        self.newest_epoch = reply.epoch;
         self.cluster_id = reply.cluster_id;
         self.heartbeat_ms = if reply.heartbeat_ms == 0 { HEARTBEAT_MS } else { reply.heartbeat_ms };
         self.keeper.new_epoch();
@@ -422,6 +439,10 @@ impl Core {
             return;
         }
         self.report_retry = Retry::NOW;
+        // The listing that is under way, or the one that came after, has the part as it was before: it is said again after it.
+        if matches!(self.registration, Registration::Asked(_)) || self.reporting_epoch != self.epoch {
+            return;
+        }
         let stale = reason::EPOCH_STALE.name;
         for ((token, say), refusal) in asked.iter().zip(&refusals) {
             if refusal == stale {
@@ -479,7 +500,7 @@ impl Core {
     }
 
     fn listing(&self, now: u64) -> Listing {
-        let mut listing = Listing::default();
+        let mut listing = Listing { after_epoch: self.newest_epoch, ..Listing::default() };
         for (token, part) in &self.parts {
             let never = part.ranks.iter().all(|rank| matches!(rank, Rank::Ended(Outcome::NeverStarted)));
             // A failed launch is in no list of ends: the part is kept, and the report that says why comes after.
@@ -597,6 +618,7 @@ impl Core {
         let due = |(token, part): (&u64, &Part)| part.due().into_iter().map(|say| (*token, say)).collect::<Vec<_>>();
         self.reporting = self.parts.iter().flat_map(due).collect();
         if !self.reporting.is_empty() {
+            self.reporting_epoch = self.epoch;
             let items = self.reporting.iter().map(|(token, say)| self.parts[token].item(*token, say)).collect();
             actions.push(Action::Report(items));
         }

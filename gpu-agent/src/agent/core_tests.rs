@@ -287,6 +287,42 @@ fn a_shim_that_vanished_is_told_by_a_new_registration_once_the_rest_is_gone() {
     assert!(actions.contains(&Action::Forget(vec![7])));
 }
 
+/// One try of a registration may be recorded and its answer lost: the next is told so.
+#[test]
+fn an_overtaken_registration_is_written_anew_after_the_one_that_came_first() {
+    let mut core = Core::new((0, 0));
+    assert_eq!(registers(&core.step(Event::Tick, 0)).unwrap().after_epoch, 0);
+    let listing = registers(&core.step(Event::Overtaken { epoch: 4 }, 10)).unwrap();
+    assert_eq!(listing.after_epoch, 4);
+    assert_eq!(core.epoch(), 0);
+    assert!(core.step(registered(5), 20).contains(&Action::Connect));
+    let why = v1::Reregister { reason: "node 3 is not known here".into(), superseded: false };
+    assert_eq!(registers(&core.step(message(What::Reregister(why)), 30)).unwrap().after_epoch, 5);
+}
+
+/// Else the leader would keep what the registration listed as an orphan that nobody ever tells the end of.
+#[test]
+fn an_end_that_is_answered_while_a_registration_is_under_way_is_told_again_after_it() {
+    let failed = |core: &mut Core| {
+        core.step(desired(5, vec![lease(7)]), 1_000);
+        core.step(Event::Bodies(vec![body(7)]), 1_000);
+        let why = Outcome::LaunchFailed { node_fault: false, why: "no such command".into() };
+        items(&core.step(Event::Launched { token: 7, port: 1, ranks: vec![Rank::Ended(why)] }, 1_000))
+    };
+    let why = v1::Reregister { reason: "node 3 is not known here".into(), superseded: false };
+    for answered_first in [true, false] {
+        let mut core = core();
+        let said = failed(&mut core);
+        assert_eq!(said.len(), 2, "{said:?}");
+        let listing = registers(&core.step(message(What::Reregister(why.clone())), 1_010)).unwrap();
+        assert_eq!(listing.running.iter().map(|part| part.token).collect::<Vec<_>>(), [7]);
+        let (answer, reply) = (Event::Reported(vec![String::new(); 2]), registered(2));
+        let (first, then) = if answered_first { (answer, reply) } else { (reply, answer) };
+        core.step(first, 1_020);
+        assert_eq!(items(&core.step(then, 1_030)), said, "answered first: {answered_first}");
+    }
+}
+
 #[test]
 fn a_superseded_agent_does_nothing_more() {
     let mut core = running(7);

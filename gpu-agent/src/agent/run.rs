@@ -328,11 +328,13 @@ impl Agent {
             running: listing.running,
             finished: listing.finished,
             dead: listing.dead,
+            after_epoch: listing.after_epoch,
         };
         let (client, events, refusals) = (self.client.clone(), self.events.clone(), self.refusals.clone());
         let first = self.core.epoch() == 0;
         tokio::spawn(async move {
             let event = match client.register(request).await {
+                Ok(reply) if reply.node_id == 0 => Event::Overtaken { epoch: reply.epoch },
                 Ok(reply) => Event::Registered(reply),
                 Err(error) if first && is_final(&error) => {
                     let _ = refusals.send(error).await;

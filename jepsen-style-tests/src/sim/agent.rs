@@ -270,6 +270,7 @@ impl World {
             running: listing.running,
             finished: listing.finished,
             dead: listing.dead,
+            after_epoch: listing.after_epoch,
         };
         self.agent_call(agent, Rpc::Register(Box::new(request)));
     }
@@ -287,6 +288,10 @@ impl World {
             return;
         }
         let event = match (&**rpc, answer) {
+            (Rpc::Register(_), Some(Answer::Registered(reply))) if reply.node_id == 0 => {
+                self.sometimes.hit("a registration was overtaken by another");
+                Told::Overtaken { epoch: reply.epoch }
+            }
             (Rpc::Register(_), Some(Answer::Registered(reply))) => Told::Registered(reply),
             (Rpc::Register(_), _) => Told::RegisterFailed,
             (Rpc::Report(_), Some(Answer::Reported(refusals))) => Told::Reported(refusals),

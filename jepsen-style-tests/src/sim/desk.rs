@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use proto::v1;
-use raft_node::api::{requests, words};
+use raft_node::api::requests;
 use raft_node::leader::desired::desired;
-use raft_node::leader::keeper::{HEARTBEAT_MS, Keeper};
+use raft_node::leader::keeper::Keeper;
 use raft_node::leader::settled::Settled;
 use raft_node::leader::touched::Touched;
 use raft_node::leader::{beats, duties, of_silence};
 use scheduling::plan::{Cache, Limits, plan};
+use statemachine::command::Code;
 use statemachine::record::StoredReply;
 use statemachine::{Cmd, Command, JobId, NodeId, Outcome, Reply};
 
@@ -163,7 +164,10 @@ impl World {
                 return self.enter(at, cmd, waiter);
             }
             Rpc::Register(request) => match requests::register((**request).clone()) {
-                Ok(register) => Command::RegisterNode(Box::new(register)),
+                Ok(register) => match requests::overtaken(&self.replicas[at].state, &register) {
+                    Some(overtaken) => return self.answer(at, &waiter, Answer::Registered(overtaken)),
+                    None => Command::RegisterNode(Box::new(register)),
+                },
                 Err(_) => return self.answer(at, &waiter, Answer::RegisterRefused),
             },
             Rpc::Report(request) => match requests::report(request.clone()) {
@@ -254,22 +258,25 @@ impl World {
         let replica = &mut self.replicas[at];
         match (rpc, outcome) {
             (Rpc::Register(_), Outcome::Done(Reply::Registered { node, epoch })) => {
-                Answer::Registered(v1::RegisterReply {
-                    node_id: node.0,
-                    epoch,
-                    cluster_id: words::hex(&replica.state.meta.cluster),
-                    heartbeat_ms: HEARTBEAT_MS,
-                    incarnation: replica.state.meta.incarnation,
-                })
+                Answer::Registered(requests::registered(&replica.state, node, epoch))
+            }
+            (Rpc::Register(request), Outcome::Rejected(no)) if no.code == Code::EpochStale => {
+                let name = request.machine.as_ref().map_or("", |machine| machine.name.as_str());
+                let epoch = replica.state.node_epoch(name);
+                Answer::Registered(requests::registered(&replica.state, NodeId(0), epoch))
             }
             (Rpc::Register(_), _) => Answer::RegisterRefused,
             (Rpc::Report(_), Outcome::Done(Reply::Report(answers))) => {
                 let word = |answer: Result<(), statemachine::Rejection>| {
                     answer.err().map(|no| no.code.name().to_owned()).unwrap_or_default()
                 };
+                for refused in answers.iter().filter_map(|answer| answer.as_ref().err()) {
+                    self.sometimes.hit_code("a report was refused", refused.code.name());
+                }
                 Answer::Reported(answers.into_iter().map(word).collect())
             }
             (Rpc::Report(request), Outcome::Rejected(no)) => {
+                self.sometimes.hit_code("a report was refused", no.code.name());
                 Answer::Reported(vec![no.code.name().to_owned(); request.items.len()])
             }
             (_, outcome) => {

@@ -6,15 +6,14 @@ use std::sync::Arc;
 
 use futures::Stream;
 use proto::{error, v1};
-use statemachine::command::Command;
+use statemachine::command::{Code, Command};
 use statemachine::{JobId, NodeId, Outcome, Reply};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Api, requests, status, words};
-use crate::leader::keeper::HEARTBEAT_MS;
+use super::{Api, requests, status};
 use crate::leader::{Beat, Desk, Link, LinkEnd};
 
 /// Messages that a stream's transport may hold back.
@@ -25,19 +24,25 @@ impl v1::agents_server::Agents for Api {
     async fn register(&self, request: Request<v1::RegisterRequest>) -> Result<Response<v1::RegisterReply>, Status> {
         self.admit_join(&request)?;
         let register = requests::register(request.into_inner())?;
-        let actor = format!("agent {}", register.name);
-        let committed = self.commit(None, actor, Command::RegisterNode(Box::new(register))).await?;
-        let Reply::Registered { node, epoch } = committed.reply else {
-            return Err(Status::internal("a registration was answered with something else"));
-        };
+        self.desk()?;
+        if let Some(overtaken) = requests::overtaken(&self.replica.state(), &register) {
+            return Ok(Response::new(overtaken));
+        }
+        let (name, actor) = (register.name.clone(), format!("agent {}", register.name));
+        let body = Command::RegisterNode(Box::new(register));
+        let proposed = self.replica.propose(statemachine::Cmd { request: None, actor, body }).await;
+        let (outcome, _) = proposed.map_err(|error| status::not_proposed(self, error))?;
         let state = self.replica.state();
-        Ok(Response::new(v1::RegisterReply {
-            node_id: node.0,
-            epoch,
-            cluster_id: words::hex(&state.meta.cluster),
-            heartbeat_ms: HEARTBEAT_MS,
-            incarnation: state.meta.incarnation,
-        }))
+        match outcome {
+            Outcome::Done(Reply::Registered { node, epoch }) => {
+                Ok(Response::new(requests::registered(&state, node, epoch)))
+            }
+            Outcome::Rejected(no) if no.code == Code::EpochStale => {
+                Ok(Response::new(requests::registered(&state, NodeId(0), state.node_epoch(&name))))
+            }
+            Outcome::Rejected(no) => Err(status::rejected(&no)),
+            other => Err(Status::internal(format!("a registration was answered with {other:?}"))),
+        }
     }
 
     type SessionStream = Pin<Box<dyn Stream<Item = Result<v1::LeaderMessage, Status>> + Send>>;

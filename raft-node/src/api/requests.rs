@@ -5,10 +5,11 @@ use proto::{reason, v1};
 use statemachine::command::*;
 use statemachine::record::{Class, Exit, Nic};
 use statemachine::spec::{After, Body, JobSpec, Retry, Shape, Terms};
-use statemachine::{JobId, NodeId, RequestId, Token};
+use statemachine::{JobId, NodeId, RequestId, State, Token};
 use tonic::Status;
 
 use super::words;
+use crate::leader::keeper::HEARTBEAT_MS;
 
 /// Lease of a job that names none, in ms: a control plane that is away for minutes must not kill a training run.
 const DEFAULT_LEASE_TTL_MS: u64 = 300_000;
@@ -224,7 +225,25 @@ pub fn register(request: v1::RegisterRequest) -> Result<RegisterNode, Status> {
         running,
         finished,
         dead: request.dead.into_iter().map(Token).collect(),
+        after_epoch: request.after_epoch,
     })
+}
+
+/// The answer to a registration that another one of its node has overtaken, as the state knows it; `None`: it may be proposed.
+pub fn overtaken(state: &State, register: &RegisterNode) -> Option<v1::RegisterReply> {
+    let epoch = state.node_epoch(&register.name);
+    (epoch != register.after_epoch).then(|| registered(state, NodeId(0), epoch))
+}
+
+/// The answer to a registration; node 0 = it was overtaken.
+pub fn registered(state: &State, node: NodeId, epoch: u64) -> v1::RegisterReply {
+    v1::RegisterReply {
+        node_id: node.0,
+        epoch,
+        cluster_id: words::hex(&state.meta.cluster),
+        heartbeat_ms: HEARTBEAT_MS,
+        incarnation: state.meta.incarnation,
+    }
 }
 
 fn gpu_facts(gpu: &v1::GpuFacts, fields: &mut Fields) -> GpuFacts {

@@ -138,6 +138,7 @@ impl Site {
             running: Vec::new(),
             finished: Vec::new(),
             dead: Vec::new(),
+            after_epoch: 0,
         };
         match self.done(Command::RegisterNode(Box::new(register))) {
             Reply::Registered { node, .. } => node,

@@ -11,7 +11,8 @@
 //!
 //! A running attempt without a live lease here is an orphan: its GPUs stay taken and its job on hold until it is gone.
 //!
-//! Refuses INVALID_SPEC, LIMIT, IDENTITY_CONFLICT (the name is another machine's, or a GPU is leased on another node).
+//! Refuses INVALID_SPEC, LIMIT, IDENTITY_CONFLICT (the name is another machine's, or a GPU is leased on another node), EPOCH_STALE (it
+//! was written before the newest registration: a late one, of an earlier boot perhaps, would free what runs).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -38,6 +39,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, register: &RegisterNod
     let known = state.index.node_by_name.get(&register.name).copied();
     check_identity(state, register, known)?;
     check_gpus_elsewhere(state, register, known)?;
+    check_epoch(state, register)?;
     let slots = Slots::of(state, register, known)?;
     let class = slots.class(&register.class);
     check_limits(state, register, known, &class)?;
@@ -148,6 +150,16 @@ fn check_gpus_elsewhere(state: &State, register: &RegisterNode, known: Option<No
             let detail = format!("gpus[{place}] is leased on node {}", state.node_name(other));
             return Err(Rejection::new(Code::IdentityConflict, detail));
         }
+    }
+    Ok(())
+}
+
+fn check_epoch(state: &State, register: &RegisterNode) -> Result<(), Rejection> {
+    let newest = state.node_epoch(&register.name);
+    if newest != register.after_epoch {
+        let (name, after) = (&register.name, register.after_epoch);
+        let detail = format!("after_epoch is {after}, node {name:?} is in epoch {newest}: register after that one");
+        return Err(Rejection::new(Code::EpochStale, detail));
     }
     Ok(())
 }

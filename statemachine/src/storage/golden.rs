@@ -513,6 +513,7 @@ fn commands() -> Vec<Command> {
             running: vec![RunningPart { token: Token(1), job: JobId(2), gpus: vec![GpuUuid([3; 16])], started: true }],
             finished: vec![FinishedPart { token: Token(4), exits: CAUSES.map(exits).into() }],
             dead: vec![Token(6)],
+            after_epoch: 7,
         })),
         Command::GpuHealth(GpuHealthChange {
             node: NodeId(1),
