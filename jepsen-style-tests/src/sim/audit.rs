@@ -56,6 +56,13 @@ pub struct Audit {
     pub over: bool,
 }
 
+impl Audit {
+    /// Whether a process of this attempt is alive on this machine.
+    pub fn runs(&self, agent: usize, token: u64) -> bool {
+        self.alive.range((agent, token, 0)..=(agent, token, u32::MAX)).next().is_some()
+    }
+}
+
 impl World {
     /// The first replica that applied this entry: what it says is compared with the model's word.
     pub fn audit_entry(&mut self, at: usize, index: u64, seen: Revision, entry: Option<&Entry>, outcomes: &[Outcome]) {

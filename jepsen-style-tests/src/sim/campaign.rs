@@ -46,6 +46,24 @@ pub struct Plan {
     pub quiet: bool,
 }
 
+impl Plan {
+    /// One seed under its own faults.
+    pub fn one(seed: u64) -> Self {
+        Self {
+            first: seed,
+            count: 1,
+            simulated_ms: None,
+            wall: None,
+            only: Vec::new(),
+            jobs: 1,
+            trace: false,
+            keep_going: false,
+            corpus: None,
+            quiet: false,
+        }
+    }
+}
+
 /// What all seeds showed.
 #[derive(Debug, Default)]
 pub struct Sum {
@@ -60,6 +78,8 @@ pub struct Sum {
     pub entries: u64,
     pub offices: u64,
     pub took: BTreeMap<&'static str, u64>,
+    /// Of each seed: faults that took effect, and of how many kinds.
+    pub each_took: Vec<(u64, usize)>,
     pub sometimes: BTreeMap<String, u64>,
     pub failures: Vec<Report>,
 }
@@ -72,7 +92,9 @@ impl Sum {
         one[..8].copy_from_slice(&report.setup.seed.to_le_bytes());
         one[8..].copy_from_slice(&report.hash.to_le_bytes());
         self.hash = self.hash.wrapping_add(xxh3_64(&one));
-        self.thin += u64::from(report.took.values().sum::<u64>() < FAULTS || report.took.len() < FAULT_KINDS);
+        let (faults, kinds) = (report.took.values().sum(), report.took.len());
+        self.each_took.push((faults, kinds));
+        self.thin += u64::from(faults < FAULTS || kinds < FAULT_KINDS);
         self.simulated_ms += report.simulated_ms;
         self.cpu += cpu;
         self.events += report.events;
@@ -172,6 +194,22 @@ fn tell(plan: &Plan, report: &Report) {
     }
 }
 
+/// Where a number lies over the seeds.
+fn spread(of: impl Iterator<Item = u64>) -> String {
+    let mut sorted: Vec<u64> = of.collect();
+    sorted.sort_unstable();
+    let at = |percent: usize| sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied();
+    let at = |percent| at(percent).unwrap_or(0);
+    format!(
+        "{} (least), {} (one in ten has fewer), {} (median), {} (one in ten has more), {} (most)",
+        at(0),
+        at(10),
+        at(50),
+        at(90),
+        at(100)
+    )
+}
+
 /// The verdict of a run, for people; the last line is the hash. Whether everything held.
 pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
     let mut text = String::new();
@@ -189,8 +227,10 @@ pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
         "{} events, {} entries applied, {} ranks begun, {} offices of leaders",
         sum.events, sum.entries, sum.started, sum.offices
     );
-    let faults: u64 = sum.took.values().sum();
-    let _ = writeln!(text, "{faults} faults took effect ({:.1} a seed):", faults as f64 / sum.seeds.max(1) as f64);
+    let faults = sum.each_took.iter().map(|(faults, _)| *faults);
+    let kinds = sum.each_took.iter().map(|(_, kinds)| *kinds as u64);
+    let _ = writeln!(text, "{} faults took effect; a seed had {}", faults.clone().sum::<u64>(), spread(faults));
+    let _ = writeln!(text, "of {} kinds, a seed had {}:", sum.took.len(), spread(kinds));
     for kind in KINDS {
         let _ = writeln!(text, "  {kind:<16} {}", sum.took.get(kind).copied().unwrap_or(0));
     }

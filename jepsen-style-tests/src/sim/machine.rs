@@ -14,6 +14,8 @@ use super::event::{Event, Process};
 use super::net::Clock;
 use super::world::World;
 
+const SLOW_KILLS_PERMILLE: u64 = 150;
+
 /// What a job's rank does, as its body says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Script {
@@ -192,7 +194,12 @@ impl World {
             return;
         }
         let alive = shim.running || shim.descendants;
-        let wait = if stubborn && alive { kill_us } else { self.rng.range(20, 15_000) };
+        let wait = match () {
+            () if stubborn && alive => kill_us,
+            // What holds memory or waits for a device dies late, within what the lease's margin allows for.
+            () if self.rng.chance(SLOW_KILLS_PERMILLE) => self.rng.range(50_000, 1_800_000),
+            () => self.rng.range(20, 15_000),
+        };
         if stubborn && alive && wait > 2_000_000 {
             // Longer than the margin: here the assumption ends, and only the token protects.
             self.excuse(agent, key, u64::MAX);

@@ -16,6 +16,8 @@ use super::world::World;
 const TICK_US: u64 = 100_000;
 /// Rounds without a leader before somebody campaigns.
 const PATIENCE_TICKS: std::ops::RangeInclusive<u64> = (2, 6).0..=(2, 6).1;
+/// What was not acknowledged by then is sent again.
+const RESEND_US: u64 = 1_500_000;
 /// Digests are compared at each so many entries.
 const DIGEST_EVERY: u64 = 8;
 
@@ -114,6 +116,18 @@ impl World {
             .collect()
     }
 
+    /// Where the replicas stand, for people.
+    pub fn group(&self) -> String {
+        let one = |(at, replica): (usize, &Replica)| {
+            let (voted, received, applied) = (replica.voted, replica.received, replica.applied);
+            let state = if replica.awake(self.now) { "up" } else { "away" };
+            format!("; replica {at} {state} in term {voted} has {received}, applied {applied}")
+        };
+        let each: String = self.replicas.iter().enumerate().map(one).collect();
+        let (term, leader, committed) = (self.raft.term, self.raft.leader, self.committed());
+        format!("term {term}, leader {leader:?}, {committed} entries committed{each}")
+    }
+
     pub fn committed(&self) -> u64 {
         self.raft.log.len() as u64
     }
@@ -149,15 +163,20 @@ impl World {
             if other == leader || !self.answers(leader, other, term) {
                 continue;
             }
-            if self.replicas[other].voted < term {
-                self.replicas[other].voted = term;
-                self.step_down(other);
-            }
-            self.replicas[other].leader = Some(leader);
+            self.follow(other, leader, term);
             if self.replicas[other].received < last {
                 self.catch_up(other, leader);
             }
         }
+    }
+
+    /// The replica hears of this term's leader. One who led an earlier term learns that it is over.
+    fn follow(&mut self, replica: usize, leader: usize, term: u64) {
+        if self.replicas[replica].voted < term {
+            self.replicas[replica].voted = term;
+            self.step_down(replica);
+        }
+        self.replicas[replica].leader = Some(leader);
     }
 
     /// By the log, or by a snapshot where the leader's log begins later.
@@ -211,9 +230,7 @@ impl World {
         self.settle_pending(winner);
         for other in 0..self.replicas.len() {
             if self.answers(winner, other, term) {
-                self.replicas[other].voted = term;
-                self.replicas[other].leader = Some(winner);
-                self.step_down(other);
+                self.follow(other, winner, term);
             }
         }
         self.trace.note("elected", winner as u64, term);
@@ -252,12 +269,14 @@ impl World {
             }
             oldest = Some(one.leader);
             one.by_term = term;
+            one.ready_at = one.ready_at.min(self.now + self.commit_wait(winner));
             self.raft.pending.push(one);
         }
     }
 
     fn commit_wait(&mut self, leader: usize) -> u64 {
-        2 * self.net.way(&mut self.rng) + self.rng.range(100, 1_500) + self.replicas[leader].disk_us
+        let network = 2 * self.net.way(&mut self.rng);
+        network.min(RESEND_US) + self.rng.range(100, 1_500) + self.replicas[leader].disk_us
     }
 
     /// Proposes one entry of this office.
@@ -333,7 +352,7 @@ impl World {
         self.apply_soon(leader);
         // Who is far behind gets a snapshot with the next heartbeat.
         for other in near.iter().copied() {
-            self.replicas[other].voted = term;
+            self.follow(other, leader, term);
             self.replicas[other].received = last;
             self.apply_soon(other);
         }

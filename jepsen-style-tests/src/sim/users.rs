@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use proto::retry::{Action, Event as Tried, Retry};
 use statemachine::command::{Code, Outcome, Reply, SubmitJob};
-use statemachine::record::StoredReply;
+use statemachine::record::{PartState, StoredReply};
 use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape};
-use statemachine::{Command, JobId, NodeId, RequestId, SessionId};
+use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
 
 use super::event::{Answer, Event, Rpc, Site};
 use super::machine::Script;
-use super::net::Clock;
+use super::net::EPOCH_MS;
 use super::random::Rng;
 use super::setup::Setup;
 use super::world::World;
@@ -191,7 +191,7 @@ impl World {
     fn draw_job(&mut self, rng: &mut Rng, n: usize, at_ms: u64) {
         let (command, endless) = draw_submission(rng, &self.setup, n);
         let limited = command.spec.limit_ms > 0;
-        let request = request_id(rng, &self.replicas[0].clock, at_ms);
+        let request = request_id(rng, at_ms);
         self.users.jobs.push(Submission {
             request,
             command,
@@ -312,9 +312,8 @@ impl World {
     }
 
     fn fresh_request(&mut self) -> RequestId {
-        let clock = self.replicas[0].clock;
         let now_ms = self.now / 1_000;
-        request_id(&mut self.rng, &clock, now_ms)
+        request_id(&mut self.rng, now_ms)
     }
 
     fn user_answered(&mut self, wish: Wish, floor: u64, answer: Option<Answer>) {
@@ -326,7 +325,7 @@ impl World {
             (wish @ (Wish::Submit(_) | Wish::Cancel(_) | Wish::Release(_) | Wish::Operate(_)), None) => {
                 self.wish_after(300_000, wish);
             }
-            // The leader's wall clock is wrong, or the user's was: users come again until somebody has set it right.
+            // The leader's wall clock is wrong: users come again until somebody has set it right.
             (wish, Some(Answer::Outcome(Outcome::Rejected(no), _))) if no.code == Code::RequestFromFuture => {
                 self.sometimes.hit("a request id was refused as from the future");
                 if let Wish::Cancel(n) = wish {
@@ -411,7 +410,8 @@ impl World {
         self.wish_after(wait, Wish::KeepAlive(n));
     }
 
-    /// Operators clean up after the faults: nodes go back in, jobs held for their machines' sake go on.
+    /// Operators clean up after the faults: nodes go back in, jobs held for their machines' sake go on, and of parts that nobody could
+    /// say the end of they look at the machine, and say it.
     pub fn operators_clean_up(&mut self) {
         let Some(leader) = self.raft.leader else { return };
         let state = &self.replicas[leader].state;
@@ -427,9 +427,31 @@ impl World {
             .iter()
             .filter(|(_, job)| job.value.ended.is_none() && (job.value.holds.launch || job.value.holds.user));
         commands.extend(held.map(|(id, _)| Command::Release { job: *id }));
+        commands.extend(self.found_dead(state));
         for command in commands {
             self.wish_after(1_000, Wish::Operate(Box::new(command)));
         }
+    }
+
+    /// Stuck parts of which truly no process is left.
+    fn found_dead(&self, state: &State) -> Vec<Command> {
+        let mut dead = Vec::new();
+        for (token, lease) in state.leases.iter() {
+            for part in lease.value.parts.iter().filter(|part| part.state == PartState::Stuck) {
+                let name = state.nodes.get(&part.node).map(|node| &node.value.name);
+                let agent = self.machines.iter().position(|machine| Some(&machine.name) == name);
+                if agent.is_some_and(|agent| self.nothing_runs(agent, token.0)) {
+                    dead.push(Command::ConfirmDead { node: part.node, token: Some(*token) });
+                }
+            }
+        }
+        dead
+    }
+
+    fn nothing_runs(&self, agent: usize, token: u64) -> bool {
+        let machine = &self.machines[agent];
+        let shims = machine.shims.range((token, 0)..=(token, u32::MAX)).next();
+        machine.asleep_until <= self.now && shims.is_none() && !self.audit.runs(agent, token)
     }
 }
 
@@ -440,10 +462,10 @@ fn site_of(owner: &Owner) -> Site {
     }
 }
 
-/// A UUIDv7 of this time.
-fn request_id(rng: &mut Rng, clock: &Clock, at_ms: u64) -> RequestId {
+/// A UUIDv7 of this time: the users' clocks are right, the replicas' may have leapt.
+fn request_id(rng: &mut Rng, at_ms: u64) -> RequestId {
     let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&((clock.wall_ms(at_ms * 1_000) as u64) << 16).to_be_bytes());
+    bytes[..8].copy_from_slice(&((EPOCH_MS as u64 + at_ms) << 16).to_be_bytes());
     bytes[8..].copy_from_slice(&rng.draw().to_be_bytes());
     let low = rng.draw();
     bytes[6] = 0x70 | (low & 0xf) as u8;

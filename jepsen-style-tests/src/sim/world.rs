@@ -185,7 +185,8 @@ impl World {
         let since = self.now - healed;
         let leads = self.raft.leader.is_some_and(|leader| self.replicas[leader].desk.is_some());
         if since > LEADER_US && since < LEADER_US + 200_000 && !leads {
-            return self.violate("liveness", format!("no leader {} s after the faults", LEADER_US / 1_000_000));
+            let text = format!("no leader {} s after the faults: {}", LEADER_US / 1_000_000, self.group());
+            return self.violate("liveness", text);
         }
         if since % 10_000_000 < 100_000 {
             self.operators_clean_up();
