@@ -15,7 +15,6 @@ pub const REQUIRED: &[&str] = &[
     "a replica was restarted and replayed its log",
     "a shim ended its rank after the agent had died",
     "a stale leader refused a read",
-    "a superseded agent left",
     "an agent re-attached to running ranks",
     "an uncommitted entry was adopted by the next leader",
     "an uncommitted entry was lost",
