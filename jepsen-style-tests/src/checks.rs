@@ -139,6 +139,11 @@ pub async fn keys(client: &Client, prefix: &str, keys_only: bool, read: v1::Read
     }
 }
 
+/// Jobs that a linearizable read finds.
+pub async fn count_jobs(client: &Client) -> Result<usize, String> {
+    Ok(keys(client, "/jobs/", true, v1::ReadMode::Linearizable).await?.pairs.len())
+}
+
 /// A token minted now: of a lock that is acquired and released at once.
 pub async fn mint_token(client: &Client) -> Result<u64, proto::Error> {
     let open = v1::OpenSessionRequest { request_id: proto::request_id(), owner: "mint".into(), ttl_ms: 60_000 };

@@ -178,6 +178,13 @@ impl Cluster {
         self.client_of(vec![self.addresses[at].clone()])
     }
 
+    /// A client of all replicas that asks this one first.
+    pub fn client_from(&self, at: usize) -> Client {
+        let mut servers = self.addresses.clone();
+        servers.rotate_left(at);
+        self.client_of(servers)
+    }
+
     fn client_of(&self, servers: Vec<String>) -> Client {
         let identity = Identity::new(&self.cluster_id, "").expect("a hex id");
         Client::new(servers, identity)

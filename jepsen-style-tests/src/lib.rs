@@ -14,5 +14,6 @@ pub mod network;
 pub mod powercut;
 pub mod process;
 pub mod reads;
+pub mod replays;
 pub mod sim;
 pub mod verdict;

@@ -82,7 +82,7 @@ impl Load {
     }
 }
 
-fn submission() -> v1::SubmitJobRequest {
+pub fn submission() -> v1::SubmitJobRequest {
     let job = v1::JobSpec {
         shape: Some(v1::Shape { gpus_per_rank: 1, gpu_types: vec!["none".into()], ..Default::default() }),
         body: Some(v1::Body { argv: vec!["true".into()], ..Default::default() }),

@@ -10,7 +10,7 @@ use jepsen_style_tests::faults::{Fault, Need};
 use jepsen_style_tests::network::Network;
 use jepsen_style_tests::sim::{campaign, fault};
 use jepsen_style_tests::verdict::Verdict;
-use jepsen_style_tests::{cluster, nemesis, powercut, reads};
+use jepsen_style_tests::{cluster, nemesis, powercut, reads, replays};
 
 /// Fault-injection runs against real `ares` processes
 ///
@@ -71,6 +71,17 @@ enum Run {
         /// Where history and ledger are left [default: a directory of this seed in the target directory]
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
+    },
+    /// Send each request id many times at once through all replicas while leaders are killed: one job an id
+    Replays {
+        #[arg(long, default_value_t = 10_000, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+        ids: usize,
+        /// How often each id is sent
+        #[arg(long, default_value_t = 10, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(2..))]
+        times: usize,
+        /// The same seed gives the same order of sendings and pauses before the kills
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
     },
     /// Judge the history and the ledger of an earlier run anew
     Recheck { dir: PathBuf },
@@ -156,6 +167,11 @@ fn main() -> ExitCode {
             let out = out.unwrap_or_else(|| directory_of(seed));
             let duration = Duration::from_secs(60 * minutes);
             vec![under_faults(nemesis::Plan { duration, seed, faults, pairs, planted, network: None, out })]
+        }
+        Run::Replays { ids, times, seed } => {
+            let plan = replays::Plan { ids, times, seed };
+            let title = format!("replays --ids {ids} --times {times} --seed {seed}");
+            vec![told(&title, cluster::block_on(replays::run(&plan)))]
         }
         Run::Recheck { dir } => vec![told(&format!("recheck {}", dir.display()), nemesis::recheck(&dir))],
         Run::Edn { dir } => match reads::load(&dir.join("history.jsonl")) {
