@@ -12,6 +12,9 @@ use statemachine::{NodeId, State};
 /// first, is taken to end n times this later. So waiting for few of them comes before waiting for many.
 pub const ENDLESS_MS: u64 = 1 << 45;
 
+/// How much later than at its limit and grace a part may end before it counts as one without a limit.
+const OVERDUE_MS: u64 = 600_000;
+
 /// When a part ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
@@ -69,11 +72,6 @@ pub(crate) fn length_ms(spec: &JobSpec) -> Option<u64> {
     (spec.limit_ms > 0).then(|| spec.limit_ms.saturating_add(spec.kill_grace_ms))
 }
 
-/// When a task that starts now ends.
-pub(crate) fn end_of(spec: &JobSpec, now_ms: u64) -> End {
-    length_ms(spec).map_or(End::Unknown { since_ms: now_ms }, |length| End::By(now_ms.saturating_add(length)))
-}
-
 /// Takes what the part holds out of what is free.
 pub(crate) fn take(alloc: &mut Alloc, part: &PlacePart) {
     for slot in &part.gpu_order {
@@ -107,14 +105,18 @@ pub(crate) fn of_leases(state: &State) -> BTreeMap<NodeId, Vec<Holding>> {
     held
 }
 
-/// By its job's limit from the start of its ranks; one that was decided, by its grace.
+/// By its job's limit from the start of its ranks; one that was decided, by its grace. One that is long overdue can't be
+/// waited for: nobody knows when its processes can be killed.
 pub(crate) fn lease_end(state: &State, lease: &Lease) -> End {
     let Some(job) = state.jobs.get(&lease.task.job) else { return End::By(0) };
     let spec = &job.value.spec;
-    if let Some(verdict) = &lease.verdict {
-        return End::By(verdict.clock_ms.saturating_add(spec.kill_grace_ms));
-    }
-    end_of(spec, lease.started_ms.unwrap_or(lease.granted_ms))
+    let since_ms = lease.started_ms.unwrap_or(lease.granted_ms);
+    let end_ms = match &lease.verdict {
+        Some(verdict) => Some(verdict.clock_ms.saturating_add(spec.kill_grace_ms)),
+        None => length_ms(spec).map(|length| since_ms.saturating_add(length)),
+    };
+    let in_time = end_ms.filter(|end| state.meta.clock_ms <= end.saturating_add(OVERDUE_MS));
+    in_time.map_or(End::Unknown { since_ms }, End::By)
 }
 
 /// The holdings of one machine with the times at which they end: in the future, as they have not ended yet.

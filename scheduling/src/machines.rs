@@ -11,16 +11,19 @@ use std::sync::Arc;
 use statemachine::command::PlacePart;
 use statemachine::fit;
 use statemachine::record::{Alloc, Class, Gpu, GpuHealth, Node, NodeAdmin};
-use statemachine::spec::Shape;
+use statemachine::spec::{JobSpec, Shape};
 use statemachine::{ClassId, GpuTypeId, NodeId, State};
 
 use crate::bandwidth::BandwidthTable;
 use crate::choose::{Choice, Shortage, Want, choose};
-use crate::holding::{self, Holding, Kept};
+use crate::holding::{self, End, Holding, Kept};
 use crate::links::Mask;
 
 /// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
 const CHOICES: usize = 65_536;
+
+/// Four of five jobs of real logs that wait start no sooner than if those before them used this part of their limits.
+const HASTE: u64 = 10;
 
 /// What a planner may keep from plan to plan. Everything in it follows from the state: an empty cache gives the same
 /// plan, later.
@@ -75,8 +78,8 @@ pub(crate) fn want_of(shape: &Shape) -> Option<Want> {
 pub(crate) struct Machines<'a> {
     pub(crate) state: &'a State,
     pub(crate) unheard: &'a BTreeSet<NodeId>,
-    /// What runs is taken to end at once, not at its limit.
-    pub(crate) ends_now: bool,
+    /// What runs is taken to end at once, not at its limit, and what starts to use `1 / HASTE` of its own.
+    pub(crate) hasty: bool,
     left: BTreeMap<NodeId, Left>,
     /// Machines that lost something, in order: whoever keeps a view of them reads on from where it stopped.
     pub(crate) touched: Vec<NodeId>,
@@ -99,7 +102,7 @@ impl<'a> Machines<'a> {
         Self {
             state,
             unheard,
-            ends_now: false,
+            hasty: false,
             left: BTreeMap::new(),
             touched: Vec::new(),
             idle: OnceCell::new(),
@@ -168,10 +171,18 @@ impl<'a> Machines<'a> {
         let planned = self.left.get(&id).map(|left| left.parts.as_slice()).unwrap_or_default();
         let now_ms = self.state.meta.clock_ms;
         let mut holdings = holding::with_ends(leased.iter().chain(planned), now_ms);
-        if self.ends_now {
+        if self.hasty {
             holdings.iter_mut().take(leased.len()).for_each(|(end, _)| *end = now_ms.saturating_add(1));
         }
         holdings
+    }
+
+    /// How long a task holds its machines from its start, and when one that starts now ends.
+    pub(crate) fn length_of(&self, spec: &JobSpec) -> (Option<u64>, End) {
+        let (length, now_ms) = (holding::length_ms(spec), self.state.meta.clock_ms);
+        let length = if self.hasty { Some(length.map_or(1, |length| length / HASTE)) } else { length };
+        let ends = |length| End::By(now_ms.saturating_add(length));
+        (length, length.map_or(End::Unknown { since_ms: now_ms }, ends))
     }
 
     pub(crate) fn kept_on(&self, id: NodeId) -> &[Kept] {
@@ -212,7 +223,7 @@ impl<'a> Machines<'a> {
     }
 
     /// Takes what the part holds out of the overlay, until it ends.
-    pub(crate) fn take(&mut self, part: &PlacePart, end: holding::End) {
+    pub(crate) fn take(&mut self, part: &PlacePart, end: End) {
         let Some((_, alloc)) = self.node(part.node) else { return };
         let alloc = alloc.clone();
         let left = self.left.entry(part.node).or_insert(Left { alloc, parts: Vec::new() });

@@ -87,11 +87,11 @@ impl Look {
         cache: &mut Cache,
         unheard: &BTreeSet<NodeId>,
         task: TaskKey,
-        (steps, ends_now): (u64, bool),
+        (steps, hasty): (u64, bool),
     ) -> Self {
         let limits = Limits { steps, ..Limits::default() };
         let mut cycle = Cycle::new(state, cache, &limits, unheard);
-        cycle.machines.ends_now = ends_now;
+        cycle.machines.hasty = hasty;
         let mut cycle = cycle.run(&limits, Some(task));
         let mut starts = cycle.estimate(steps);
         let Plan { mut places, reasons, .. } = cycle.plan;

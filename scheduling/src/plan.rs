@@ -19,7 +19,7 @@ use statemachine::state::QueueKey;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId};
 
 use crate::explain::{explain, needs_of};
-use crate::holding::{self, ENDLESS_MS};
+use crate::holding::ENDLESS_MS;
 pub use crate::machines::Cache;
 use crate::machines::Machines;
 use crate::order::{Order, Position};
@@ -214,7 +214,7 @@ impl<'a> Cycle<'a> {
         self.steps += 1;
         let state = self.machines.state;
         let (spec, record) = waiting_task(state, task)?;
-        let end = holding::end_of(spec, state.meta.clock_ms);
+        let (_, end) = self.machines.length_of(spec);
         let bar = self.machines.bar(end.time_ms());
         let placed = match self.planned.hit_by_shape(state, tenant, &spec.shape) {
             Some(reason) => Err(Arc::new(reason)),
@@ -326,7 +326,7 @@ impl<'a> Cycle<'a> {
 
     /// The task's start, with its machines kept from then on.
     pub(crate) fn keep(&mut self, task: TaskKey, spec: &JobSpec) -> Option<Reservation> {
-        let length_ms = holding::length_ms(spec);
+        let (length_ms, _) = self.machines.length_of(spec);
         let start = earliest(&self.machines, self.cache, &spec.shape, length_ms, &mut self.steps)?;
         let until_ms = length_ms.map_or(u64::MAX, |length| start.at_ms.saturating_add(length));
         for part in &start.parts {

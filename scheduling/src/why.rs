@@ -19,8 +19,8 @@ use crate::plan::waiting_task;
 use crate::reason::{Best, Lack, Reason};
 
 /// Looks for the answer itself, and for each change that is tried: some hundred ns each.
-const STEPS: u64 = 3_000_000;
-const STEPS_OF_A_CHANGE: u64 = 600_000;
+const STEPS: u64 = 1_000_000;
+const STEPS_OF_A_CHANGE: u64 = 200_000;
 /// Holders that are named, the largest first.
 const HOLDERS: usize = 16;
 /// Changes that are told.
@@ -36,7 +36,7 @@ pub struct Why {
     pub reason: Arc<Reason>,
     /// Who has what it waits for.
     pub holders: Vec<Holder>,
-    /// If what runs ended now; `Unknown` also where time does not help.
+    /// If what runs ended now, and those before it were quick; `Unknown` also where time does not help.
     pub soonest: Start,
     pub latest: Start,
     /// What the interval takes for granted.
@@ -211,9 +211,9 @@ fn assumptions(look: &Look, reason: &Reason, holders: &[Holder]) -> Vec<String> 
     assumes.push("soonest: all that runs ends now; latest: it uses its whole time limit".to_owned());
     match look.ahead + look.before.len() {
         0 => {}
-        1 => assumes.push("1 job before it in the order starts first and uses its whole time limit".to_owned()),
+        1 => assumes.push("1 job before it starts first, and uses a tenth to all of its time limit".to_owned()),
         ahead => {
-            assumes.push(format!("{ahead} jobs before it in the order start first and use their whole time limits"))
+            assumes.push(format!("{ahead} jobs before it start first, and use a tenth to all of their time limits"));
         }
     }
     let endless = holders.iter().filter(|holder| holder.ends_ms.is_none() && !holder.waits).count();

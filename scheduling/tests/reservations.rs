@@ -319,6 +319,22 @@ proptest! {
 }
 
 #[test]
+fn what_is_long_overdue_is_not_waited_for() {
+    let mut site = Site::default();
+    site.join("n01", mock_v100());
+    submit(&mut site, small(), 0, MINUTE);
+    site.start();
+    let whole = submit(&mut site, shape(1, 1, 4), 0, MINUTE);
+    assert_eq!(site.plan().reservations[0].task.job, whole);
+    site.wait_ms(5 * MINUTE);
+    assert!(site.plan().reservations[0].known_start_ms().is_some(), "any moment");
+    site.wait_ms(15 * MINUTE);
+    assert_eq!(site.plan().reservations[0].known_start_ms(), None);
+    let limited = submit(&mut site, small(), 0, 60 * MINUTE);
+    assert_eq!(site.plan().places[0].task.job, limited, "nothing idles for it");
+}
+
+#[test]
 fn a_reason_says_what_is_kept_for_whom() {
     let (mut site, gang) = half_full();
     let job = submit(&mut site, small(), 0, 0);

@@ -1,0 +1,184 @@
+//! How good the estimated start is: the planner itself, as a cluster runs it, over real logs of submissions under virtual
+//! time. Each log is one pool of equal machines with one GPU each; a job asks for as many as it had processors, and its time
+//! limit is what its user asked for. The logs are in $ARES_TEST_DATA/traces; without them it says so and passes. Minutes in
+//! release: `cargo test --release -p scheduling --test estimates -- --ignored --nocapture`.
+#![allow(clippy::print_stdout)]
+
+mod site;
+mod traces;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+
+use scheduling::Start;
+use scheduling::plan::{Cache, Limits, plan};
+use scheduling::simulate::trace::{Trace, TraceJob, read};
+use scheduling::why::why;
+use site::{Machine, Site, pairs, shape};
+use statemachine::{JobId, Token};
+
+/// Jobs of a log that are played, from its beginning.
+const JOBS: usize = 10_000;
+/// Of the jobs that wait one in so many is asked when it will start.
+const ASKED: usize = 10;
+
+struct Play {
+    site: Site,
+    cache: Cache,
+    /// When a job really ends, in ms.
+    ends: BinaryHeap<Reverse<(u64, Token)>>,
+    runs_ms: BTreeMap<JobId, u64>,
+    starts_ms: BTreeMap<JobId, u64>,
+}
+
+/// What a job was told: the interval, if it has an end.
+struct Told {
+    job: JobId,
+    at_ms: u64,
+    soonest_ms: u64,
+    latest_ms: Option<u64>,
+}
+
+impl Play {
+    fn new(machines: usize) -> Self {
+        let mut site = Site::default();
+        for n in 0..machines {
+            site.join(
+                &format!("n{n:03}"),
+                Machine { gpu_type: "cpu", class: pairs(1, 0, 0), cores_by_numa: vec![1, 1], mem_mib: 1_000 },
+            );
+        }
+        Self {
+            site,
+            cache: Cache::default(),
+            ends: BinaryHeap::new(),
+            runs_ms: BTreeMap::new(),
+            starts_ms: BTreeMap::new(),
+        }
+    }
+
+    /// Ends what ends before this time, with a cycle after each end.
+    fn until(&mut self, time_ms: u64) {
+        while let Some(Reverse((end, token))) = self.ends.peek().copied().filter(|Reverse((end, _))| *end <= time_ms) {
+            self.ends.pop();
+            self.clock(end);
+            self.site.finish(token);
+            self.cycle();
+        }
+        self.clock(time_ms);
+    }
+
+    fn clock(&mut self, time_ms: u64) {
+        let clock_ms = &mut self.site.state.meta.clock_ms;
+        *clock_ms = time_ms.max(*clock_ms);
+    }
+
+    fn cycle(&mut self) {
+        let plan = plan(&self.site.state, &mut self.cache, &Limits::default(), &self.site.unheard);
+        let tokens = self.site.grant(&plan);
+        let now = self.site.state.meta.clock_ms;
+        for (token, place) in tokens.into_iter().zip(&plan.places) {
+            self.starts_ms.insert(place.task.job, now);
+            self.ends.push(Reverse((now + self.runs_ms[&place.task.job], token)));
+        }
+    }
+
+    fn submit(&mut self, job: &TraceJob) -> JobId {
+        let limit_ms = job.requested_s.unwrap_or(0) * 1_000;
+        let nodes = u16::try_from(job.request.gpus).expect("it fits the pool");
+        let id = self.site.submit_limited("default", shape(nodes, 1, 1), 0, &[], limit_ms);
+        let runs_ms = job.duration_s * 1_000;
+        self.runs_ms.insert(id, if limit_ms == 0 { runs_ms } else { runs_ms.min(limit_ms) });
+        self.cycle();
+        id
+    }
+
+    fn ask(&mut self, job: JobId) -> Told {
+        let answer = why(&self.site.state, &mut self.cache, job.into(), &self.site.unheard).expect("it waits");
+        let now = self.site.state.meta.clock_ms;
+        let time = |start| match start {
+            Start::Now => Some(now),
+            Start::At(at_ms) => Some(at_ms),
+            Start::Unknown => None,
+        };
+        Told { job, at_ms: now, soonest_ms: time(answer.soonest).unwrap_or(now), latest_ms: time(answer.latest) }
+    }
+}
+
+fn log(name: &str) -> Option<Trace> {
+    let files = ["jobs.csv.gz", "nodes.csv"].map(|kind| unpacked_or_say(&format!("{name}.{kind}")));
+    let [Some(jobs), Some(nodes)] = files else { return None };
+    Some(read(("jobs", &jobs), ("nodes", &nodes)).expect("a well-formed trace"))
+}
+
+fn unpacked_or_say(name: &str) -> Option<String> {
+    let text = traces::unpacked(name);
+    if text.is_none() {
+        eprintln!("SKIPPED: {name} is not in $ARES_TEST_DATA/traces");
+    }
+    text
+}
+
+fn measure(name: &str) {
+    let Some(trace) = log(name) else { return };
+    let pool: u32 = trace.machines.iter().map(|machine| machine.gpus).sum();
+    let mut play = Play::new(pool as usize);
+    let (mut told, mut waited) = (Vec::new(), 0usize);
+    for job in trace.jobs.iter().filter(|job| job.request.gpus <= pool).take(JOBS) {
+        play.until(job.submit_s * 1_000);
+        let id = play.submit(job);
+        if !play.starts_ms.contains_key(&id) {
+            waited += 1;
+            if waited.is_multiple_of(ASKED) {
+                told.push(play.ask(id));
+            }
+        }
+    }
+    play.until(u64::MAX / 2);
+    report(name, waited, &told, &play.starts_ms);
+}
+
+fn report(name: &str, waited: usize, told: &[Told], starts_ms: &BTreeMap<JobId, u64>) {
+    // Each command takes a millisecond of the test's time.
+    const SLACK_MS: u64 = 1_000;
+    let start = |told: &Told| starts_ms[&told.job];
+    let bounded: Vec<(&Told, u64)> = told.iter().filter_map(|told| Some((told, told.latest_ms?))).collect();
+    let late = bounded.iter().filter(|(told, latest)| start(told) > latest + SLACK_MS).count();
+    let early = bounded.iter().filter(|(told, _)| start(told) + SLACK_MS < told.soonest_ms).count();
+    let mut spare_s: Vec<u64> = bounded.iter().map(|(told, latest)| latest.abs_diff(start(told)) / 1_000).collect();
+    let mut waits_s: Vec<u64> = told.iter().map(|told| (start(told) - told.at_ms) / 1_000).collect();
+    spare_s.sort_unstable();
+    waits_s.sort_unstable();
+    let at = |sorted: &[u64], percent: usize| sorted.get(sorted.len() * percent / 100).copied().unwrap_or(0);
+    println!(
+        "{name}: {waited} jobs waited, {} asked, {} told a latest start; in the interval {:.1} %, later {:.1} %, sooner {:.1} %; \
+         between start and latest: median {} s, p95 {} s; waits: median {} s, p95 {} s",
+        told.len(),
+        bounded.len(),
+        share(bounded.len() - late - early, bounded.len()),
+        share(late, bounded.len()),
+        share(early, bounded.len()),
+        at(&spare_s, 50),
+        at(&spare_s, 95),
+        at(&waits_s, 50),
+        at(&waits_s, 95),
+    );
+    assert!(late * 20 <= bounded.len(), "{name}: {late} of {} started later than they were told", bounded.len());
+    assert!((late + early) * 10 <= bounded.len() * 3, "{name}: {early} of {} started sooner", bounded.len());
+}
+
+fn share(part: usize, all: usize) -> f64 {
+    100.0 * part as f64 / all.max(1) as f64
+}
+
+#[test]
+#[ignore = "minutes without optimisation"]
+fn kth_sp2() {
+    measure("kth-sp2");
+}
+
+#[test]
+#[ignore = "minutes without optimisation"]
+fn sdsc_sp2() {
+    measure("sdsc-sp2");
+}
