@@ -1,5 +1,5 @@
 //! What a cycle costs on the largest cluster that is planned for: run by hand, in release, with `--ignored --nocapture`.
-#![allow(clippy::print_stdout)]
+#![allow(clippy::disallowed_types, clippy::disallowed_methods, clippy::print_stdout)]
 
 mod site;
 
