@@ -6,6 +6,7 @@
 pub mod bandwidth;
 pub mod choose;
 pub mod explain;
+pub mod foresight;
 pub mod fragmentation;
 mod holding;
 pub mod links;

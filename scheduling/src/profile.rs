@@ -16,8 +16,11 @@ impl Profile {
 
     /// Forgets what lies before `now`; every later question and change must lie at `now` or behind.
     pub fn advance(&mut self, now: u64) {
-        let passed = self.steps.partition_point(|(at, _)| *at <= now);
-        self.steps.drain(..passed.saturating_sub(1));
+        let passed = self.steps.partition_point(|(at, _)| *at <= now).saturating_sub(1);
+        // Rarely, because the rest moves forward.
+        if passed > self.steps.len() / 2 {
+            self.steps.drain(..passed);
+        }
     }
 
     /// GPUs free at that moment.
@@ -33,9 +36,36 @@ impl Profile {
     }
 
     /// The earliest start at `from` or later at which so many GPUs stay free for `length`; `None` when that never comes.
+    /// One walk over the steps.
     pub fn earliest(&self, from: u64, length: u64, gpus: u64) -> Option<u64> {
-        let later = self.steps.iter().map(|(at, _)| *at).filter(|at| *at > from);
-        std::iter::once(from).chain(later).find(|start| self.fits(*start, start.saturating_add(length.max(1)), gpus))
+        let mut start = None;
+        for (at, free) in &self.steps[self.step_at(from)..] {
+            match start {
+                Some(start) if *at >= u64::saturating_add(start, length.max(1)) => return Some(start),
+                _ if *free < gpus => start = None,
+                Some(_) => {}
+                None => start = Some(from.max(*at)),
+            }
+        }
+        start
+    }
+
+    /// Until when so many GPUs stay free from `from` on, as stairs.
+    pub fn stairs(&self, from: u64) -> Stairs {
+        let mut stairs: Vec<(u64, u64)> = Vec::new();
+        let mut free = None;
+        for (at, level) in &self.steps[self.step_at(from)..] {
+            match free {
+                None => free = Some(*level),
+                Some(lowest) if *level < lowest => {
+                    stairs.push((lowest, *at));
+                    free = Some(*level);
+                }
+                Some(_) => {}
+            }
+        }
+        stairs.extend(free.map(|level| (level, u64::MAX)));
+        Stairs(stairs)
     }
 
     /// Takes GPUs that `fits` found free.
@@ -72,5 +102,19 @@ impl Profile {
         }
         self.steps.insert(at + 1, (time, self.steps[at].1));
         at + 1
+    }
+}
+
+/// See `Profile::stairs`: answers whether a request fits from one moment on, without a walk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+/// (GPUs, until when): GPUs fall and times rise.
+pub struct Stairs(Vec<(u64, u64)>);
+
+impl Stairs {
+    /// So many GPUs are free from the stairs' moment until `until`.
+    pub fn fit(&self, until: u64, gpus: u64) -> bool {
+        // GPUs fall, times rise: the last stair that holds enough says until when.
+        let enough = self.0.partition_point(|(free, _)| *free >= gpus);
+        enough > 0 && until <= self.0[enough - 1].1
     }
 }

@@ -23,6 +23,8 @@ pub enum Score {
     Fgd,
     /// Least growth of fragmentation, exactly.
     FgdExact,
+    /// Least growth of what the usual jobs will not use.
+    LeastLoss,
 }
 
 /// Cores of the largest machine, thousandths, and GPUs: the published norms of `BestFit`.
@@ -57,6 +59,18 @@ impl Chooser {
         *self.sizes[node].entry(size_of(request)).or_default() += 1;
     }
 
+    /// A job is gone from the machine.
+    pub fn left(&mut self, node: usize, request: &Request) {
+        self.version[node] += 1;
+        let size = size_of(request);
+        if let Some(count) = self.sizes[node].get_mut(&size) {
+            *count -= 1;
+            if *count == 0 {
+                self.sizes[node].remove(&size);
+            }
+        }
+    }
+
     /// The best machine for a request of one machine, and the GPU for a share. `draw` picks among n for `Random`.
     pub fn choose(
         &mut self,
@@ -67,7 +81,7 @@ impl Chooser {
         if self.score == Score::Random {
             let fitting: Vec<usize> = (0..world.machines.len()).filter(|node| world.fits(*node, request)).collect();
             let node = *fitting.get(if fitting.is_empty() { 0 } else { draw(fitting.len()) })?;
-            let slots = world.free[node].slots(request);
+            let slots = world.free[node].gpus_for(request);
             return Some((node, slots[draw(slots.len())]));
         }
         let shape = self.shape(request, world.machines.len());
@@ -106,6 +120,7 @@ impl Chooser {
             Score::GpuPacking => (-gpu_packing(machine, free, request), tightest),
             Score::GpuClustering => (-gpu_clustering(&self.sizes[node], free, request), tightest),
             Score::Fgd => self.least(free, request, |after| -self.kinds.points(machine, free, after)),
+            Score::LeastLoss => self.least(free, request, |after| self.kinds.loss(machine, free, after)),
             Score::FgdExact => {
                 let before = self.kinds.fragments(machine, free);
                 self.least(free, request, |after| self.kinds.fragments(machine, after) - before)

@@ -100,6 +100,16 @@ impl Free {
         fitting.into_iter().map(|(_, id)| Slot::Shared(id)).chain(fresh).collect()
     }
 
+    /// Where a share could go: each GPU with room once.
+    pub fn gpus_for(&self, request: &Request) -> Vec<Slot> {
+        if !request.is_share() {
+            return vec![Slot::Fresh];
+        }
+        let shared = self.shared.iter().filter(|(_, left)| u32::from(*left) >= request.milli);
+        let fresh = std::iter::repeat_n(Slot::Fresh, self.whole as usize);
+        shared.map(|(id, _)| Slot::Shared(*id)).chain(fresh).collect()
+    }
+
     /// Takes what fits; the shared GPU's name comes back for `give`.
     pub fn take(&mut self, request: &Request, slot: Slot) -> Option<u16> {
         self.cpus -= request.cpus;
@@ -164,7 +174,8 @@ impl World {
         accepted && self.free[node].fits(request)
     }
 
-    pub fn take(&mut self, node: usize, request: &Request, slot: Slot) {
-        self.free[node].take(request, slot);
+    /// As `Free::take`.
+    pub fn take(&mut self, node: usize, request: &Request, slot: Slot) -> Option<u16> {
+        self.free[node].take(request, slot)
     }
 }

@@ -31,9 +31,17 @@ fn median(trace: &Trace, score: Score, seeds: u64, shuffled: bool) -> u32 {
 fn one_seed_fills_as_published() {
     let Some(trace) = list("default") else { return };
     for (score, published) in [(Score::Random, 8_739), (Score::BestFit, 9_311), (Score::Fgd, 9_540)] {
-        let ours = median(&trace, score, 1, false);
+        let ours = median(&trace, score, 1, true);
         assert!(ours.abs_diff(published) <= 75, "{score:?}: {ours} hundredths, published {published}");
     }
+}
+
+/// The default policy's score fills more than the published FGD, here by one seed on the smallest list of shares.
+#[test]
+fn the_default_score_fills_more_than_fgd() {
+    let Some(trace) = list("gpushare40") else { return };
+    let (fgd, ours) = (median(&trace, Score::Fgd, 1, true), median(&trace, Score::LeastLoss, 1, true));
+    assert!(ours >= fgd + 15 && ours >= 9_414, "{ours} hundredths, fgd {fgd}");
 }
 
 /// All lists, ten seeds: prints the table of docs/SCHEDULING.md. `cargo test --release -p scheduling --test saturation
@@ -44,10 +52,9 @@ fn table_of_all_lists() {
     for name in ["default", "cpu050", "cpu200", "gpushare40", "gpushare100", "gpuspec33", "multigpu20", "multigpu50"] {
         let Some(trace) = list(name) else { return };
         let scores =
-            [Score::Random, Score::BestFit, Score::GpuPacking, Score::GpuClustering, Score::Fgd, Score::FgdExact];
-        let fixed = scores.map(|score| format!("{score:?} {}", median(&trace, score, 10, false)));
-        let shuffled = [Score::Fgd, Score::FgdExact].map(|score| median(&trace, score, 10, true));
-        println!("{name}: {}; shuffled Fgd, FgdExact {shuffled:?}", fixed.join(", "));
+            [Score::Random, Score::BestFit, Score::GpuPacking, Score::GpuClustering, Score::Fgd, Score::LeastLoss];
+        let of = |shuffled| scores.map(|score| format!("{score:?} {}", median(&trace, score, 10, shuffled))).join(", ");
+        println!("{name}: drawn order {}; order of the list {}", of(true), of(false));
     }
 }
 

@@ -1,8 +1,14 @@
-//! Experiments on job traces: reading them, drawing from them, filling a cluster until nothing fits, and running a queue
-//! over virtual time. Pure: text in,
-//! figures out; files and printing are the caller's.
+//! Experiments on job traces: reading them, drawing from them, filling a cluster until nothing fits, and running the jobs
+//! over virtual time. Pure: text in, figures out; files, clocks and printing are the caller's.
 
+pub mod course;
 pub mod dice;
-pub mod queue;
+mod floor;
+pub mod policy;
+mod pools;
+mod queue;
 pub mod saturation;
 pub mod trace;
+mod waiting;
+
+pub use pools::{Options, run};

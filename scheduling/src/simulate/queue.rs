@@ -1,142 +1,289 @@
-//! The queue of one pool of GPUs over virtual time, by the plain policies of the literature. Owns the order of events
-//! and what each policy may see: requests always, a duration only when it has passed. Where in the machines a job lies
-//! is not looked at here.
+//! The queue of one pool of machines over virtual time, for policies that never take back what they gave. Owns the order
+//! of events and what each policy may see: requests always, a duration only when it has passed.
+//!
+//! Time is looked at in free GPU thousandths of the pool; whether its machines have room for a gang is asked when it
+//! would start.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap};
 
-use super::trace::TraceJob;
-use crate::profile::Profile;
-
-/// A named way to choose which waiting jobs start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Queue {
-    /// In order of arrival; stops at the first job that does not fit.
-    Fifo,
-    /// In order of arrival; skips what does not fit.
-    FifoSkip,
-    /// In order of arrival; the first `depth` jobs that don't fit get protected reservations, and a later job starts
-    /// only where it delays none of them.
-    Easy { depth: usize },
-}
+use super::course::{Course, Journey, Spell};
+use super::floor::Floor;
+use super::policy::{Policy, Queue};
+use super::pools::{Pool, kinds};
+use super::trace::{Trace, TraceJob};
+use super::waiting::Waiting;
+use crate::foresight::Foresight;
+use crate::profile::{Profile, Stairs};
+use crate::world::Request;
 
 /// The limit of a job that stated none.
 const UNLIMITED_S: u64 = 1 << 40;
 
-/// A job that ends: when, and the number of its start.
-type End = Reverse<(u64, u64, usize)>;
+/// Response ratios are compared in parts of so many.
+const RATIO: u64 = 1 << 20;
 
+/// A guess below this is counted as this: the bound of the bounded slowdown.
+const SHORTEST_S: u64 = 10;
+
+/// When a job ends or its limit is used up, the number of its start, and its position.
+type Due = Reverse<(u64, u64, usize)>;
+
+/// Jobs are named by their position in the pool's order of submission.
 struct Run<'a> {
-    jobs: &'a [TraceJob],
+    jobs: Vec<&'a TraceJob>,
     queue: Queue,
+    floor: Floor,
     profile: Profile,
-    waiting: VecDeque<usize>,
-    ends: BinaryHeap<End>,
-    /// By job, the second it started.
+    waiting: Waiting,
+    ends: BinaryHeap<Due>,
+    limits: BinaryHeap<Due>,
     started: Vec<Option<u64>>,
     starts: u64,
+    learned: Learned,
 }
 
-/// The wait of each job in seconds; `None` for a job larger than the pool, which never starts. Jobs are in order of
-/// submission. A job that would run past its request ends there.
+/// What only `Queue::ResponseRatio` keeps.
+#[derive(Default)]
+struct Learned {
+    foresight: Foresight,
+    /// Who waits, and how long each will likely run.
+    waiting: Vec<(usize, u64)>,
+}
+
+/// Runs the jobs of one pool to their ends. A job that would run past its limit ends there.
 ///
-/// Events are taken one at a time, within a second arrivals before ends and ends in order of start; a request that is
-/// used up frees its GPUs with the first event of its second.
-pub fn waits(jobs: &[TraceJob], pool: u64, queue: Queue) -> Vec<Option<u64>> {
+/// Events are taken one at a time, within a second arrivals before ends and ends in order of start; a limit that is used
+/// up frees its GPUs with the first event of its second.
+pub(super) fn run(trace: &Trace, pool: Pool, policy: &Policy, seed: u64, course: &mut Course) {
+    let kinds = kinds(trace, &pool);
+    let floor = Floor::new(pool.machines, policy.score, kinds, seed);
+    let jobs: Vec<&TraceJob> = pool.jobs.iter().map(|job| &trace.jobs[*job]).collect();
     let mut run = Run {
-        jobs,
-        queue,
-        profile: Profile::new(pool),
-        waiting: VecDeque::new(),
+        queue: policy.queue,
+        profile: Profile::new(floor.milli()),
+        waiting: Waiting::new(jobs.len()),
         ends: BinaryHeap::new(),
+        limits: BinaryHeap::new(),
         started: vec![None; jobs.len()],
         starts: 0,
+        learned: Learned::default(),
+        floor,
+        jobs,
     };
-    let mut arrivals = (0..jobs.len()).filter(|job| u64::from(jobs[*job].request.gpus) <= pool).peekable();
-    loop {
-        let arrival = arrivals.peek().copied();
-        let end = run.ends.peek().map(|Reverse(end)| *end);
-        match (arrival, end) {
-            (Some(job), end) if end.is_none_or(|(time, ..)| jobs[job].submit_s <= time) => {
-                arrivals.next();
-                run.arrive(job);
-            }
-            (_, Some((time, _, job))) => {
-                run.ends.pop();
-                run.end(time, job);
-            }
-            (_, None) => break,
-        }
+    run.to_the_end();
+    for ((job, of), started) in pool.jobs.iter().zip(&run.jobs).zip(&run.started) {
+        let Some(start_s) = *started else { continue };
+        let end_s = start_s + of.duration_s.min(limit_s(of));
+        course.journeys[*job] = Some(Journey { start_s, end_s, preemptions: 0 });
+        course.spells.push(Spell { job: *job, from_s: start_s, until_s: end_s });
     }
-    run.started.iter().zip(jobs).map(|(started, job)| started.map(|start| start - job.submit_s)).collect()
+}
+
+fn limit_s(job: &TraceJob) -> u64 {
+    job.requested_s.unwrap_or(UNLIMITED_S)
 }
 
 impl Run<'_> {
-    fn gpus(&self, job: usize) -> u64 {
-        u64::from(self.jobs[job].request.gpus)
-    }
-
-    fn limit(&self, job: usize) -> u64 {
-        self.jobs[job].requested_s.unwrap_or(UNLIMITED_S)
-    }
-
-    fn arrive(&mut self, job: usize) {
-        let now = self.jobs[job].submit_s;
-        self.profile.advance(now);
-        self.waiting.push_back(job);
-        if self.gpus(job) <= self.profile.free_at(now) {
-            self.look(now);
-        }
-    }
-
-    fn end(&mut self, now: u64, job: usize) {
-        self.profile.advance(now);
-        if let Some(start) = self.started[job] {
-            let gpus = self.gpus(job);
-            self.profile.give(now, start + self.limit(job), gpus);
-        }
-        self.look(now);
-    }
-
-    /// Starts what the policy lets start now.
-    fn look(&mut self, now: u64) {
-        let mut reservations = 0;
-        let mut view: Option<Profile> = None;
-        let mut at = 0;
-        while at < self.waiting.len() {
-            let job = self.waiting[at];
-            let (gpus, until) = (self.gpus(job), now + self.limit(job));
-            let fits_now = gpus <= self.profile.free_at(now);
-            if fits_now && view.as_ref().unwrap_or(&self.profile).fits(now, until, gpus) {
-                if let Some(view) = &mut view {
-                    view.take(now, until, gpus);
+    fn to_the_end(&mut self) {
+        let mut holds: BTreeMap<Request, bool> = BTreeMap::new();
+        let mut could = |run: &Self, at: usize| {
+            let request = &run.jobs[at].request;
+            *holds.entry(*request).or_insert_with(|| run.floor.could_ever_hold(request))
+        };
+        let arrivals: Vec<usize> = (0..self.jobs.len()).filter(|at| could(self, *at)).collect();
+        let mut arrivals = arrivals.into_iter().peekable();
+        loop {
+            let arrival = arrivals.peek().map(|at| (self.jobs[*at].submit_s, *at));
+            let end = self.ends.peek().map(|Reverse(end)| *end);
+            let now = match (arrival, end) {
+                (Some((submit_s, at)), end) if end.is_none_or(|(time, ..)| submit_s <= time) => {
+                    arrivals.next();
+                    self.arrive(submit_s, at)
                 }
-                self.start(now, job);
-                self.waiting.remove(at);
+                (_, Some((time, _, at))) => {
+                    self.ends.pop();
+                    self.end(time, at)
+                }
+                (_, None) => return,
+            };
+            let Some(now) = now else { continue };
+            if self.queue != Queue::ResponseRatio {
+                self.look(now);
+                continue;
+            }
+            // Once a second is enough: the order is of all who wait, whoever came first within it.
+            let next = arrivals.peek().map(|at| self.jobs[*at].submit_s).into_iter();
+            let next = next.chain(self.ends.peek().map(|Reverse((time, ..))| *time)).min();
+            if next != Some(now) {
+                self.look_by_ratio(now);
+            }
+        }
+    }
+
+    fn milli(&self, at: usize) -> u64 {
+        self.jobs[at].request.total_milli()
+    }
+
+    fn limit_s(&self, at: usize) -> u64 {
+        limit_s(self.jobs[at])
+    }
+
+    /// Goes on to `now`: used-up limits give back their GPUs.
+    fn advance(&mut self, now: u64) {
+        self.profile.advance(now);
+        while let Some(Reverse((_, _, at))) = self.limits.peek().filter(|Reverse((time, ..))| *time <= now).copied() {
+            self.limits.pop();
+            self.floor.give(at);
+        }
+    }
+
+    /// The time, if the queue is to be looked at.
+    fn arrive(&mut self, now: u64, at: usize) -> Option<u64> {
+        self.advance(now);
+        self.waiting.insert(at, self.milli(at), self.limit_s(at));
+        if self.queue == Queue::ResponseRatio {
+            let guess_s = self.learned.foresight.guess_s(self.jobs[at].tenant, self.limit_s(at));
+            self.learned.waiting.push((at, guess_s));
+            return Some(now);
+        }
+        (self.milli(at) <= self.profile.free_at(now)).then_some(now)
+    }
+
+    fn end(&mut self, now: u64, at: usize) -> Option<u64> {
+        self.advance(now);
+        self.floor.give(at);
+        if let Some(start) = self.started[at] {
+            self.profile.give(now, start + self.limit_s(at), self.milli(at));
+        }
+        if self.queue == Queue::ResponseRatio {
+            self.learn(at);
+        }
+        Some(now)
+    }
+
+    /// An end tells of its user's jobs that wait.
+    fn learn(&mut self, at: usize) {
+        let (user, limit_s) = (self.jobs[at].tenant, self.limit_s(at));
+        let Learned { foresight, waiting } = &mut self.learned;
+        foresight.learn(user, limit_s, self.jobs[at].duration_s.min(limit_s));
+        for (at, guess_s) in waiting.iter_mut().filter(|(at, _)| self.jobs[*at].tenant == user) {
+            *guess_s = foresight.guess_s(user, self.jobs[*at].requested_s.unwrap_or(UNLIMITED_S));
+        }
+    }
+
+    /// Starts what may start, in the order of arrival.
+    fn look(&mut self, now: u64) {
+        let mut reserved = Reserved::none(now);
+        let mut from = 0;
+        loop {
+            let free = self.profile.free_at(now);
+            let next = match self.queue {
+                Queue::Easy { depth } if reserved.count >= depth => {
+                    self.waiting.next(from, &|milli, limit_s| milli <= free && reserved.allow(milli, limit_s))
+                }
+                Queue::FifoSkip => self.waiting.next(from, &|milli, _| milli <= free),
+                _ => self.waiting.next(from, &|_, _| true),
+            };
+            let Some(at) = next else { return };
+            from = at + 1;
+            if self.try_start(now, at, &mut reserved) {
                 continue;
             }
             match self.queue {
                 Queue::Fifo => return,
-                Queue::FifoSkip => {}
-                Queue::Easy { depth } if reservations < depth => {
-                    reservations += 1;
-                    let view = view.get_or_insert_with(|| self.profile.clone());
-                    if let Some(start) = view.earliest(now, until - now, gpus) {
-                        view.take(start, start + (until - now), gpus);
+                Queue::Easy { depth } if reserved.count < depth => {
+                    // Without anybody small enough to start, reservations protect against nobody.
+                    if self.waiting.next(from, &|milli, _| milli <= free).is_none() {
+                        return;
                     }
+                    reserved.add(&self.profile, self.milli(at), self.limit_s(at));
                 }
-                Queue::Easy { .. } if self.profile.free_at(now) == 0 => return,
-                Queue::Easy { .. } => {}
+                _ => {}
             }
-            at += 1;
         }
     }
 
-    fn start(&mut self, now: u64, job: usize) {
-        let (gpus, limit) = (self.gpus(job), self.limit(job));
-        self.profile.take(now, now + limit, gpus);
-        self.started[job] = Some(now);
-        self.ends.push(Reverse((now + self.jobs[job].duration_s.min(limit), self.starts, job)));
+    /// Starts what may start, in the order of the response ratio, behind a reservation for the first that may not.
+    fn look_by_ratio(&mut self, now: u64) {
+        let free = self.profile.free_at(now);
+        if self.waiting.next(0, &|milli, _| milli <= free).is_none() {
+            return;
+        }
+        let ratio = |(at, guess_s): &(usize, u64)| {
+            let waited = u128::from(now - self.jobs[*at].submit_s) * u128::from(RATIO);
+            (Reverse(waited / u128::from((*guess_s).max(SHORTEST_S))), *at)
+        };
+        let mut order = std::mem::take(&mut self.learned.waiting);
+        order.sort_by_cached_key(ratio);
+        let mut reserved = Reserved::none(now);
+        for (at, _) in &order {
+            if !self.try_start(now, *at, &mut reserved) && reserved.count == 0 {
+                reserved.add(&self.profile, self.milli(*at), self.limit_s(*at));
+            }
+        }
+        order.retain(|(at, _)| self.started[*at].is_none());
+        self.learned.waiting = order;
+    }
+
+    /// Starts the job if it delays no reservation and the machines have room for it.
+    fn try_start(&mut self, now: u64, at: usize, reserved: &mut Reserved) -> bool {
+        let (milli, limit_s) = (self.milli(at), self.limit_s(at));
+        if milli > self.profile.free_at(now) || !reserved.allow(milli, limit_s) {
+            return false;
+        }
+        if !self.floor.take(at, &self.jobs[at].request) {
+            return false;
+        }
+        self.profile.take(now, now + limit_s, milli);
+        reserved.started(milli, limit_s);
+        self.waiting.remove(at);
+        self.started[at] = Some(now);
+        self.ends.push(Reverse((now + self.jobs[at].duration_s.min(limit_s), self.starts, at)));
+        self.limits.push(Reverse((now + limit_s, self.starts, at)));
         self.starts += 1;
+        true
+    }
+}
+
+/// The reservations of one look, and what may start beside them.
+struct Reserved {
+    now: u64,
+    count: usize,
+    /// What is free under them; none before the first.
+    view: Option<(Profile, Stairs)>,
+}
+
+impl Reserved {
+    fn none(now: u64) -> Self {
+        Self { now, count: 0, view: None }
+    }
+
+    /// A job of that size and limit delays none of them, started now.
+    fn allow(&self, milli: u64, limit_s: u64) -> bool {
+        self.view.as_ref().is_none_or(|(_, stairs)| stairs.fit(self.now + limit_s, milli))
+    }
+
+    /// Reserves the earliest time for a job that can't start now.
+    fn add(&mut self, profile: &Profile, milli: u64, limit_s: u64) {
+        self.count += 1;
+        let mut view = self.view.take().map_or_else(|| profile.clone(), |(view, _)| view);
+        // Where the count would do, the machines' room does not: not before the next moment.
+        if let Some(start) = view.earliest(self.now + 1, limit_s, milli) {
+            view.take(start, start + limit_s, milli);
+        }
+        self.show(view);
+    }
+
+    fn started(&mut self, milli: u64, limit_s: u64) {
+        if let Some((mut view, _)) = self.view.take() {
+            view.take(self.now, self.now + limit_s, milli);
+            self.show(view);
+        }
+    }
+
+    fn show(&mut self, view: Profile) {
+        let stairs = view.stairs(self.now);
+        self.view = Some((view, stairs));
     }
 }
