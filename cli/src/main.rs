@@ -46,9 +46,12 @@ pub struct Global {
     #[arg(long, env = "ARES_TIMEOUT", global = true, default_value_t = 15, value_name = "SECONDS")]
     #[arg(hide_env_values = true, allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
-    /// table for people, json, jsonl (a document a line), or name (ids and keys alone)
+    /// table for people, json, jsonl (a document a line), or name (ids and keys alone); simulate also html
     #[arg(long, short = 'o', env = "ARES_OUTPUT", global = true, value_enum, default_value_t, value_name = "FORMAT")]
-    #[arg(hide_env_values = true, hide_possible_values = true)]
+    #[arg(id = "output", hide_env_values = true, hide_possible_values = true)]
+    asked: output::Asked,
+    /// `asked`, of a command that draws no pages.
+    #[arg(skip)]
     output: output::Format,
     /// What to log to stderr: a tracing filter, such as info or raft_node=debug
     #[arg(long, env = "ARES_LOG", global = true, value_name = "FILTER", default_value = "")]
@@ -71,7 +74,7 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|arg| arg == "shim") {
         return ExitCode::from(gpu_agent::shim::main(&args[2..]).clamp(0, 255) as u8);
     }
-    let cli = match Cli::try_parse() {
+    let mut cli = match Cli::try_parse() {
         Ok(cli) => cli,
         // Help and version are no errors; the rest is exit code 2.
         Err(error) => {
@@ -83,6 +86,11 @@ fn main() -> ExitCode {
             error.exit()
         }
     };
+    match cli.global.asked.format() {
+        Some(format) => cli.global.output = format,
+        None if cli.command.draws_pages() => {}
+        None => return exit::Failure::usage("only ares simulate has -o html").advise(output::FORMATS).report(),
+    }
     output::quiet_broken_pipe();
     logging::start(&cli.global.log, cli.command.is_daemon());
     match commands::run(cli.command, cli.global) {

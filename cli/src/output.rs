@@ -5,8 +5,36 @@ use std::io::{IsTerminal, Write};
 use comfy_table::{ContentArrangement, Table, presets};
 use serde_json::Value;
 
-/// How data is printed.
+/// What `-o` names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Asked {
+    #[default]
+    Table,
+    Json,
+    Jsonl,
+    Name,
+    /// A page of plots
+    Html,
+}
+
+/// What to ask for in place of a page.
+pub const FORMATS: &str = "write table, json, jsonl or name";
+
+impl Asked {
+    /// `None` for a page, which few commands draw.
+    pub fn format(self) -> Option<Format> {
+        match self {
+            Asked::Table => Some(Format::Table),
+            Asked::Json => Some(Format::Json),
+            Asked::Jsonl => Some(Format::Jsonl),
+            Asked::Name => Some(Format::Name),
+            Asked::Html => None,
+        }
+    }
+}
+
+/// How data is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
     /// Columns for people
     #[default]

@@ -111,10 +111,9 @@ impl Profile {
 pub struct Stairs(Vec<(u64, u64)>);
 
 impl Stairs {
-    /// So many GPUs are free from the stairs' moment until `until`.
-    pub fn fit(&self, until: u64, gpus: u64) -> bool {
-        // GPUs fall, times rise: the last stair that holds enough says until when.
+    /// Until when so many GPUs are free from the stairs' moment on; `None` when they aren't free at all.
+    pub fn until(&self, gpus: u64) -> Option<u64> {
         let enough = self.0.partition_point(|(free, _)| *free >= gpus);
-        enough > 0 && until <= self.0[enough - 1].1
+        enough.checked_sub(1).map(|last| self.0[last].1)
     }
 }

@@ -158,7 +158,7 @@ fn a_profile_finds_the_first_gap() {
     assert_eq!(profile.earliest(120, 30, 10), Some(120));
     assert_eq!(profile.earliest(121, 30, 10), Some(200));
     let stairs = profile.stairs(0);
-    assert!(stairs.fit(u64::MAX, 2) && stairs.fit(150, 4) && !stairs.fit(151, 4) && !stairs.fit(1, 5));
+    assert_eq!([2, 4, 5].map(|gpus| stairs.until(gpus)), [Some(u64::MAX), Some(150), None]);
     profile.give(40, 100, 6);
     profile.give(150, 200, 8);
     profile.advance(40);

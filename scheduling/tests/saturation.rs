@@ -5,7 +5,7 @@ mod traces;
 
 use scheduling::score::Score;
 use scheduling::simulate::saturation::saturate;
-use scheduling::simulate::trace::{Trace, read};
+use scheduling::simulate::trace::{Trace, read, read_untimed};
 use scheduling::world::{Free, Machine, Request, Slot};
 use traces::unpacked;
 
@@ -15,7 +15,7 @@ fn list(name: &str) -> Option<Trace> {
         eprintln!("SKIPPED: the trace openb-{name} is not in $ARES_TEST_DATA/traces");
     }
     let (jobs, nodes) = found?;
-    Some(read(("jobs", &jobs), ("nodes", &nodes)).expect("a well-formed trace"))
+    Some(read_untimed(("jobs", &jobs), ("nodes", &nodes)).expect("a well-formed trace"))
 }
 
 /// Median of the allocated percent at 130 % arrived over that many seeds, in hundredths.

@@ -16,6 +16,7 @@ mod queue;
 mod run;
 mod server;
 mod show;
+mod simulate;
 mod snapshot;
 mod spec;
 mod steer;
@@ -93,6 +94,8 @@ pub enum Command {
     Fence(fence::Args),
     /// The Raft group
     Cluster(cluster::Args),
+    /// Job traces under named policies, in virtual time: no cluster is needed
+    Simulate(simulate::Args),
     /// Measure the cluster
     Bench(bench::Args),
     /// This binary's version, and the replica's
@@ -109,6 +112,11 @@ impl Command {
             Command::Dev(args) => args.is_daemon(),
             _ => false,
         }
+    }
+
+    /// Understands `-o html`.
+    pub fn draws_pages(&self) -> bool {
+        matches!(self, Command::Simulate(_))
     }
 }
 
@@ -142,6 +150,7 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Lock(args) => lock::run(args, global),
         Command::Fence(args) => fence::run(args, global),
         Command::Cluster(args) => cluster::run(args, global),
+        Command::Simulate(args) => simulate::run(args, global),
         Command::Bench(args) => bench::run(args, global),
         Command::Version(args) => version::run(args, global),
         Command::Help(args) => help::run(args),

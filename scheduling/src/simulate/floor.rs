@@ -73,6 +73,11 @@ impl Floor {
         true
     }
 
+    /// It is known that there is no room for such a job now.
+    pub fn refuses(&self, request: &Request) -> bool {
+        self.refused.contains(request)
+    }
+
     /// Gives back what the job holds, if it holds anything.
     pub fn give(&mut self, job: usize) {
         for held in self.held.remove(&job).unwrap_or_default() {

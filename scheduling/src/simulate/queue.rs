@@ -62,7 +62,7 @@ pub(super) fn run(trace: &Trace, pool: Pool, policy: &Policy, seed: u64, course:
     let mut run = Run {
         queue: policy.queue,
         profile: Profile::new(floor.milli()),
-        waiting: Waiting::new(jobs.len()),
+        waiting: Waiting::new(jobs.iter().map(|job| (job.request, limit_s(job)))),
         ends: BinaryHeap::new(),
         limits: BinaryHeap::new(),
         started: vec![None; jobs.len()],
@@ -141,7 +141,7 @@ impl Run<'_> {
     /// The time, if the queue is to be looked at.
     fn arrive(&mut self, now: u64, at: usize) -> Option<u64> {
         self.advance(now);
-        self.waiting.insert(at, self.milli(at), self.limit_s(at));
+        self.waiting.insert(at);
         if self.queue == Queue::ResponseRatio {
             let guess_s = self.learned.foresight.guess_s(self.jobs[at].tenant, self.limit_s(at));
             self.learned.waiting.push((at, guess_s));
@@ -172,6 +172,15 @@ impl Run<'_> {
         }
     }
 
+    /// The first that waits at `from` or behind for which enough is free, as far as is known.
+    fn next_small(&self, from: usize, free: u64) -> Option<usize> {
+        self.waiting.next(from, |request| self.is_small(request, free).then_some(u64::MAX))
+    }
+
+    fn is_small(&self, request: &Request, free: u64) -> bool {
+        request.total_milli() <= free && !self.floor.refuses(request)
+    }
+
     /// Starts what may start, in the order of arrival.
     fn look(&mut self, now: u64) {
         let mut reserved = Reserved::none(now);
@@ -180,10 +189,11 @@ impl Run<'_> {
             let free = self.profile.free_at(now);
             let next = match self.queue {
                 Queue::Easy { depth } if reserved.count >= depth => {
-                    self.waiting.next(from, &|milli, limit_s| milli <= free && reserved.allow(milli, limit_s))
+                    let longest = |request: &Request| reserved.longest_s(request.total_milli());
+                    self.waiting.next(from, |request| longest(request).filter(|_| self.is_small(request, free)))
                 }
-                Queue::FifoSkip => self.waiting.next(from, &|milli, _| milli <= free),
-                _ => self.waiting.next(from, &|_, _| true),
+                Queue::FifoSkip => self.next_small(from, free),
+                _ => self.waiting.next(from, |_| Some(u64::MAX)),
             };
             let Some(at) = next else { return };
             from = at + 1;
@@ -194,7 +204,7 @@ impl Run<'_> {
                 Queue::Fifo => return,
                 Queue::Easy { depth } if reserved.count < depth => {
                     // Without anybody small enough to start, reservations protect against nobody.
-                    if self.waiting.next(from, &|milli, _| milli <= free).is_none() {
+                    if self.next_small(from, free).is_none() {
                         return;
                     }
                     reserved.add(&self.profile, self.milli(at), self.limit_s(at));
@@ -207,7 +217,7 @@ impl Run<'_> {
     /// Starts what may start, in the order of the response ratio, behind a reservation for the first that may not.
     fn look_by_ratio(&mut self, now: u64) {
         let free = self.profile.free_at(now);
-        if self.waiting.next(0, &|milli, _| milli <= free).is_none() {
+        if self.next_small(0, free).is_none() {
             return;
         }
         let ratio = |(at, guess_s): &(usize, u64)| {
@@ -229,7 +239,7 @@ impl Run<'_> {
     /// Starts the job if it delays no reservation and the machines have room for it.
     fn try_start(&mut self, now: u64, at: usize, reserved: &mut Reserved) -> bool {
         let (milli, limit_s) = (self.milli(at), self.limit_s(at));
-        if milli > self.profile.free_at(now) || !reserved.allow(milli, limit_s) {
+        if milli > self.profile.free_at(now) || reserved.longest_s(milli).is_none_or(|longest_s| limit_s > longest_s) {
             return false;
         }
         if !self.floor.take(at, &self.jobs[at].request) {
@@ -259,9 +269,10 @@ impl Reserved {
         Self { now, count: 0, view: None }
     }
 
-    /// A job of that size and limit delays none of them, started now.
-    fn allow(&self, milli: u64, limit_s: u64) -> bool {
-        self.view.as_ref().is_none_or(|(_, stairs)| stairs.fit(self.now + limit_s, milli))
+    /// The longest limit with which a job of that size delays none of them, started now.
+    fn longest_s(&self, milli: u64) -> Option<u64> {
+        let Some((_, stairs)) = &self.view else { return Some(u64::MAX) };
+        stairs.until(milli).map(|until| until.saturating_sub(self.now))
     }
 
     /// Reserves the earliest time for a job that can't start now.

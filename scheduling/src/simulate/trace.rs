@@ -114,11 +114,24 @@ fn rows<T>(
 
 /// Reads both lists; the first string of each pair names the file in errors.
 pub fn read(jobs: (&str, &str), nodes: (&str, &str)) -> Result<Trace, TraceError> {
+    lists(jobs, nodes, true)
+}
+
+/// As `read`, for experiments in which no time passes: submissions and durations may be unknown, and are 0 then.
+pub fn read_untimed(jobs: (&str, &str), nodes: (&str, &str)) -> Result<Trace, TraceError> {
+    lists(jobs, nodes, false)
+}
+
+fn lists(jobs: (&str, &str), nodes: (&str, &str), timed: bool) -> Result<Trace, TraceError> {
     let mut types: Vec<String> = Vec::new();
     let machines = rows(nodes.0, nodes.1, &["name", "gpus"], |row| read_machine(row, &mut types))?;
+    if machines.is_empty() {
+        let what = "there is no machine below the head line; write one a line".to_owned();
+        return Err(TraceError { file: nodes.0.to_owned(), line: 2, column: "name".to_owned(), what });
+    }
     let mut tenants = Numbers::default();
     let jobs = rows(jobs.0, jobs.1, &["id", "submit_s", "duration_s", "gpus"], |row| {
-        let job = read_job(row, &types)?;
+        let job = read_job(row, &types, timed)?;
         Ok(TraceJob { tenant: tenants.of(row.text("tenant")), ..job })
     })?;
     let tenants = tenants.names;
@@ -165,8 +178,15 @@ fn bounded_or_unknown(row: &Row<'_>, column: &str, value: Option<u64>) -> Result
     value.map_or(Ok(UNBOUNDED), |value| row.bounded(column, value, u64::from(UNBOUNDED)))
 }
 
-fn read_job(row: &Row<'_>, types: &[String]) -> Result<TraceJob, TraceError> {
-    let gpus = row.number("gpus")?.unwrap_or(0);
+fn read_job(row: &Row<'_>, types: &[String], timed: bool) -> Result<TraceJob, TraceError> {
+    if row.text("id").is_empty() {
+        return Err(row.error("id", "it is empty; write a name for the job".to_owned()));
+    }
+    let seconds = |column: &str| match row.number(column)? {
+        None if timed => Err(row.error(column, "it is empty; write whole seconds".to_owned())),
+        known => Ok(known.unwrap_or(0)),
+    };
+    let gpus = row.number("gpus")?.ok_or_else(|| row.error("gpus", "it is empty; write 0 for none".to_owned()))?;
     let milli = row.number("gpu_milli")?.unwrap_or(u64::from(WHOLE));
     if milli > u64::from(WHOLE) {
         return Err(row.error("gpu_milli", format!("{milli} is more than the {WHOLE} thousandths of a GPU")));
@@ -186,8 +206,8 @@ fn read_job(row: &Row<'_>, types: &[String]) -> Result<TraceJob, TraceError> {
     };
     Ok(TraceJob {
         id: row.text("id").to_owned(),
-        submit_s: row.number("submit_s")?.unwrap_or(0),
-        duration_s: row.number("duration_s")?.unwrap_or(0),
+        submit_s: seconds("submit_s")?,
+        duration_s: seconds("duration_s")?,
         request,
         tenant: 0,
         requested_s: requested,
