@@ -68,6 +68,20 @@ fn one_policy_is_an_object_and_several_stand_side_by_side() {
 }
 
 #[test]
+fn a_pool_of_tenants_tells_what_they_lacked() {
+    let nodes = "name,gpus,gpu_type\nm,5,x\nn,5,y\n";
+    let lists = Lists::of("id,submit_s,duration_s,gpus,tenant\na,0,9000,10,x\nb,2000,100,5,y\nc,2000,100,5,x\n", nodes);
+    // Without preemption y lacks its 5 GPUs for 7,000 s, of 91,000 GPU seconds demanded.
+    let pooled = lists.simulate(&["--pooled", "--policy", "default", "--policy", "fifo-skip", "-o", "json"]).json();
+    assert_eq!((&pooled[0]["shortfall_pct"], &pooled[0]["preemptions"]), (&0.0.into(), &1.into()));
+    assert_eq!(pooled[1]["shortfall_pct"], 38.46);
+    lists.simulate(&["--pooled"]).ok().shows(&["SHORTFALL", "0.00 %"]);
+    let apart = lists.simulate(&["-o", "json"]).json();
+    assert_eq!((&apart["never_started"], apart.get("shortfall_pct")), (&1.into(), None));
+    lists.simulate(&[]).ok().says(&["1 jobs fit on no machine of the list"]);
+}
+
+#[test]
 fn waits_are_written_for_each_job() {
     let lists = Lists::of(JOBS, NODES);
     let written = lists.path("waits.csv");

@@ -1,15 +1,16 @@
-//! The queue over virtual time: the published EASY schedules of two real logs, job by job, and that nothing depends on
-//! a duration that has not passed. The logs are in $ARES_TEST_DATA/traces; without them it says so and passes.
+//! Traces over virtual time: the published EASY schedules of two real logs, job by job, what the default policy makes of
+//! three, and that nothing depends on a duration that has not passed. The logs are in $ARES_TEST_DATA/traces; without them it says so and passes.
 
 mod traces;
 
 use std::collections::BTreeMap;
 
 use scheduling::profile::Profile;
+use scheduling::simulate::course::Course;
 use scheduling::simulate::dice::Dice;
 use scheduling::simulate::policy::{Policy, Queue};
 use scheduling::simulate::trace::{Trace, TraceJob, read};
-use scheduling::simulate::{Options, run};
+use scheduling::simulate::{Options, run, shares};
 use traces::unpacked;
 
 /// The log and its published waits by job.
@@ -144,6 +145,102 @@ fn durations_that_have_not_passed_decide_nothing() {
             assert_eq!(until(&first), until(&second), "{queue:?} until {moment}");
         }
     }
+}
+
+/// The same where GPUs go round, for each time that a job holds any.
+#[test]
+fn nor_where_gpus_go_round() {
+    let mut dice = Dice::new(11);
+    let line = |at: usize, dice: &mut Dice| {
+        let duration = [300, 2_000, 9_000, 40_000][dice.below(4)] + dice.below(300);
+        format!("{at},{},{duration},{}\n", at * 1_700 + dice.below(900), 1 + dice.below(8))
+    };
+    let rows: String = (0..300).map(|at| line(at, &mut dice)).collect();
+    let text = format!("id,submit_s,duration_s,gpus\n{rows}");
+    let log = read(("jobs", &text), ("nodes", "name,gpus\nm,8\nn,8\n")).expect("a well-formed trace");
+    let default = Policy::by_name("default").expect("a policy");
+    let first = run(&log, &default, Options::default());
+    assert!(first.figures(&log).preemptions > 50, "too few preemptions to tell");
+    for moment in [90_000, 250_000, 420_000] {
+        let held = |course: &Course, job: usize| -> u64 {
+            let spells = course.spells.iter().filter(|spell| spell.job == job && spell.from_s < moment);
+            spells.map(|spell| spell.until_s.min(moment) - spell.from_s).sum()
+        };
+        let ends = |job: usize| first.journeys[job].expect("it ends").end_s;
+        let rest: Vec<usize> = (0..log.jobs.len()).filter(|job| ends(*job) > moment).collect();
+        let mut other = log.clone();
+        for (at, job) in rest.iter().enumerate() {
+            let dealt = log.jobs[rest[rest.len() - 1 - at]].duration_s;
+            other.jobs[*job].duration_s = dealt.max(held(&first, *job) + 1);
+        }
+        let second = run(&other, &default, Options::default());
+        let until = |course: &Course| {
+            let spells = course.spells.iter().filter(|spell| spell.from_s <= moment);
+            let mut spells: Vec<_> = spells.map(|spell| (spell.from_s, spell.job, spell.until_s.min(moment))).collect();
+            spells.sort_unstable();
+            spells
+        };
+        assert_eq!(until(&first), until(&second), "until {moment}");
+    }
+}
+
+/// By job, (first start, end, preemptions).
+fn journeys(jobs: &str, nodes: &str, pooled: bool) -> Vec<Option<(u64, u64, u32)>> {
+    let jobs = format!("id,submit_s,duration_s,gpus,tenant\n{jobs}");
+    let log = read(("jobs", &jobs), ("nodes", nodes)).expect("a well-formed trace");
+    let options = Options { pooled, ..Options::default() };
+    let course = run(&log, &Policy::by_name("default").expect("a policy"), options);
+    course.journeys.iter().map(|journey| journey.map(|it| (it.start_s, it.end_s, it.preemptions))).collect()
+}
+
+#[test]
+fn a_young_job_goes_before_an_old_one_that_has_run_its_least_time() {
+    // The first is old after 1,200 s but may be preempted from 1,800 s on; it loses 60 s. The third fits beside the second.
+    let jobs = "a,0,10000,10,x\nb,1000,100,1,x\nc,1790,100,9,x\n";
+    let of = journeys(jobs, "name,gpus\nn,10\n", false);
+    assert_eq!(of, [Some((0, 10_160, 1)), Some((1_800, 1_900, 0)), Some((1_800, 1_900, 0))]);
+    // A young job is preempted for nobody.
+    let of = journeys("a,0,2000,5,x\nb,1900,100,10,x\n", "name,gpus\nn,10\n", false);
+    assert_eq!(of, [Some((0, 2_000, 0)), Some((2_000, 2_100, 0))]);
+}
+
+#[test]
+fn who_waited_long_is_preempted_for_no_young_job() {
+    // The second waits 64 hours for the first, which is young all the time with its 0.05 GPUs.
+    let long = 64 * 3_600;
+    let head = "id,submit_s,duration_s,gpus,gpu_milli\n";
+    let jobs = format!("{head}a,0,{long},1,50\nb,0,50000,1,1000\nc,{},100,1,1000\n", long + 40_000);
+    let log = read(("jobs", &jobs), ("nodes", "name,gpus\nn,1\n")).expect("a well-formed trace");
+    let course = run(&log, &Policy::by_name("default").expect("a policy"), Options::default());
+    let starts: Vec<u64> = course.journeys.iter().map(|journey| journey.expect("it runs").start_s).collect();
+    assert_eq!(starts, [0, long, long + 50_000]);
+}
+
+#[test]
+fn what_is_lent_comes_back() {
+    let nodes = "name,gpus,gpu_type\nm,5,x\nn,5,y\n";
+    let jobs = "a,0,9000,10,x\nb,2000,100,5,y\nc,2000,100,5,x\n";
+    // Within 100 s the second has its share; the third has its tenant's own, which the first can't use alone.
+    let of = journeys(jobs, nodes, true);
+    assert_eq!(of, [Some((0, 9_160, 1)), Some((2_000, 2_100, 0)), Some((2_000, 2_100, 0))]);
+    // Apart, the first fits nowhere.
+    assert_eq!(journeys(jobs, nodes, false), [None, Some((2_000, 2_100, 0)), Some((2_000, 2_100, 0))]);
+}
+
+#[test]
+fn philly_in_one_pool_gives_each_tenant_its_share() {
+    let [Some(jobs), Some(nodes)] = ["jobs.csv.gz", "nodes.csv"].map(|kind| unpacked(&format!("philly.{kind}"))) else {
+        eprintln!("SKIPPED: philly is not in $ARES_TEST_DATA/traces");
+        return;
+    };
+    let mut log = read(("jobs", &jobs), ("nodes", &nodes)).expect("a well-formed trace");
+    log.jobs.retain(|job| (2_592_000..7_862_400).contains(&job.submit_s));
+    let default = Policy::by_name("default").expect("a policy");
+    let pooled = run(&log, &default, Options { pooled: true, ..Options::default() });
+    let (figures, shortfall) = (pooled.figures(&log), pooled.shortfall(&log, &shares(&log, true)));
+    println!("pooled: shortfall {shortfall}, {figures:?}");
+    assert!(shortfall < 200 && figures.jct_mean <= 14_237_000, "shortfall {shortfall}, {figures:?}");
+    assert_eq!(figures.jobs, 38_128);
 }
 
 #[test]

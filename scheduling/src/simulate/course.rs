@@ -67,6 +67,28 @@ impl Course {
         Some(journey.wait_s(of.submit_s, of.duration_s))
     }
 
+    /// Hundredths of a percent of the GPU time demanded that tenants lacked: over tenants and time, what a tenant had less
+    /// than both its share and its demand. `shares` are GPU thousandths by tenant.
+    pub fn shortfall(&self, trace: &Trace, shares: &[u64]) -> u64 {
+        // By tenant: when, by how much demand and allocation change.
+        let mut changes: Vec<Vec<(u64, i64, i64)>> = vec![Vec::new(); trace.tenants.len()];
+        let mut demanded = 0u128;
+        for (job, journey) in trace.jobs.iter().zip(&self.journeys) {
+            let Some(journey) = journey else { continue };
+            let milli = job.request.total_milli();
+            demanded += u128::from(milli) * u128::from(job.duration_s);
+            let of = &mut changes[job.tenant as usize];
+            of.extend([(job.submit_s, milli as i64, 0), (journey.end_s, -(milli as i64), 0)]);
+        }
+        for spell in &self.spells {
+            let (job, of) = (&trace.jobs[spell.job], spell);
+            let milli = job.request.total_milli() as i64;
+            changes[job.tenant as usize].extend([(of.from_s, 0, milli), (of.until_s, 0, -milli)]);
+        }
+        let lacked: u128 = changes.into_iter().zip(shares).map(|(changes, share)| lacked(changes, *share as i64)).sum();
+        (lacked * 10_000 / demanded.max(1)) as u64
+    }
+
     pub fn figures(&self, trace: &Trace) -> Figures {
         let mut figures = Figures::default();
         let mut jcts: Vec<u64> = Vec::new();
@@ -111,6 +133,17 @@ impl Course {
     }
 }
 
+/// GPU thousandths times seconds during which less was allocated than both share and demand.
+fn lacked(mut changes: Vec<(u64, i64, i64)>, share: i64) -> u128 {
+    changes.sort_unstable();
+    let (mut since, mut demand, mut allocated, mut sum) = (0, 0, 0, 0u128);
+    for (at, more_demand, more_allocated) in changes {
+        sum += u128::from(at - since) * i64::max(share.min(demand) - allocated, 0) as u128;
+        (since, demand, allocated) = (at, demand + more_demand, allocated + more_allocated);
+    }
+    sum
+}
+
 /// The value that so many percent of the ascending values do not pass; 0 of none.
 pub fn percentile(ascending: &[u64], percent: usize) -> u64 {
     let at = (ascending.len() * percent).div_ceil(100);
@@ -134,6 +167,8 @@ mod tests {
         assert_eq!(jain([(1, 1), (0, 1)].into_iter()), 500);
         assert_eq!(jain([].into_iter()), 1_000);
         let hundred: Vec<u64> = (1..=100).collect();
+        // 4 of 6 are its share: it lacks 4 for 10 s while it demands 5, then 1 for 5 s.
+        assert_eq!(lacked(vec![(10, 5, 0), (20, 0, 3), (25, 0, 2), (40, -5, -5)], 4), 45);
         assert_eq!((percentile(&hundred, 99), percentile(&hundred, 50), percentile(&[], 99)), (99, 50, 0));
     }
 }

@@ -9,7 +9,7 @@ use crate::score::{Chooser, Score};
 use crate::world::{Machine, Request, World};
 
 /// What a job holds on one machine.
-struct Held {
+pub struct Held {
     node: usize,
     part: Request,
     /// The name of the GPU that it shares.
@@ -80,10 +80,37 @@ impl Floor {
 
     /// Gives back what the job holds, if it holds anything.
     pub fn give(&mut self, job: usize) {
-        for held in self.held.remove(&job).unwrap_or_default() {
-            self.put_back(held);
-            self.refused.clear();
+        if self.held.contains_key(&job) {
+            self.lift(job);
         }
+    }
+
+    /// Takes a job off its machines; `set_down` may put it back where it was.
+    pub fn lift(&mut self, job: usize) -> Vec<Held> {
+        let held = self.held.remove(&job).unwrap_or_default();
+        for part in &held {
+            self.world.free[part.node].give(&part.part, part.share);
+            self.chooser.left(part.node, &part.part);
+        }
+        self.refused.clear();
+        held
+    }
+
+    /// Puts a lifted job back on the machines that it was on; false and nothing taken where one of them lacks the room.
+    /// A share goes to any GPU there that has it.
+    pub fn set_down(&mut self, job: usize, lifted: Vec<Held>) -> bool {
+        let mut held = Vec::new();
+        for Held { node, part, .. } in lifted {
+            if !self.world.fits(node, &part) {
+                held.into_iter().for_each(|held| self.put_back(held));
+                return false;
+            }
+            let share = self.world.take(node, &part, self.world.free[node].slots(&part)[0]);
+            self.chooser.touched(node, &part);
+            held.push(Held { node, part, share });
+        }
+        self.held.insert(job, held);
+        true
     }
 
     fn put_back(&mut self, held: Held) {

@@ -9,6 +9,7 @@ mod pools;
 mod queue;
 pub mod saturation;
 pub mod trace;
+mod turns;
 mod waiting;
 
-pub use pools::{Options, run};
+pub use pools::{Options, run, shares};

@@ -32,7 +32,12 @@ const fn named(name: &'static str, queue: Queue, score: Score, about: &'static s
 
 impl Policy {
     pub const ALL: [Policy; 10] = [
-        named("default", Queue::ResponseRatio, Score::LeastLoss, "response ratio by learned run times; least loss"),
+        named(
+            "default",
+            Queue::ResponseRatio,
+            Score::LeastLoss,
+            "response ratio by learned run times, or turns where no job has a limit; least loss",
+        ),
         named("easy", Queue::Easy { depth: 1 }, Score::BestFit, "arrival with one protected reservation; best fit"),
         named("fifo", Queue::Fifo, Score::BestFit, "arrival, stops at the first that does not fit; best fit"),
         named("fifo-skip", Queue::FifoSkip, Score::BestFit, "arrival, skips what does not fit; best fit"),

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use super::course::Course;
-use super::policy::Policy;
-use super::queue;
+use super::policy::{Policy, Queue};
 use super::trace::Trace;
+use super::{queue, turns};
 use crate::fragmentation::Kinds;
-use crate::world::Machine;
+use crate::world::{Machine, WHOLE};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
@@ -27,9 +27,24 @@ pub(super) struct Pool {
 pub fn run(trace: &Trace, policy: &Policy, options: Options) -> Course {
     let mut course = Course { journeys: vec![None; trace.jobs.len()], spells: Vec::new() };
     for pool in pools(trace, options.pooled) {
-        queue::run(trace, pool, policy, options.seed, &mut course);
+        let states_limits = pool.jobs.iter().any(|job| trace.jobs[*job].requested_s.is_some());
+        if policy.queue == Queue::ResponseRatio && !states_limits {
+            turns::run(trace, pool, policy, options.seed, shares(trace, options.pooled), &mut course);
+        } else {
+            queue::run(trace, pool, policy, options.seed, &mut course);
+        }
     }
     course
+}
+
+/// By tenant, the GPU thousandths of the machines that are named as it. None without `pooled`: who has machines of its own
+/// shares them with nobody.
+pub fn shares(trace: &Trace, pooled: bool) -> Vec<u64> {
+    let of = |name: &String| -> u64 {
+        let own = trace.machines.iter().filter(|machine| &trace.types[usize::from(machine.gpu_type)] == name);
+        own.map(|machine| u64::from(machine.gpus) * u64::from(WHOLE)).sum()
+    };
+    trace.tenants.iter().map(|name| if pooled { of(name) } else { 0 }).collect()
 }
 
 fn pools(trace: &Trace, pooled: bool) -> Vec<Pool> {

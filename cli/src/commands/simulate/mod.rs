@@ -15,7 +15,7 @@ use scheduling::simulate::dice::Dice;
 use scheduling::simulate::policy::Policy;
 use scheduling::simulate::saturation::{Saturation, saturate};
 use scheduling::simulate::trace::{Trace, read, read_untimed};
-use scheduling::simulate::{Options, run as simulate};
+use scheduling::simulate::{Options, run as simulate, shares};
 
 use crate::Global;
 use crate::exit::{Failure, NOT_FOUND, Outcome};
@@ -96,7 +96,12 @@ struct Tried {
 }
 
 enum Made {
-    OverTime { course: Course, figures: Figures },
+    OverTime {
+        course: Course,
+        figures: Figures,
+        /// Hundredths of a percent; of tenants in one pool.
+        shortfall: Option<u64>,
+    },
     Filled(Saturation),
 }
 
@@ -142,7 +147,8 @@ fn one(trace: &Trace, policy: &Policy, args: &Args) -> Tried {
         Some(percent) => Made::Filled(saturate(trace, policy.score, percent, args.seed, !args.listed_order)),
         None => {
             let course = simulate(trace, policy, Options { seed: args.seed, pooled: args.pooled });
-            Made::OverTime { figures: course.figures(trace), course }
+            let shortfall = args.pooled.then(|| course.shortfall(trace, &shares(trace, true)));
+            Made::OverTime { figures: course.figures(trace), shortfall, course }
         }
     };
     Tried { policy: *policy, made, planner_s: began.elapsed().as_secs_f64() }

@@ -43,7 +43,7 @@ pub(super) fn page(experiment: &Experiment) -> String {
         .results
         .iter()
         .filter_map(|result| match &result.made {
-            Made::OverTime { course, figures } => Some((result.policy.name, course, figures)),
+            Made::OverTime { course, figures, .. } => Some((result.policy.name, course, figures)),
             Made::Filled(_) => None,
         })
         .collect();

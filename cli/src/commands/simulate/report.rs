@@ -58,6 +58,9 @@ fn of(experiment: &Experiment, result: &Tried) -> Value {
     if let (Value::Object(document), Value::Object(more)) = (&mut document, more) {
         document.extend(more);
     }
+    if let Made::OverTime { shortfall: Some(shortfall), .. } = result.made {
+        document["shortfall_pct"] = json!(shortfall as f64 / 100.0);
+    }
     document
 }
 
@@ -85,7 +88,10 @@ pub(super) fn table(experiment: &Experiment) {
             "PLANNER",
         ]
     };
-    output::table(heads, experiment.results.iter().map(cells));
+    let pooled = |result: &Tried| matches!(result.made, Made::OverTime { shortfall: Some(_), .. });
+    let shortfall = experiment.results.iter().any(pooled).then_some("SHORTFALL");
+    let heads: Vec<&str> = heads.iter().copied().chain(shortfall).collect();
+    output::table(&heads, experiment.results.iter().map(cells));
     let left_out = experiment.results.iter().find_map(|result| match &result.made {
         Made::OverTime { figures, .. } if figures.never_started > 0 => Some(figures.never_started),
         _ => None,
@@ -125,6 +131,9 @@ fn cells(result: &Tried) -> Vec<String> {
         }
     }
     cells.push(format!("{:.2} s", result.planner_s));
+    if let Made::OverTime { shortfall: Some(shortfall), .. } = result.made {
+        cells.push(format!("{:.2} %", shortfall as f64 / 100.0));
+    }
     cells
 }
 
