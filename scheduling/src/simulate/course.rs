@@ -114,7 +114,7 @@ impl Course {
         }
         jcts.sort_unstable();
         let jobs = jcts.len() as u128;
-        let mean = |sum: u128| if jobs == 0 { 0 } else { (sum / jobs) as u64 };
+        let mean = |sum: u128| sum.checked_div(jobs).unwrap_or(0) as u64;
         figures.jobs = jcts.len() as u64;
         figures.jct_mean = mean(jcts.iter().map(|jct| u128::from(jct * MILLI)).sum());
         figures.jct_p99 = percentile(&jcts, 99) * MILLI;

@@ -71,7 +71,7 @@ pub(super) fn run(trace: &Trace, pool: Pool, policy: &Policy, seed: u64, course:
         floor,
         jobs,
     };
-    run.to_the_end();
+    run.play();
     for ((job, of), started) in pool.jobs.iter().zip(&run.jobs).zip(&run.started) {
         let Some(start_s) = *started else { continue };
         let end_s = start_s + of.duration_s.min(limit_s(of));
@@ -85,7 +85,7 @@ fn limit_s(job: &TraceJob) -> u64 {
 }
 
 impl Run<'_> {
-    fn to_the_end(&mut self) {
+    fn play(&mut self) {
         let mut holds: BTreeMap<Request, bool> = BTreeMap::new();
         let mut could = |run: &Self, at: usize| {
             let request = &run.jobs[at].request;

@@ -92,7 +92,7 @@ pub(super) fn run(trace: &Trace, pool: Pool, policy: &Policy, seed: u64, shares:
         shares,
         spells: Vec::new(),
     };
-    run.to_the_end();
+    run.play();
     for (number, job) in pool.jobs.iter().zip(&run.jobs) {
         let Some(start_s) = job.first_start_s.filter(|_| job.phase == Phase::Ended) else { continue };
         course.journeys[*number] = Some(Journey { start_s, end_s: job.since_s, preemptions: job.preemptions });
@@ -147,7 +147,7 @@ impl<'a> Job<'a> {
 }
 
 impl Run<'_> {
-    fn to_the_end(&mut self) {
+    fn play(&mut self) {
         for (at, job) in self.jobs.iter().enumerate() {
             if self.floor.could_ever_hold(&job.of.request) {
                 self.events.push(Reverse((job.of.submit_s, What::Arrives, at, 0)));
