@@ -164,9 +164,10 @@ fn means(intervals: impl Iterator<Item = (u64, u64, f64)>, (first, last): (u64, 
     let mut sums = vec![0.0; MOMENTS];
     for (from, until, weight) in intervals.filter(|(from, until, _)| from < until) {
         let (from, until) = ((from - first) as f64 / width, (until - first) as f64 / width);
-        for at in (from as usize)..=(until as usize).min(MOMENTS - 1) {
+        let (first, last) = (from as usize, (until as usize).min(MOMENTS - 1));
+        for (at, sum) in sums.iter_mut().enumerate().take(last + 1).skip(first) {
             let within = (until.min(at as f64 + 1.0) - from.max(at as f64)).max(0.0);
-            sums[at] += within * weight;
+            *sum += within * weight;
         }
     }
     sums.into_iter().enumerate().map(|(at, sum)| ((at as f64 + 0.5) * width / 86_400.0, sum)).collect()
