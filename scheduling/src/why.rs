@@ -8,7 +8,8 @@ use statemachine::account::{QuotaHit, Resource};
 use statemachine::command::Place;
 use statemachine::record::{Node, NodeAdmin};
 use statemachine::spec::{JobSpec, Shape};
-use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey};
+use statemachine::state::QueueKey;
+use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey, TenantId};
 
 use crate::explain::reason_with;
 use crate::holding::{End, lease_end};
@@ -27,6 +28,8 @@ const HOLDERS: usize = 16;
 const CHANGES: usize = 3;
 const MINUTE_MS: u64 = 60_000;
 const DAY_MS: u64 = 24 * 60 * MINUTE_MS;
+/// Tenants at whose cost it is tried.
+const TENANTS: usize = 8;
 /// Machines out of service whose return is tried.
 const RETURNS: usize = 8;
 
@@ -238,6 +241,7 @@ enum Kind {
     Machines,
     Gpus,
     Return,
+    Tenant,
     Quota,
 }
 
@@ -317,6 +321,7 @@ fn alternatives(state: &State, task: TaskKey, spec: &JobSpec, reason: &Reason) -
         with(kind, flags(shape, &other), &move |spec| spec.shape = other.clone());
     }
     all.extend(returns(state));
+    all.extend(other_tenants(state, task, reason));
     all.extend(raised_limit(state, reason));
     all
 }
@@ -430,6 +435,29 @@ fn returns(state: &State) -> impl Iterator<Item = Instead> + '_ {
         let mut back = state.clone();
         back.nodes.update(id, |node| node.value.admin = NodeAdmin::Ready);
         Instead { kind: Kind::Return, ask: format!("ares node resume {}", node.value.name), state: back }
+    })
+}
+
+/// At another tenant's cost, where its own limit binds.
+fn other_tenants<'a>(state: &'a State, task: TaskKey, reason: &Reason) -> impl Iterator<Item = Instead> + 'a {
+    let binds = matches!(reason, Reason::Quota { .. });
+    let own = state.jobs.get(&task.job).map(|job| &job.value).map(|job| QueueKey {
+        tenant: job.tenant,
+        queue: job.queue,
+        priority: std::cmp::Reverse(job.spec.priority),
+        seq: job.seq,
+        task,
+    });
+    let differs = move |id: TenantId| own.is_some_and(|own| own.tenant != id);
+    let others = state.tenants.iter().filter(move |(id, tenant)| binds && differs(**id) && !tenant.removed);
+    others.take(TENANTS).map(move |(id, tenant)| {
+        let mut other = state.clone();
+        if let Some(key) = own {
+            other.index.queue.remove(&key);
+            other.index.queue.insert(QueueKey { tenant: *id, ..key }, ());
+        }
+        other.jobs.update(&task.job, |job| job.value.tenant = *id);
+        Instead { kind: Kind::Tenant, ask: format!("--tenant {}", tenant.name), state: other }
     })
 }
 

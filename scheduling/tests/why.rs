@@ -167,7 +167,10 @@ fn a_tenants_limit_names_who_uses_it_and_the_limit_that_would_do() {
     let why = ask(&site, job);
     assert_eq!(why.reason.code(), "QUOTA");
     assert_eq!(why.holders.iter().map(|holder| holder.job).collect::<Vec<_>>(), [runs]);
-    assert_eq!(asks(&why), [("--gpus 1", true), ("ares tenant set lab --limit-gpus 5", true)]);
+    let changes = [("--gpus 1", true), ("--tenant default", true), ("ares tenant set lab --limit-gpus 5", true)];
+    assert_eq!(asks(&why), changes);
+    site.tenant(SetTenant { name: "below".into(), parent: Some("lab".into()), ..SetTenant::default() });
+    assert!(!asks(&ask(&site, job)).contains(&("--tenant below", true)), "the limit above binds it too");
 }
 
 #[test]
