@@ -221,19 +221,31 @@ impl Run<'_> {
             return;
         }
         let ratio = |(at, guess_s): &(usize, u64)| {
-            let waited = u128::from(now - self.jobs[*at].submit_s) * u128::from(RATIO);
-            (Reverse(waited / u128::from((*guess_s).max(SHORTEST_S))), *at)
+            let waited = (now - self.jobs[*at].submit_s).min(UNLIMITED_S) * RATIO;
+            (waited / (*guess_s).max(SHORTEST_S), Reverse(*at))
         };
-        let mut order = std::mem::take(&mut self.learned.waiting);
-        order.sort_by_cached_key(ratio);
+        let mut order: BinaryHeap<(u64, Reverse<usize>)> = self.learned.waiting.iter().map(ratio).collect();
         let mut reserved = Reserved::none(now);
-        for (at, _) in &order {
-            if !self.try_start(now, *at, &mut reserved) && reserved.count == 0 {
-                reserved.add(&self.profile, self.milli(*at), self.limit_s(*at));
+        while let Some((_, Reverse(at))) = order.pop() {
+            if !self.try_start(now, at, &mut reserved) {
+                reserved.add(&self.profile, self.milli(at), self.limit_s(at));
+                break;
             }
         }
-        order.retain(|(at, _)| self.started[*at].is_none());
-        self.learned.waiting = order;
+        // Most of those behind it are too large or too long: only the others need an order.
+        let free = self.profile.free_at(now);
+        let may = |at: usize| {
+            let longest_s = reserved.longest_s(self.milli(at));
+            self.is_small(&self.jobs[at].request, free)
+                && longest_s.is_some_and(|longest_s| self.limit_s(at) <= longest_s)
+        };
+        let mut rest: Vec<(u64, Reverse<usize>)> = order.into_iter().filter(|(_, Reverse(at))| may(*at)).collect();
+        rest.sort_unstable_by(|one, other| other.cmp(one));
+        for (_, Reverse(at)) in rest {
+            self.try_start(now, at, &mut reserved);
+        }
+        let started = &self.started;
+        self.learned.waiting.retain(|(at, _)| started[*at].is_none());
     }
 
     /// Starts the job if it delays no reservation and the machines have room for it.

@@ -3,8 +3,8 @@
 //!
 //! - Jobs that have had little are young. A young job that finds no room preempts old ones: most jobs are short, and need
 //!   not wait for the few long ones.
-//! - Who has waited `LONGEST_WAIT_S` in all goes first and is preempted for no young job any more: that bounds what a long
-//!   job loses, and how often.
+//! - Who has waited `LONGEST_WAIT_S` in all goes first and is preempted for no young job any more, as long as such jobs hold
+//!   no more than `PROTECTED_PERCENT` of the pool: that bounds what most long jobs lose, and leaves room for the young.
 //! - In a pool of several tenants each has a share. What one does not use is lent, and reclaimed from who is over its own.
 //! - A job runs `LEAST_RUN_S` before it may be preempted, and runs `RESTART_S` longer for each time.
 
@@ -20,8 +20,11 @@ use super::trace::{Trace, TraceJob};
 /// A job is young until it has had so many GPU seconds.
 const YOUNG_GPU_S: u64 = 12_000;
 
-/// Waiting, all of it together, from which a job is taken care of: 64 hours.
-const LONGEST_WAIT_S: u64 = 64 * 3_600;
+/// Waiting, all of it together, from which a job is taken care of: three days.
+const LONGEST_WAIT_S: u64 = 72 * 3_600;
+
+/// Without it a pool fills up with protected jobs, and young ones wait as behind any queue.
+const PROTECTED_PERCENT: u64 = 50;
 
 /// A preemption within this would waste more than it gives.
 const LEAST_RUN_S: u64 = 1_800;
@@ -153,21 +156,30 @@ impl Run<'_> {
                 self.events.push(Reverse((job.of.submit_s, What::Arrives, at, 0)));
             }
         }
+        let mut happened = false;
         while let Some(Reverse((now, what, at, start))) = self.events.pop() {
-            match what {
-                What::Arrives => {
-                    self.jobs[at].phase = Phase::Waiting;
-                    self.waiting.push(at);
-                }
-                What::Ends if self.jobs[at].starts == start => self.end(now, at),
-                _ => {}
-            }
-            // Once a second, when all that happens in it has happened.
+            happened |= self.happens(now, what, at, start);
+            // Once a second, when all that happens in it has happened. What is void must not even cause a look: when a
+            // preempted job would have ended is nobody's to know.
             let more = self.events.peek().is_some_and(|Reverse((time, ..))| *time == now);
-            if !more && !self.waiting.is_empty() {
+            if !more && std::mem::take(&mut happened) && !self.waiting.is_empty() {
                 self.look(now);
             }
         }
+    }
+
+    /// False for what an earlier start left behind.
+    fn happens(&mut self, now: u64, what: What, at: usize, start: u32) -> bool {
+        let holds = self.jobs[at].starts == start && self.jobs[at].phase != Phase::Ended;
+        match what {
+            What::Arrives => {
+                self.jobs[at].phase = Phase::Waiting;
+                self.waiting.push(at);
+            }
+            What::Ends if holds => self.end(now, at),
+            What::Ends | What::Ripens => {}
+        }
+        holds
     }
 
     /// Starts who may start: first those within their tenant's share, then the others.
@@ -244,11 +256,12 @@ impl Run<'_> {
     /// Who may be preempted for the job, the first choice first: who has waited least so far.
     fn victims(&self, now: u64, at: usize, owed: bool) -> Vec<usize> {
         let young = self.jobs[at].is_young(now);
+        let protects = self.protected_milli(now) * 100 <= self.floor.milli() * PROTECTED_PERCENT;
         let may = |victim: &&usize| {
             let job = &self.jobs[**victim];
             let same = job.tenant() == self.jobs[at].tenant();
             let reclaimed = owed && !same && self.borrows(job.tenant());
-            let for_young = young && !job.is_young(now) && !job.has_waited_long(now);
+            let for_young = young && !job.is_young(now) && !(protects && job.has_waited_long(now));
             job.may_be_preempted(now) && (reclaimed || (for_young && (same || self.borrows(job.tenant()))))
         };
         let mut victims: Vec<usize> = self.running.iter().filter(may).copied().collect();
@@ -257,6 +270,12 @@ impl Run<'_> {
             (job.has_waited_long(now), job.is_young(now), job.waited_s, *victim)
         });
         victims
+    }
+
+    /// What old jobs that have waited long hold.
+    fn protected_milli(&self, now: u64) -> u64 {
+        let running = self.running.iter().map(|at| &self.jobs[*at]);
+        running.filter(|job| job.has_waited_long(now) && !job.is_young(now)).map(Job::milli).sum()
     }
 
     /// The floor has it already.
