@@ -90,10 +90,10 @@ fn sdsc_sp2_waits_as_published() {
 
 fn jobs(rows: &[(u64, u64, u32, u64)]) -> Trace {
     let line = |(at, (submit, duration, gpus, limit)): (usize, &(u64, u64, u32, u64))| {
-        format!("{at},{submit},{duration},{gpus},{limit}\n")
+        format!("{at},{submit},{duration},{gpus},{limit},u{}\n", at % 40)
     };
     let text: String = rows.iter().enumerate().map(line).collect();
-    let text = format!("id,submit_s,duration_s,gpus,requested_s\n{text}");
+    let text = format!("id,submit_s,duration_s,gpus,requested_s,tenant\n{text}");
     read(("jobs", &text), ("nodes", "name,gpus\nn,10\n")).expect("a well-formed trace")
 }
 
