@@ -76,7 +76,7 @@ pub struct Change {
 pub fn why(state: &State, cache: &mut Cache, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Why> {
     let Some((spec, _)) = waiting_task(state, task) else {
         let reason = Arc::new(reason_with(state, cache, task, unheard)?);
-        return Some(Why::of(reason));
+        return Some(Why::of(state, reason));
     };
     let look = Look::at(state, cache, unheard, task, (STEPS, false));
     let reason = match (&look.placed, &look.reason) {
@@ -104,12 +104,18 @@ pub fn why(state: &State, cache: &mut Cache, task: TaskKey, unheard: &BTreeSet<N
 }
 
 impl Why {
-    /// Something else than the planner has the next word.
-    fn of(reason: Arc<Reason>) -> Self {
+    /// Something else than the planner has the next word: time itself, or somebody.
+    fn of(state: &State, reason: Arc<Reason>) -> Self {
+        let soonest = match *reason {
+            Reason::BeginTime { in_ms } | Reason::Backoff { in_ms, .. } => {
+                Start::At(state.meta.clock_ms.saturating_add(in_ms))
+            }
+            _ => Start::Unknown,
+        };
         Self {
             reason,
             holders: Vec::new(),
-            soonest: Start::Unknown,
+            soonest,
             latest: Start::Unknown,
             assumes: Vec::new(),
             placed: None,

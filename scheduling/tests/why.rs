@@ -185,6 +185,18 @@ fn what_is_not_the_planners_has_a_reason_and_no_start() {
     assert!(scheduling::why(&site.state, &mut Cache::default(), JobId(99).into(), &site.unheard).is_none());
 }
 
+#[test]
+fn a_job_in_its_backoff_starts_no_sooner_than_that_ends() {
+    let mut site = Site::default();
+    site.join("n01", mock_v100());
+    let job = submit(&mut site, shape(1, 1, 1), 0);
+    let token = site.start()[0];
+    site.fail_launch(token);
+    let why = ask(&site, job);
+    let scheduling::Reason::Backoff { in_ms, .. } = *why.reason else { panic!("{:?}", why.reason) };
+    assert_eq!((wait(&site, why.soonest), why.latest), (Some(in_ms), Start::Unknown));
+}
+
 /// The promise of a change: who asks for it in its place starts now.
 #[test]
 fn a_change_that_starts_it_now_does() {
