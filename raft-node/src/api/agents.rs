@@ -151,22 +151,14 @@ async fn listen(
 async fn speak(api: Api, desk: Arc<Desk>, mut end: LinkEnd, out: mpsc::Sender<Result<v1::LeaderMessage, Status>>) {
     loop {
         let what = tokio::select! {
-            // The end of the term is looked for first, then sets: an acknowledgement never overtakes the set before it.
+            // The end of the term is looked for first.
             biased;
             () = desk.over() => {
                 let _ = out.send(Err(error::not_leader(api.leader_addr().as_deref()))).await;
                 return;
             }
-            changed = end.desired.changed() => {
-                let newest = end.desired.borrow_and_update().clone();
-                match (changed, newest) {
-                    (Ok(()), Some(desired)) => v1::leader_message::What::Desired(desired),
-                    (Ok(()), None) => continue,
-                    (Err(_), _) => return,
-                }
-            }
-            ack = end.acks.recv() => match ack {
-                Some(ack) => ack,
+            what = end.next() => match what {
+                Some(what) => what,
                 None => return,
             },
         };

@@ -27,8 +27,27 @@ pub struct Link {
 
 /// The stream's end of it.
 pub struct LinkEnd {
-    pub acks: mpsc::Receiver<v1::leader_message::What>,
-    pub desired: watch::Receiver<Option<v1::Desired>>,
+    acks: mpsc::Receiver<v1::leader_message::What>,
+    desired: watch::Receiver<Option<v1::Desired>>,
+}
+
+impl LinkEnd {
+    /// What the agent is told next; `None` once the link is gone. Sets are looked for first: an acknowledgement, which lets an agent
+    /// start what its newest set has, never overtakes the set before it.
+    pub async fn next(&mut self) -> Option<v1::leader_message::What> {
+        loop {
+            tokio::select! {
+                biased;
+                changed = self.desired.changed() => {
+                    changed.ok()?;
+                    if let Some(desired) = self.desired.borrow_and_update().clone() {
+                        return Some(v1::leader_message::What::Desired(desired));
+                    }
+                }
+                ack = self.acks.recv() => return ack,
+            }
+        }
+    }
 }
 
 impl Link {
@@ -117,6 +136,21 @@ pub(super) async fn run(desk: Arc<Desk>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_acknowledgement_never_overtakes_the_set_before_it() {
+        use v1::leader_message::What;
+        // The order must not be luck: a fair choice would pass half of the rounds.
+        for round in 1..=64 {
+            let (link, mut end) = Link::new();
+            link.offer(v1::Desired { epoch: round, ..Default::default() });
+            link.send(What::Ack(v1::HeartbeatAck { heartbeat: round, ..Default::default() }));
+            assert!(matches!(end.next().await, Some(What::Desired(set)) if set.epoch == round), "round {round}");
+            assert!(matches!(end.next().await, Some(What::Ack(ack)) if ack.heartbeat == round), "round {round}");
+            drop(link);
+            assert!(end.next().await.is_none());
+        }
+    }
 
     #[test]
     fn a_late_old_stream_does_not_take_the_new_ones_place() {
