@@ -16,4 +16,5 @@ pub mod process;
 pub mod reads;
 pub mod replays;
 pub mod sim;
+pub mod soak;
 pub mod verdict;

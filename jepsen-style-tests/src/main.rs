@@ -1,6 +1,6 @@
 //! `faults`: the long runs. Started by the script `run`, which builds what they need.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use jepsen_style_tests::faults::{Fault, Need};
 use jepsen_style_tests::network::Network;
 use jepsen_style_tests::sim::{campaign, fault};
 use jepsen_style_tests::verdict::Verdict;
-use jepsen_style_tests::{cluster, nemesis, powercut, reads, replays};
+use jepsen_style_tests::{cluster, nemesis, powercut, reads, replays, soak};
 
 /// Fault-injection runs against real `ares` processes
 ///
@@ -80,6 +80,18 @@ enum Run {
         #[arg(long, default_value_t = 10, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(2..))]
         times: usize,
         /// The same seed gives the same order of sendings and pauses before the kills
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+    /// Hours of nemesis, replays and power cuts (root), in rounds that a later call goes on with; stops at one that is not valid
+    Soak {
+        /// Of all rounds in the directory together
+        #[arg(long, default_value_t = 1.0)]
+        hours: f64,
+        /// Rounds, their histories and the page that sums them up [default: in the target directory]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Number, and so seed, of the first round
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
@@ -169,10 +181,9 @@ fn main() -> ExitCode {
             vec![under_faults(nemesis::Plan { duration, seed, faults, pairs, planted, network: None, out })]
         }
         Run::Replays { ids, times, seed } => {
-            let plan = replays::Plan { ids, times, seed };
-            let title = format!("replays --ids {ids} --times {times} --seed {seed}");
-            vec![told(&title, cluster::block_on(replays::run(&plan)))]
+            vec![replayed(replays::Plan { ids, times, seed })]
         }
+        Run::Soak { hours, dir, seed } => return soaked(hours, dir, seed),
         Run::Recheck { dir } => vec![told(&format!("recheck {}", dir.display()), nemesis::recheck(&dir))],
         Run::Edn { dir } => match reads::load(&dir.join("history.jsonl")) {
             Ok(events) => {
@@ -320,9 +331,57 @@ fn possible(faults: Vec<Fault>, allow_skip: &[Fault], pairs: bool) -> Option<Vec
     Some(here)
 }
 
+fn soaked(hours: f64, dir: Option<PathBuf>, seed: u64) -> ExitCode {
+    let Some(duration) = Duration::try_from_secs_f64(hours * 3_600.0).ok().filter(|duration| !duration.is_zero())
+    else {
+        eprintln!("--hours {hours} is no time above 0");
+        return ExitCode::from(2);
+    };
+    if let Err(why) = Need::Network.available().and_then(|()| Disk::available()) {
+        eprintln!("No soak on this machine: {why}");
+        return ExitCode::FAILURE;
+    }
+    let dir = dir.unwrap_or_else(|| fault_runs().join("soak"));
+    let round = |kind, seed, out: &Path| match kind {
+        soak::Kind::PowerCuts => power_cuts(20, 3, seed, None),
+        soak::Kind::Replays => replayed(replays::Plan { ids: 10_000, times: 10, seed }),
+        soak::Kind::Nemesis | soak::Kind::Pairs => {
+            let (duration, pairs, out) = (Duration::from_secs(300), kind == soak::Kind::Pairs, out.to_owned());
+            under_faults(nemesis::Plan {
+                duration,
+                seed,
+                faults: Fault::all(),
+                pairs,
+                planted: None,
+                network: None,
+                out,
+            })
+        }
+    };
+    match soak::run(&soak::Plan { duration, dir: dir.clone(), seed }, round) {
+        Ok((page, valid)) => {
+            println!("{page}\nIn {}", dir.display());
+            if valid { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn replayed(plan: replays::Plan) -> Verdict {
+    let title = format!("replays --ids {} --times {} --seed {}", plan.ids, plan.times, plan.seed);
+    told(&title, cluster::block_on(replays::run(&plan)))
+}
+
 fn directory_of(seed: u64) -> PathBuf {
+    fault_runs().join(format!("nemesis-{seed}"))
+}
+
+fn fault_runs() -> PathBuf {
     let target = jepsen_style_tests::process::ares().parent().map(PathBuf::from).unwrap_or_default();
-    target.join("fault-runs").join(format!("nemesis-{seed}"))
+    target.join("fault-runs")
 }
 
 fn under_faults(mut plan: nemesis::Plan) -> Verdict {
