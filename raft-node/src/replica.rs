@@ -38,8 +38,12 @@ use crate::recovery;
 pub use crate::raft::machine::{Applied, Digest};
 pub use crate::raft::types::Peer;
 
-/// Threads of Raft's own runtime: its core and its server are never kept waiting by the APIs.
-const RAFT_THREADS: usize = 2;
+/// Threads of Raft's own runtime, so that its core and its server are never kept waiting by the APIs. It is one task after the other: a
+/// second thread pays only where cores are idle, for else the two wake each other in turn.
+fn raft_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).clamp(1, 2))
+}
+
 /// How long a stopping leader lets what is under way end.
 const DRAIN: Duration = Duration::from_secs(1);
 /// How long a stopping leader waits for its successor.
@@ -180,7 +184,7 @@ impl Replica {
         let (listener, peer) = listen(&options).await?;
         let (home, identity) = whose(&options).await?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(RAFT_THREADS)
+            .worker_threads(raft_threads())
             .thread_name("ares-raft")
             .enable_all()
             .build()

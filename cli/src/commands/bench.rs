@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::Global;
-use crate::connect::{address, servers};
+use crate::connect::{address, runtime, servers};
 use crate::exit::{FAILURE, Failure, Outcome};
 use crate::output::{self, Format};
 
@@ -90,8 +90,7 @@ fn submit(global: &Global, named: &[String], demand: Demand, no_check: bool) -> 
             demand.clients
         )));
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async {
+    runtime()?.block_on(async {
         let load = submit_load(global, &named, &demand).await?;
         let mut report = load.report(&demand);
         let mut missing = 0;
@@ -324,8 +323,7 @@ async fn all_jobs(client: &Client) -> Result<BTreeSet<u64>, Failure> {
 /// Submits `true` again and again, and watches for its RUNNING: the time includes the report that it runs.
 fn start(global: &Global, jobs: usize) -> Outcome {
     let named = servers(global)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let latency_us = runtime.block_on(async {
+    let latency_us = runtime()?.block_on(async {
         let client = fresh_client(global, &named)?;
         let watch = v1::WatchRequest { key: "/state/".to_owned(), prefix: true, ..Default::default() };
         let mut states = client.watch(watch).await?;

@@ -65,13 +65,18 @@ pub fn run(args: Args, _global: Global) -> Outcome {
         insecure: args.insecure,
         snapshot_entries: args.snapshot_entries,
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(api_threads()).enable_all().build()?;
     runtime.block_on(async {
         let running = server::start(options).await.map_err(failure)?;
         println!("{}", running.greeting());
         running.until_signal().await.map_err(failure)?;
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Half of the cores are the APIs': Raft, the log and the image have threads of their own.
+fn api_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, 8))
 }
 
 /// Why the replica does not run, with what to do.
