@@ -184,6 +184,20 @@ fn nor_where_gpus_go_round() {
     }
 }
 
+#[test]
+fn a_week_of_waiting_goes_before_any_ratio() {
+    // Of two that wait for the first, the shorter one has the higher ratio, but not when the other has waited a week.
+    let starts = |until: u64| -> Vec<Option<u64>> {
+        let rows = [(0, until, 10, until), (0, 50_000, 10, 50_000), (until - 100_000, 100, 10, 100)];
+        let log = jobs(&rows);
+        let waits = waits(&log, Queue::ResponseRatio).into_iter().zip(&log.jobs);
+        waits.map(|(wait, job)| wait.map(|wait| wait + job.submit_s)).collect()
+    };
+    let week = 7 * 86_400;
+    assert_eq!(starts(week - 1), [Some(0), Some(week + 99), Some(week - 1)]);
+    assert_eq!(starts(week), [Some(0), Some(week), Some(week + 50_000)]);
+}
+
 /// By job, (first start, end, preemptions).
 fn journeys(jobs: &str, nodes: &str, pooled: bool) -> Vec<Option<(u64, u64, u32)>> {
     let jobs = format!("id,submit_s,duration_s,gpus,tenant\n{jobs}");

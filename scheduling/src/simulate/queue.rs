@@ -23,6 +23,9 @@ const UNLIMITED_S: u64 = 1 << 40;
 /// Response ratios are compared in parts of so many.
 const RATIO: u64 = 1 << 20;
 
+/// Who has waited so long goes first, in order of arrival: seven days, as a cluster's policy has it unless told otherwise.
+const AGED_S: u64 = 7 * 86_400;
+
 /// A guess below this is counted as this: the bound of the bounded slowdown.
 const SHORTEST_S: u64 = 10;
 
@@ -221,8 +224,10 @@ impl Run<'_> {
             return;
         }
         let ratio = |(at, guess_s): &(usize, u64)| {
-            let waited = (now - self.jobs[*at].submit_s).min(UNLIMITED_S) * RATIO;
-            (waited / (*guess_s).max(SHORTEST_S), Reverse(*at))
+            let waited_s = now - self.jobs[*at].submit_s;
+            let ratio = waited_s.min(AGED_S) * RATIO / (*guess_s).max(SHORTEST_S);
+            // Of those who have waited so long the first comes first.
+            (if waited_s < AGED_S { ratio } else { u64::MAX }, Reverse(*at))
         };
         let mut order: BinaryHeap<(u64, Reverse<usize>)> = self.learned.waiting.iter().map(ratio).collect();
         let mut reserved = Reserved::none(now);

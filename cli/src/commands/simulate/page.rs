@@ -31,14 +31,13 @@ p.y{margin:0;color:var(--soft);font-size:.75rem}svg{width:100%;height:auto;displ
 footer{color:var(--soft);font-size:.85rem;margin-top:1.5rem}";
 
 /// Points along the time axis.
-const MOMENTS: usize = 360;
+const MOMENTS: usize = 180;
 
 pub(super) fn page(experiment: &Experiment) -> String {
     let trace = &experiment.trace;
     let gpus: u64 = trace.machines.iter().map(|machine| u64::from(machine.gpus)).sum();
     let (machines, jobs) = (grouped(trace.machines.len() as u64), grouped(trace.jobs.len() as u64));
-    let about =
-        format!("{jobs} jobs of the list, {machines} machines, {} GPUs, seed {}", grouped(gpus), experiment.seed);
+    let about = format!("Jobs: {jobs}. Machines: {machines}, GPUs: {}. Seed: {}.", grouped(gpus), experiment.seed);
     let runs: Vec<(&str, &Course, &Figures)> = experiment
         .results
         .iter()
@@ -125,7 +124,7 @@ fn slowdowns(trace: &Trace, runs: &[(&str, &Course, &Figures)]) -> String {
             .collect::<Vec<f64>>()
     };
     let series = runs.iter().map(|(name, course, _)| distribution(name, of(course))).collect::<Vec<_>>();
-    let write = |value: f64| format!("{value:.0}");
+    let write = |value: f64| grouped(value as u64);
     let x = Axis { label: "bounded slowdown".to_owned(), from: 1.0, to: longest(&series), log: true, write };
     lines("How much longer than alone", "part of the jobs slowed down at most so much", &x, &percent(), &series)
 }
@@ -275,9 +274,9 @@ mod tests {
     #[test]
     fn means_add_up_to_the_whole() {
         let points = means([(0, 360, 2.0), (180, 360, 1.0)].into_iter(), (0, 360));
-        assert_eq!((points.len(), points[0].1, points[359].1), (MOMENTS, 2.0, 3.0));
+        assert_eq!((points.len(), points[0].1, points[MOMENTS - 1].1), (MOMENTS, 2.0, 3.0));
         let sum: f64 = points.iter().map(|(_, value)| value).sum();
-        assert!((sum - 900.0).abs() < 1e-6, "{sum}");
+        assert!((sum - 2.5 * MOMENTS as f64).abs() < 1e-6, "{sum}");
     }
 
     #[test]
