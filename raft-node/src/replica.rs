@@ -597,6 +597,7 @@ async fn assemble(
     drop(callers.spawn(packer.run()));
     tokio::spawn(reads.clone().serve(raft.clone(), pool.clone()));
     let mender = Mender::new(identity.replica, shared.clone(), pool, raft.clone());
+    shared.mender.set(&mender);
     start_upkeep(&raft, &shared, &disk_full);
     tokio::spawn(upkeep::note_members(raft.clone(), home.clone()));
     tokio::spawn(upkeep::note_membership(raft.clone(), home.clone(), identity, log.durable_index()));

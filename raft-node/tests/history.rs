@@ -6,6 +6,7 @@ mod support;
 use std::path::Path;
 
 use proto::v1;
+use proto::v1::audit_server::Audit;
 use proto::v1::jobs_server::Jobs;
 use proto::v1::keyspace_server::Keyspace;
 use raft_node::api::Api;
@@ -177,5 +178,43 @@ async fn without_a_copy_the_reader_is_told_what_is_damaged() {
     // What never was is still not there.
     let unknown = api(&group, 0).get_job(Request::new(v1::GetJobRequest { job_id: 99, read: STALE })).await;
     assert_eq!(unknown.expect_err("unknown").code(), Code::NotFound);
+    group.stop_all().await;
+}
+
+/// Asks for a copy, which makes a replica write a snapshot of now.
+async fn makes_a_snapshot(group: &Group, n: usize) -> bool {
+    let api = api(group, n);
+    let mut request = Request::new(v1::SaveSnapshotRequest {});
+    request.metadata_mut().insert("ares-join-token", "secret".parse().expect("plain"));
+    let parts = api.save_snapshot(request).await.map(drop);
+    parts.is_ok()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_of_damaged_history_is_written_once_another_replica_gave_it() {
+    let mut group = with_history(3, 50_000).await;
+    damage(&mut group, 0).await;
+    group.leader().await;
+    assert!(makes_a_snapshot(&group, 0).await);
+    assert_whole(&api(&group, 0)).await;
+    group.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_copy_there_is_no_snapshot_and_the_replica_goes_on() {
+    let mut group = with_history(1, 60).await;
+    damage(&mut group, 0).await;
+    let applied = group.replica(0).state().meta.applied.index;
+    let snapshots = storage::snapshots_dir(&group.places[0].dir);
+    assert_eq!(storage::snapshot::list(&snapshots).expect("listed"), [], "there is no copy");
+    for request in 0..150 {
+        group.open_session(request).await;
+    }
+    // It tries, and fails, and serves meanwhile.
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    assert!(group.replica(0).failed().borrow().is_none(), "{:?}", group.replica(0).failed().borrow());
+    group.open_session(150).await;
+    assert!(group.replica(0).state().meta.applied.index > applied + 60);
+    assert_eq!(storage::snapshot::list(&snapshots).expect("listed"), []);
     group.stop_all().await;
 }

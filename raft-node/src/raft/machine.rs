@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+use openraft::storage::{EntryResponder, RaftStateMachine};
 use statemachine::State;
 use statemachine::record::LogPosition;
 use statemachine::settings::Settings;
@@ -19,8 +19,10 @@ use statemachine::storage::{
 };
 use tokio::sync::watch;
 
+use super::build::Builder;
 use super::image::Bell;
 use super::mark::Mark;
+use super::mend::MenderOf;
 use super::types::{
     ApplyReply, Entry, EntryPayload, LeaderId, LogId, Payload, Peer, SnapshotMeta, StoredMembership, TypeConfig, log_id,
 };
@@ -40,7 +42,7 @@ const ROOM_RETRY: Duration = Duration::from_secs(1);
 /// Tries to write a snapshot while history is dropped under it.
 const SNAPSHOT_TRIES: usize = 3;
 
-type Snapshot = openraft::Snapshot<LeaderId, u64, Peer, SnapshotFiles>;
+pub(super) type Snapshot = openraft::Snapshot<LeaderId, u64, Peer, SnapshotFiles>;
 
 /// How far the state has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +100,8 @@ pub struct Shared {
     current: Mutex<Option<SnapshotFiles>>,
     pub(super) bell: Bell,
     pub(crate) mark: Mark,
+    /// Who makes damaged history whole, once there is one.
+    pub(crate) mender: MenderOf,
     applied: watch::Sender<Applied>,
     digest: watch::Sender<Option<Digest>>,
     marks: watch::Sender<Marks>,
@@ -138,6 +142,7 @@ impl Shared {
             current: Mutex::default(),
             bell: Bell::default(),
             mark: Mark::default(),
+            mender: MenderOf::default(),
             applied: watch::Sender::new(applied),
             digest: watch::Sender::default(),
             marks: watch::Sender::new(Marks { image: on_disk, ..Marks::default() }),
@@ -267,7 +272,7 @@ impl Shared {
     }
 
     /// Blocks: does what writes to the disk, again and again while that is full and the replica runs.
-    fn when_there_is_room<T>(&self, work: impl Fn() -> Result<T, StorageError>) -> Result<T, StorageError> {
+    pub(super) fn when_there_is_room<T>(&self, work: impl Fn() -> Result<T, StorageError>) -> Result<T, StorageError> {
         loop {
             match work() {
                 Err(full) if full.is_full() && !self.bell.ends() => {
@@ -295,7 +300,7 @@ impl Shared {
     }
 
     /// Blocks: writes a snapshot of the state as it is now.
-    fn write_snapshot(&self) -> Result<SnapshotFiles, StorageError> {
+    pub(super) fn write_snapshot(&self) -> Result<SnapshotFiles, StorageError> {
         let mut tries = 0;
         let written = loop {
             tries += 1;
@@ -428,7 +433,7 @@ fn membership(state: &State) -> io::Result<StoredMembership> {
 }
 
 /// What openraft must know of a snapshot, from its manifest.
-fn meta(manifest: &Manifest) -> io::Result<SnapshotMeta> {
+pub(super) fn meta(manifest: &Manifest) -> io::Result<SnapshotMeta> {
     let unreadable = |what: String| io::Error::other(format!("membership in a snapshot's manifest: {what}"));
     let hex = manifest.membership.as_bytes();
     let bytes: Option<Vec<u8>> =
@@ -502,7 +507,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Builder {
-        Builder { shared: self.shared.clone() }
+        Builder::new(self.shared.clone())
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: SnapshotFiles) -> io::Result<()> {
@@ -516,21 +521,6 @@ impl RaftStateMachine<TypeConfig> for Machine {
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
         let Some(files) = self.shared.current().clone() else { return Ok(None) };
         Ok(Some(Snapshot { meta: meta(&files.manifest)?, snapshot: files }))
-    }
-}
-
-/// Writes a snapshot of the state as it is when the writing begins.
-pub struct Builder {
-    shared: Arc<Shared>,
-}
-
-impl RaftSnapshotBuilder<TypeConfig> for Builder {
-    type SnapshotData = SnapshotFiles;
-
-    async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
-        let shared = self.shared.clone();
-        let files = blocking(move || shared.when_there_is_room(|| shared.write_snapshot())).await?;
-        Ok(Snapshot { meta: meta(&files.manifest)?, snapshot: files })
     }
 }
 

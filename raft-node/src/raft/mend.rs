@@ -2,7 +2,7 @@
 //! bucket at a time, and only while nothing else is mended. What makes a copy believable is `statemachine::storage::mend`'s.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 
 use openraft::async_runtime::WatchReceiver;
 use statemachine::storage::{self, Copies, Image, StorageError};
@@ -30,11 +30,30 @@ pub enum MendError {
     Internal(String),
 }
 
+/// The replica's mender, for those whom it knows itself; it is gone when the replica is.
+#[derive(Default)]
+pub struct MenderOf(OnceLock<Weak<Inner>>);
+
+impl MenderOf {
+    pub fn set(&self, mender: &Mender) {
+        // A replica has one.
+        let _ = self.0.set(Arc::downgrade(&mender.0));
+    }
+
+    /// See [`Mender::mend`].
+    pub async fn mend(&self, bucket: u32) -> Result<(), MendError> {
+        match self.0.get().and_then(Weak::upgrade) {
+            Some(inner) => Mender(inner).mend(bucket).await,
+            None => Err(MendError::Internal("the replica is starting or stopping".to_owned())),
+        }
+    }
+}
+
 /// Mends history for whoever meets damage. Cloning shares it.
 #[derive(Clone)]
 pub struct Mender(Arc<Inner>);
 
-struct Inner {
+pub struct Inner {
     me: u64,
     shared: Arc<Shared>,
     pool: Pool,

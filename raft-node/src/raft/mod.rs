@@ -1,6 +1,7 @@
 //! The openraft instance: types, settings, network and the state machine adapter. Nothing outside this module, the log's adapter and
 //! `replica` names openraft.
 
+pub mod build;
 pub mod fetch;
 pub mod image;
 pub mod machine;
