@@ -461,7 +461,8 @@ impl World {
         if !self.net.reaches(Site::Replica(at), Site::Agent(agent)) {
             return;
         }
-        let arrives = (now + way).max(conn.sent_until + 1);
+        let slow = self.net.slow_words_us.get(&agent).copied().unwrap_or(0);
+        let arrives = (now + way + slow).max(conn.sent_until + 1);
         conn.sent_until = arrives;
         let word = Word::Message(v1::LeaderMessage { what: Some(what) });
         self.after(arrives - now, Event::ToAgent { agent, life, generation, word });

@@ -49,6 +49,17 @@ pub enum Fault {
         agent: usize,
         for_ms: u64,
     },
+    /// What this agent sends is lost; what is sent to it arrives.
+    MuteAgent {
+        agent: usize,
+        for_ms: u64,
+    },
+    /// What the leader says to this agent takes so much longer; then the agent is mute, and the last words still arrive.
+    SlowWords {
+        agent: usize,
+        by_ms: u64,
+        for_ms: u64,
+    },
     /// Users reach only the replica that leads now.
     UsersSeeOne {
         for_ms: u64,
@@ -152,6 +163,8 @@ impl Fault {
             Fault::Halves { .. } => "halves",
             Fault::FollowersOnly { .. } => "followers_only",
             Fault::DeafAgent { .. } => "deaf_agent",
+            Fault::MuteAgent { .. } => "mute_agent",
+            Fault::SlowWords { .. } => "slow_words",
             Fault::UsersSeeOne { .. } => "users_see_one",
             Fault::CrashReplica { .. } => "crash_replica",
             Fault::CrashLeader { .. } => "crash_leader",
@@ -186,6 +199,8 @@ impl Fault {
             | Fault::Halves { for_ms, .. }
             | Fault::FollowersOnly { for_ms, .. }
             | Fault::DeafAgent { for_ms, .. }
+            | Fault::MuteAgent { for_ms, .. }
+            | Fault::SlowWords { for_ms, .. }
             | Fault::UsersSeeOne { for_ms }
             | Fault::CrashReplica { for_ms, .. }
             | Fault::CrashLeader { for_ms }
@@ -227,6 +242,8 @@ pub const KINDS: &[&str] = &[
     "halves",
     "followers_only",
     "deaf_agent",
+    "mute_agent",
+    "slow_words",
     "users_see_one",
     "crash_replica",
     "crash_leader",
@@ -289,6 +306,8 @@ fn one(kind: &str, setup: &Setup, rng: &mut Rng) -> Fault {
         "halves" => Fault::Halves { mask: rng.range(1, (1 << setup.replicas) - 2), for_ms: long / 2 },
         "followers_only" => Fault::FollowersOnly { agent, for_ms: long },
         "deaf_agent" => Fault::DeafAgent { agent, for_ms: long },
+        "mute_agent" => Fault::MuteAgent { agent, for_ms: long },
+        "slow_words" => Fault::SlowWords { agent, by_ms: rng.range(500, 9_000), for_ms: long / 2 },
         "users_see_one" => Fault::UsersSeeOne { for_ms: long },
         "crash_replica" => Fault::CrashReplica { replica, for_ms: short },
         "crash_leader" => Fault::CrashLeader { for_ms: short },

@@ -11,6 +11,8 @@ use statemachine::{Command, NodeId};
 
 /// Machines may lose so many GPUs in sum: every shape must find a place in the end.
 const LOST_GPUS: u64 = 6;
+/// Longer than most leases.
+const MUTE_AFTER_SLOW_MS: u64 = 20_000;
 
 impl World {
     pub fn inject(&mut self, fault: Fault) {
@@ -50,6 +52,12 @@ impl World {
                 self.net.cuts.push(Cut::Hidden { agent, replica });
             }
             Fault::DeafAgent { agent, .. } => self.net.cuts.push(Cut::Deaf(agent)),
+            Fault::MuteAgent { agent, .. } => self.net.cuts.push(Cut::MuteAgent(agent)),
+            Fault::SlowWords { agent, by_ms, for_ms } => {
+                self.net.slow_words_us.insert(agent, by_ms * 1_000);
+                let mute = Fault::MuteAgent { agent, for_ms: MUTE_AFTER_SLOW_MS };
+                self.after(for_ms * 1_000, Event::Fault(mute));
+            }
             Fault::UsersSeeOne { .. } => {
                 let Some(replica) = self.lasting() else { return false };
                 self.net.cuts.push(Cut::UsersSee(replica));
@@ -181,6 +189,10 @@ impl World {
                 self.uncut(|cut| matches!(cut, Cut::Hidden { agent: hidden, .. } if *hidden == agent));
             }
             Fault::DeafAgent { agent, .. } => self.uncut(|cut| *cut == Cut::Deaf(agent)),
+            Fault::MuteAgent { agent, .. } => self.uncut(|cut| *cut == Cut::MuteAgent(agent)),
+            Fault::SlowWords { agent, .. } => {
+                self.net.slow_words_us.remove(&agent);
+            }
             Fault::UsersSeeOne { .. } => self.uncut(|cut| matches!(cut, Cut::UsersSee(_))),
             Fault::CrashReplica { replica, .. } | Fault::Outage { replica, .. } => self.restart_replica(replica),
             Fault::CrashLeader { .. } => {
@@ -216,6 +228,7 @@ impl World {
     pub fn heal(&mut self) {
         self.healed_at = Some(self.now);
         self.net.cuts.clear();
+        self.net.slow_words_us.clear();
         (self.net.loss_permille, self.net.duplicate_permille, self.net.extra_ms) = (0, 0, 0);
         let away = self.setup.stays_broken.then_some(self.setup.seed as usize % self.replicas.len());
         for at in 0..self.replicas.len() {

@@ -1,5 +1,7 @@
 //! The network: who reaches whom, how long it takes, what gets lost.
 
+use std::collections::BTreeMap;
+
 use super::event::Site;
 use super::random::Rng;
 
@@ -16,6 +18,8 @@ pub enum Cut {
     Hidden { agent: usize, replica: usize },
     /// Towards an agent.
     Deaf(usize),
+    /// From an agent.
+    MuteAgent(usize),
     /// Between users and all replicas but one.
     UsersSee(usize),
 }
@@ -41,6 +45,7 @@ impl Cut {
                 pair.contains(&Site::Agent(agent)) && pair.contains(&Site::Replica(replica))
             }
             Cut::Deaf(agent) => to == Site::Agent(agent),
+            Cut::MuteAgent(agent) => from == Site::Agent(agent),
             Cut::UsersSee(replica) => match (from, to) {
                 (Site::User(_), Site::Replica(at)) | (Site::Replica(at), Site::User(_)) => at != replica,
                 _ => false,
@@ -56,6 +61,8 @@ pub struct Net {
     pub duplicate_permille: u64,
     pub extra_ms: u64,
     pub way_us: u64,
+    /// What the leader says to these agents takes so many us longer.
+    pub slow_words_us: BTreeMap<usize, u64>,
 }
 
 impl Net {
