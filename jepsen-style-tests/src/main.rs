@@ -148,7 +148,7 @@ struct Planted {
     /// Seeds within which each must be caught
     #[arg(long, default_value_t = 500)]
     seeds: u64,
-    /// These bugs alone, comma-separated [default: all]
+    /// These bugs alone, comma-separated [default: all that this tier can reach]
     #[arg(long, value_name = "BUGS", value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(planted::Bug::ALL.iter().map(|bug| bug.name())))]
     only: Vec<String>,
     /// So many of them only, counted on from the one with number `--from` in the list
@@ -250,7 +250,10 @@ fn hunt(options: &Planted) -> ExitCode {
         println!("without a bug, seeds 1 to {}: {own}, in the plain build {plain}: {word}", bugs::SAME);
     }
     println!("{:<22} {:<22} {:>5}  checks that failed before", "bug", "caught by", "seeds");
-    let wanted = |bug: &&planted::Bug| options.only.is_empty() || options.only.iter().any(|name| name == bug.name());
+    let wanted = |bug: &&planted::Bug| match options.only.is_empty() {
+        true => bugs::out_of_reach(**bug).is_none(),
+        false => options.only.iter().any(|name| name == bug.name()),
+    };
     let bugs: Vec<_> = planted::Bug::ALL.iter().filter(wanted).collect();
     let some = options.some.unwrap_or(bugs.len()).min(bugs.len());
     for bug in bugs.iter().cycle().skip(options.from % bugs.len()).take(some) {
@@ -259,6 +262,11 @@ fn hunt(options: &Planted) -> ExitCode {
         let (by, seeds) = caught.by.unwrap_or_else(|| ("NOT CAUGHT".to_owned(), options.seeds));
         let others: Vec<String> = caught.others.iter().map(|(name, times)| format!("{name} {times}")).collect();
         println!("{:<22} {by:<22} {seeds:>5}  {}", bug.name(), others.join(", "));
+    }
+    for bug in planted::Bug::ALL.iter().filter(|_| options.only.is_empty()) {
+        if let Some(why) = bugs::out_of_reach(*bug) {
+            println!("{:<22} not looked for: {why}", bug.name());
+        }
     }
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

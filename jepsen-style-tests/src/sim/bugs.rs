@@ -35,6 +35,15 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
     }
 }
 
+/// Why nothing in this tier shows the bug; `None` = it is looked for.
+pub fn out_of_reach(bug: Bug) -> Option<&'static str> {
+    match bug {
+        Bug::TrustedPlan => Some("the one planner of a term never proposes a place that is taken"),
+        Bug::FreedOnFirstExit => Some("the ranks of a simulated job end at one moment"),
+        _ => None,
+    }
+}
+
 /// How one bug fared.
 #[derive(Clone, Debug)]
 pub struct Caught {

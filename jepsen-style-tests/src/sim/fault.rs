@@ -307,7 +307,7 @@ fn one(kind: &str, setup: &Setup, rng: &mut Rng) -> Fault {
         "followers_only" => Fault::FollowersOnly { agent, for_ms: long },
         "deaf_agent" => Fault::DeafAgent { agent, for_ms: long },
         "mute_agent" => Fault::MuteAgent { agent, for_ms: long },
-        "slow_words" => Fault::SlowWords { agent, by_ms: rng.range(500, 9_000), for_ms: long / 2 },
+        "slow_words" => Fault::SlowWords { agent, by_ms: rng.range(2_200, 5_800), for_ms: long / 2 },
         "users_see_one" => Fault::UsersSeeOne { for_ms: long },
         "crash_replica" => Fault::CrashReplica { replica, for_ms: short },
         "crash_leader" => Fault::CrashLeader { for_ms: short },
