@@ -27,6 +27,7 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
         Bug::ForgottenTooEarly | Bug::DedupInLeader | Bug::DedupIgnoresBody => &["request_once"],
         Bug::ReadWithoutQuorum => &["clients_linearizable"],
         Bug::TrustedPlan => &["gpu_in_one_lease"],
+        Bug::AckAfterEnd => Some("an agent must be heard between the proposal of an end and its commit: not hit so far"),
         Bug::FreedOnFirstExit => &["gang_whole", "gpu_in_one_lease"],
         Bug::EpochIgnored => &["epoch_grows"],
         Bug::RandomInApply => &["replicas_equal", "replay_equal"],
@@ -35,7 +36,7 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
     }
 }
 
-/// Why nothing in this tier shows the bug; `None` = it is looked for.
+/// Why nothing in this tier has shown the bug so far; `None` = it is looked for.
 pub fn out_of_reach(bug: Bug) -> Option<&'static str> {
     match bug {
         Bug::TrustedPlan => Some("the one planner of a term never proposes a place that is taken"),
