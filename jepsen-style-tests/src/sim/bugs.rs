@@ -27,7 +27,9 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
         Bug::ForgottenTooEarly | Bug::DedupInLeader | Bug::DedupIgnoresBody => &["request_once"],
         Bug::ReadWithoutQuorum => &["clients_linearizable"],
         Bug::TrustedPlan => &["gpu_in_one_lease"],
-        Bug::AckAfterEnd => Some("an agent must be heard between the proposal of an end and its commit: not hit so far"),
+        Bug::AckAfterEnd => {
+            Some("an agent must be heard between the proposal of an end and its commit: not hit so far")
+        }
         Bug::FreedOnFirstExit => &["gang_whole", "gpu_in_one_lease"],
         Bug::EpochIgnored => &["epoch_grows"],
         Bug::RandomInApply => &["replicas_equal", "replay_equal"],
