@@ -1,6 +1,8 @@
 //! Copies of a cluster: taken while it runs, and the way from such a copy to a new group of one replica, which others join. The new life
 //! is a new generation: it mints no token, job id or revision of the old one (`statemachine`'s `apply::restore` has the whole rule).
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,7 +66,7 @@ pub enum BackupError {
     Server(#[from] server::ServerError),
 }
 
-/// Receives a copy into `path`, which does not exist yet; it is there whole and durable, or not at all.
+/// Receives a copy into `path`, which does not exist yet; it is there whole and durable, for its owner alone, or not at all.
 pub async fn receive(path: &Path, parts: Streaming<v1::SnapshotPart>) -> Result<Snapshot, BackupError> {
     if path.exists() {
         return Err(BackupError::Exists(path.to_owned()));
@@ -74,6 +76,9 @@ pub async fn receive(path: &Path, parts: Streaming<v1::SnapshotPart>) -> Result<
     let aside = PathBuf::from(aside);
     let received = service::receive_files(&aside, parts).await.map_err(BackupError::Broken);
     let moved = received.and_then(|files| {
+        // It holds the environments of jobs.
+        std::fs::set_permissions(files.dir(), Permissions::from_mode(0o700))
+            .map_err(io_error("close to others", path))?;
         std::fs::rename(files.dir(), path).map_err(io_error("rename to", path))?;
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(io_error("sync", parent))?;

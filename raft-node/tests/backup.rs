@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use proto::v1;
@@ -77,6 +78,7 @@ async fn a_copy_becomes_a_new_generation_that_others_join() {
     // Any replica gives one, of all that was acknowledged.
     save(group.replica((leader + 1) % 3), &copy).await.expect("saved");
     assert!(matches!(save(group.replica(leader), &copy).await, Err(BackupError::Exists(_))));
+    assert_eq!(std::fs::metadata(&copy).expect("there").permissions().mode() & 0o777, 0o700, "it holds environments");
     let behind = submit(&leading).await;
     let old: State = group.replica(leader).state();
     drop(leading);
