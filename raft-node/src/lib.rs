@@ -13,4 +13,5 @@ pub mod raft;
 pub mod read;
 mod recovery;
 pub mod replica;
+mod runtime;
 pub mod server;

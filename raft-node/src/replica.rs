@@ -34,15 +34,10 @@ use crate::raft::upkeep::Changes;
 use crate::raft::{settings, upkeep};
 use crate::read::{ReadError, Reads};
 use crate::recovery;
+use crate::runtime::{RuntimeGuard, end};
 
 pub use crate::raft::machine::{Applied, Digest};
 pub use crate::raft::types::Peer;
-
-/// Threads of Raft's own runtime, so that its core and its server are never kept waiting by the APIs. It is one task after the other: a
-/// second thread pays only where cores are idle, for else the two wake each other in turn.
-fn raft_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).clamp(1, 2))
-}
 
 /// How long a stopping leader lets what is under way end.
 const DRAIN: Duration = Duration::from_secs(1);
@@ -183,13 +178,7 @@ impl Replica {
     pub async fn start(options: Options) -> Result<Self, StartError> {
         let (listener, peer) = listen(&options).await?;
         let (home, identity) = whose(&options).await?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(raft_threads())
-            .thread_name("ares-raft")
-            .enable_all()
-            .build()
-            .map_err(|err| internal("start Raft's runtime")(err.to_string()))?;
-        let guard = RuntimeGuard(Some(runtime));
+        let guard = RuntimeGuard::start().map_err(|err| internal("start Raft's runtime")(err.to_string()))?;
         let callers = Handle::current();
         let assembled =
             guard.handle().spawn(assemble(options.clone(), Arc::new(home), identity, peer, listener, callers));
@@ -407,37 +396,6 @@ impl Drop for Inner {
                 drop(image_writer);
                 drop(home);
             });
-        }
-    }
-}
-
-/// Runs what blocks on a thread of its own, whatever runtime the caller has.
-async fn end(work: impl FnOnce() + Send + 'static) {
-    let (done, ended) = oneshot::channel();
-    std::thread::spawn(move || {
-        work();
-        let _ = done.send(());
-    });
-    let _ = ended.await;
-}
-
-/// Keeps a runtime from being dropped where that is not allowed, until it has found its owner.
-struct RuntimeGuard(Option<Runtime>);
-
-impl RuntimeGuard {
-    fn handle(&self) -> &tokio::runtime::Handle {
-        self.0.as_ref().expect("kept until `keep`").handle()
-    }
-
-    fn keep(mut self) -> Runtime {
-        self.0.take().expect("kept once")
-    }
-}
-
-impl Drop for RuntimeGuard {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
         }
     }
 }
