@@ -27,9 +27,6 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
         Bug::ForgottenTooEarly | Bug::DedupInLeader | Bug::DedupIgnoresBody => &["request_once"],
         Bug::ReadWithoutQuorum => &["clients_linearizable"],
         Bug::TrustedPlan => &["gpu_in_one_lease"],
-        Bug::AckAfterEnd => {
-            Some("an agent must be heard between the proposal of an end and its commit: not hit so far")
-        }
         Bug::FreedOnFirstExit => &["gang_whole", "gpu_in_one_lease"],
         Bug::EpochIgnored => &["epoch_grows"],
         Bug::RandomInApply => &["replicas_equal", "replay_equal"],
@@ -43,6 +40,9 @@ pub fn out_of_reach(bug: Bug) -> Option<&'static str> {
     match bug {
         Bug::TrustedPlan => Some("the one planner of a term never proposes a place that is taken"),
         Bug::FreedOnFirstExit => Some("the ranks of a simulated job end at one moment"),
+        Bug::AckAfterEnd => {
+            Some("an agent must be heard between the proposal of an end and its commit: not hit so far")
+        }
         _ => None,
     }
 }
