@@ -47,7 +47,15 @@ pub struct Global {
     #[arg(hide_env_values = true, allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
     /// table for people, json, jsonl (a document a line), or name (ids and keys alone); simulate also html
-    #[arg(long, short = 'o', env = "ARES_OUTPUT", global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(
+        long = "output",
+        short = 'o',
+        env = "ARES_OUTPUT",
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT"
+    )]
     #[arg(id = "output", hide_env_values = true, hide_possible_values = true)]
     asked: output::Asked,
     /// `asked`, of a command that draws no pages.

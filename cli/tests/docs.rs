@@ -46,6 +46,19 @@ fn every_command_and_topic_has_help() {
     run(ares(&["help", "lock", "run"])).ok().shows(&["Usage: ares lock run"]);
 }
 
+/// A variable's flag is promised beside it: the flag is there.
+#[test]
+fn every_flag_beside_a_variable_exists() {
+    let environment = run(ares(&["help", "environment"])).ok().out;
+    let flags: Vec<&str> = environment.split_whitespace().filter(|word| word.starts_with("--")).collect();
+    assert!(flags.len() >= 7, "{flags:?}");
+    let helps = ["submit", "server", "agent"].map(|command| run(ares(&[command, "--help"])).ok().out);
+    for flag in flags {
+        let named = |help: &String| help.split_whitespace().any(|word| word == flag);
+        assert!(helps.iter().any(named), "no command has {flag}");
+    }
+}
+
 /// The page with the part behind this mark replaced, up to the next heading or the end.
 fn with_part(page: &str, mark: &str, text: &str) -> String {
     let mark = format!("<!-- {mark} -->\n");
