@@ -51,6 +51,19 @@ pub fn cluster_id(global: &Global) -> Result<&str, Failure> {
         .advise("take it from ares cluster status -o json or a replica's DIR/env, or leave it out"))
 }
 
+/// The answer of one replica that is asked by itself, without another one's help.
+pub async fn answer_of<T>(
+    address: &str,
+    within: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, proto::Error> {
+    match tokio::time::timeout(within, call).await {
+        Ok(Ok(reply)) => Ok(reply.into_inner()),
+        Ok(Err(status)) => Err(proto::Failure::from(status).into()),
+        Err(_) => Err(proto::Error::Unreachable(format!("{address} did not answer"))),
+    }
+}
+
 /// The runtime of a client command: one thread is enough.
 pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)

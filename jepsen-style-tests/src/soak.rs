@@ -39,7 +39,7 @@ impl Kind {
 struct Round {
     round: u64,
     kind: Kind,
-    seconds: u64,
+    ms: u64,
     valid: bool,
     figures: BTreeMap<String, String>,
     /// Violations, and why it shows nothing.
@@ -67,14 +67,14 @@ pub fn run(plan: &Plan, mut round: impl FnMut(Kind, u64, &Path) -> Verdict) -> R
             plan.dir.display()
         ));
     }
-    while rounds.iter().map(|round| round.seconds).sum::<u64>() < plan.duration.as_secs() {
+    while run_ms(&rounds) < plan.duration.as_millis() as u64 {
         let number = rounds.last().map_or(plan.seed, |last| last.round + 1);
         let (kind, began) = (Kind::of(number), Instant::now());
         let verdict = round(kind, number, &plan.dir.join(format!("round-{number}")));
         let ended = Round {
             round: number,
             kind,
-            seconds: began.elapsed().as_secs(),
+            ms: began.elapsed().as_millis() as u64,
             valid: verdict.is_valid(),
             figures: verdict.figures.into_iter().collect(),
             wrong: verdict.violations.into_iter().chain(verdict.empty).collect(),
@@ -88,6 +88,10 @@ pub fn run(plan: &Plan, mut round: impl FnMut(Kind, u64, &Path) -> Verdict) -> R
         }
     }
     Ok((page(&rounds), true))
+}
+
+fn run_ms(rounds: &[Round]) -> u64 {
+    rounds.iter().map(|round| round.ms).sum()
 }
 
 fn read(path: &Path) -> Result<Vec<Round>, String> {
@@ -115,9 +119,9 @@ fn append(path: &Path, round: &Round) -> Result<(), String> {
 /// Figures that are numbers are added up, by kind.
 fn page(rounds: &[Round]) -> String {
     let mut page = String::from("# Soak\n");
-    let seconds: u64 = rounds.iter().map(|round| round.seconds).sum();
+    let hours = run_ms(rounds) as f64 / 3_600_000.0;
     let bad = rounds.iter().filter(|round| !round.valid).count();
-    let _ = writeln!(page, "\n{} rounds, {:.1} h, {bad} not valid\n", rounds.len(), seconds as f64 / 3_600.0);
+    let _ = writeln!(page, "\n{} rounds, {hours:.1} h, {bad} not valid\n", rounds.len());
     let _ = writeln!(page, "| kind | figure | sum |\n|---|---|---|");
     let mut sums: BTreeMap<(String, &str), u64> = BTreeMap::new();
     for round in rounds {
@@ -143,22 +147,22 @@ mod tests {
     use super::*;
 
     fn verdict(acknowledged: u64) -> Verdict {
-        std::thread::sleep(Duration::from_millis(1_010));
+        std::thread::sleep(Duration::from_millis(11));
         Verdict { figures: vec![("acknowledged".to_owned(), acknowledged.to_string())], ..Verdict::default() }
     }
 
     #[test]
     fn a_soak_goes_on_behind_its_last_round_and_stops_at_one_that_is_not_valid() {
         let dir = tempfile::tempdir().expect("a directory");
-        let plan = |seconds| Plan { duration: Duration::from_secs(seconds), dir: dir.path().to_owned(), seed: 4 };
+        let plan = |ms| Plan { duration: Duration::from_millis(ms), dir: dir.path().to_owned(), seed: 4 };
         let mut seen = Vec::new();
-        let (_, valid) = run(&plan(1), |kind, number, _| {
+        let (_, valid) = run(&plan(10), |kind, number, _| {
             seen.push((number, kind));
             verdict(7)
         })
         .expect("it runs");
         assert!(valid);
-        let (page, valid) = run(&plan(3), |kind, number, _| {
+        let (page, valid) = run(&plan(30), |kind, number, _| {
             seen.push((number, kind));
             Verdict { violations: (number == 6).then(|| "lost".to_owned()).into_iter().collect(), ..verdict(7) }
         })
@@ -168,6 +172,6 @@ mod tests {
             "{page}"
         );
         assert_eq!(seen, [(4, Kind::Pairs), (5, Kind::PowerCuts), (6, Kind::Nemesis)]);
-        assert!(run(&plan(9), |_, _, _| verdict(7)).expect_err("a bad round stays").contains("round 6"));
+        assert!(run(&plan(90), |_, _, _| verdict(7)).expect_err("a bad round stays").contains("round 6"));
     }
 }

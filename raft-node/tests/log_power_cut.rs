@@ -43,7 +43,7 @@ fn say(what: std::fmt::Arguments<'_>) {
 
 /// Not a test of its own: the process whose power is cut.
 #[test]
-#[ignore = "started by the power cut test"]
+#[ignore = "no test of its own: the power cut test in this file starts it"]
 fn writing_process() {
     let Ok(dir) = std::env::var("ARES_POWER_CUT_DIR") else { return };
     let log = Log::open(Path::new(&dir), options()).expect("open");

@@ -172,13 +172,13 @@ fn share(part: usize, all: usize) -> f64 {
 }
 
 #[test]
-#[ignore = "minutes without optimisation"]
+#[ignore = "minutes without optimisation: .ci/run has it in a release build"]
 fn kth_sp2() {
     measure("kth-sp2");
 }
 
 #[test]
-#[ignore = "minutes without optimisation"]
+#[ignore = "minutes without optimisation: .ci/run has it in a release build"]
 fn sdsc_sp2() {
     measure("sdsc-sp2");
 }

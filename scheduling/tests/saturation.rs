@@ -44,20 +44,6 @@ fn the_default_score_fills_more_than_fgd() {
     assert!(ours >= fgd + 15 && ours >= 9_414, "{ours} hundredths, fgd {fgd}");
 }
 
-/// All lists, ten seeds: prints the table of docs/SCHEDULING.md. `cargo test --release -p scheduling --test saturation
-/// -- --ignored --nocapture`
-#[test]
-#[ignore = "a table for people, minutes long"]
-fn table_of_all_lists() {
-    for name in ["default", "cpu050", "cpu200", "gpushare40", "gpushare100", "gpuspec33", "multigpu20", "multigpu50"] {
-        let Some(trace) = list(name) else { return };
-        let scores =
-            [Score::Random, Score::BestFit, Score::GpuPacking, Score::GpuClustering, Score::Fgd, Score::LeastLoss];
-        let of = |shuffled| scores.map(|score| format!("{score:?} {}", median(&trace, score, 10, shuffled))).join(", ");
-        println!("{name}: drawn order {}; order of the list {}", of(true), of(false));
-    }
-}
-
 #[test]
 fn what_is_taken_comes_back() {
     let machine = Machine { gpus: 2, gpu_type: 0, cpus: 8_000, mem_mib: 1_024 };

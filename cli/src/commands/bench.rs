@@ -11,6 +11,7 @@ use proto::{Client, Identity, Patience, v1};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use super::run::cancel;
 use crate::Global;
 use crate::connect::{address, runtime, servers};
 use crate::exit::{FAILURE, Failure, Outcome};
@@ -263,7 +264,7 @@ async fn closed_loop(
                 worker.acknowledged.push((reply.job_id, load_began.elapsed().as_micros() as u64));
                 worker.latency_us.saturating_record(began.elapsed().as_micros() as u64);
             }
-            Err(error) => worker.note(&error),
+            Err(error) => worker.note(error.to_string()),
         }
     }
     worker
@@ -271,16 +272,15 @@ async fn closed_loop(
 
 impl Worker {
     async fn cancel(&mut self, client: &Client, job_id: u64) {
-        let request = v1::CancelJobRequest { request_id: proto::request_id(), job_id, user: "bench".to_owned() };
-        match client.cancel_job(request).await {
-            Ok(_) => self.cancelled += 1,
-            Err(error) => self.note(&error),
+        match cancel(client, job_id).await {
+            Ok(()) => self.cancelled += 1,
+            Err(failure) => self.note(failure.message),
         }
     }
 
-    fn note(&mut self, error: &proto::Error) {
+    fn note(&mut self, error: String) {
         self.errors += 1;
-        self.first_error.get_or_insert(error.to_string());
+        self.first_error.get_or_insert(error);
     }
 }
 

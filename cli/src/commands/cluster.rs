@@ -7,7 +7,7 @@ use proto::{Client, Patience, v1};
 
 use super::snapshot;
 use crate::Global;
-use crate::connect::{client, client_with_token, runtime, servers};
+use crate::connect::{answer_of, client, client_with_token, runtime, servers};
 use crate::exit::{CONFLICT, Failure, LOOK_FOR_CLUSTER, Outcome, UNAVAILABLE};
 use crate::json;
 use crate::output::{self, Row};
@@ -146,11 +146,7 @@ async fn one_status(global: &Global, client: &Client, address: &str) -> Result<v
     let client = client.with_patience(Patience { call: patience, attempt: patience });
     let transport = client.transport(address)?;
     let call = async { v1::cluster_client::ClusterClient::new(transport).status(v1::StatusRequest {}).await };
-    match tokio::time::timeout(patience, call).await {
-        Ok(Ok(reply)) => Ok(reply.into_inner()),
-        Ok(Err(status)) => Err(proto::Failure::from(status).into()),
-        Err(_) => Err(proto::Error::Unreachable(format!("{address} did not answer"))),
-    }
+    answer_of(address, patience, call).await
 }
 
 fn status_row(address: &str, reply: &Result<v1::StatusReply, proto::Error>) -> Row {

@@ -63,7 +63,8 @@ pub enum Command {
     /// Everything about a job
     Show(show::Args),
     /// Why a job waits, when it starts, and what would start it sooner
-    Why(why::Args),
+    #[command(after_help = why::AFTER_HELP)]
+    Why(show::Args),
     /// Jobs that wait and run, in the order in which the planner looks at them
     Queue(queue::Args),
     /// Tenants: who pays, for how much

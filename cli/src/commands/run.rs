@@ -60,7 +60,8 @@ async fn follow(client: &Client, job_id: u64) -> Outcome {
     Ok(ExitCode::from(wait::exit_code(&job)))
 }
 
-async fn cancel(client: &Client, job_id: u64) -> Result<(), Failure> {
+/// One that ended by itself meanwhile is as good.
+pub async fn cancel(client: &Client, job_id: u64) -> Result<(), Failure> {
     let request = v1::CancelJobRequest { request_id: proto::request_id(), job_id, user: user() };
     match client.cancel_job(request).await {
         Ok(_) => Ok(()),

@@ -10,14 +10,15 @@ use crate::connect::{client, runtime};
 use crate::exit::Outcome;
 use crate::output::{self, Format};
 
+/// A question about one job.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Id of a job that waits, runs or ended
+    /// Id of a job
     #[arg(value_name = "JOB")]
-    job: u64,
+    pub job: u64,
     /// From the asked replica's memory, without a read index
     #[arg(long)]
-    stale: bool,
+    pub stale: bool,
 }
 
 pub fn run(args: Args, global: Global) -> Outcome {

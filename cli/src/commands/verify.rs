@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use super::cluster::leader_status;
 use crate::Global;
-use crate::connect::{client, runtime};
+use crate::connect::{answer_of, client, runtime};
 use crate::exit::{FAILURE, Failure, LOOK_FOR_CLUSTER, Outcome, UNAVAILABLE};
 use crate::output::{self, Format, Row};
 
@@ -97,11 +97,7 @@ async fn ask_all(client: &Client) -> Result<Vec<Answer>, Failure> {
         let request = v1::VerifyStateRequest { request_id: request_id.clone() };
         asked.spawn(async move {
             let call = async { AuditClient::new(transport).verify_state(request).await };
-            let answer = match tokio::time::timeout(JUDGED_WITHIN, call).await {
-                Ok(Ok(reply)) => Ok(reply.into_inner()),
-                Ok(Err(status)) => Err(proto::Failure::from(status).into()),
-                Err(_) => Err(proto::Error::Unreachable(format!("{} did not answer", member.api_addr))),
-            };
+            let answer = answer_of(&member.api_addr, JUDGED_WITHIN, call).await;
             (member, answer)
         });
     }

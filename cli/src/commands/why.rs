@@ -5,27 +5,19 @@ use std::process::ExitCode;
 use proto::v1;
 use serde_json::{Value, json};
 
-use super::show::{placement, read_mode};
+use super::show::{self, placement, read_mode};
 use super::wait::known;
 use crate::Global;
 use crate::connect::{client, runtime};
 use crate::exit::Outcome;
 use crate::output::{self, Format};
 
-#[derive(Debug, clap::Args)]
-#[command(after_help = "\
+/// Below its help; its arguments are those of `ares show`.
+pub const AFTER_HELP: &str = "\
 Any replica answers, with the planner's own code. The interval of the start goes from \"all that runs ends now\" to \"it uses
-its whole time limit\"; each change was planned with. docs/CLI.md lists the codes.")]
-pub struct Args {
-    /// Id of a job
-    #[arg(value_name = "JOB")]
-    job: u64,
-    /// From the asked replica's memory, without a read index
-    #[arg(long)]
-    stale: bool,
-}
+its whole time limit\"; each change was planned with. docs/CLI.md lists the codes.";
 
-pub fn run(args: Args, global: Global) -> Outcome {
+pub fn run(args: show::Args, global: Global) -> Outcome {
     let client = client(&global)?;
     let request = v1::WhyJobRequest { job_id: args.job, read: read_mode(args.stale) };
     let why = runtime()?.block_on(client.why_job(request)).map_err(|error| known(error, args.job))?;

@@ -35,8 +35,12 @@ impl v1::audit_server::Audit for Api {
                 format!("this replica did not come to the mark in {} s, or came too long ago", MARK_COMES.as_secs());
             error::refusal(reason::NO_QUORUM, what)
         })?;
-        let replica = self.replica.id();
-        let judged = tokio::task::spawn_blocking(move || judge(&marked.state, replica)).await;
+        let (replica, one) = (self.replica.id(), self.judging.clone().lock_owned().await);
+        let judged = tokio::task::spawn_blocking(move || {
+            let _one = one;
+            judge(&marked.state, replica)
+        })
+        .await;
         judged.map(Response::new).map_err(|err| Status::internal(err.to_string()))
     }
 

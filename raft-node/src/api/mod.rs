@@ -23,6 +23,7 @@ use proto::{error, reason, v1};
 use statemachine::command::Command;
 use statemachine::record::StoredReply;
 use statemachine::{Cmd, Outcome, Reply, RequestId, State};
+use tokio::sync::Mutex;
 use tonic::{Request, Status};
 
 use crate::leader::{Board, Desk};
@@ -41,13 +42,15 @@ pub struct Api {
     cluster: Arc<str>,
     tables: view::Tables,
     outlooks: why::Outlooks,
+    /// Held by whoever judges a whole state: it takes a core for seconds, and anybody may ask.
+    judging: Arc<Mutex<()>>,
 }
 
 impl Api {
     pub fn new(replica: Replica, board: Board, join_token: &str) -> Self {
         let cluster = replica.cluster().to_string().into();
-        let (tables, outlooks) = Default::default();
-        Self { replica, board, join_token: join_token.into(), cluster, tables, outlooks }
+        let (tables, outlooks, judging) = Default::default();
+        Self { replica, board, join_token: join_token.into(), cluster, tables, outlooks, judging }
     }
 }
 

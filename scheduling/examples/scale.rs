@@ -1,6 +1,7 @@
-//! What a cycle costs on the largest cluster that is planned for: run by hand, in release, with `--ignored --nocapture`.
+//! What a cycle costs on the largest cluster that is planned for: `cargo run --release -p scheduling --example scale`.
 #![allow(clippy::disallowed_types, clippy::disallowed_methods, clippy::print_stdout)]
 
+#[path = "../tests/site/mod.rs"]
 mod site;
 
 use std::time::{Duration, Instant};
@@ -16,9 +17,7 @@ const SHAPES: usize = 1_000;
 const MINUTE: u64 = 60_000;
 
 /// Every GPU is taken by a job of its own; a gang waits in front of jobs of a thousand shapes.
-#[test]
-#[ignore = "minutes without optimisation; it measures and asserts little"]
-fn a_full_cluster_of_ten_thousand_machines() {
+fn main() {
     let mut site = Site::default();
     for n in 0..MACHINES {
         site.join(&format!("n{n:05}"), hgx("h100"));

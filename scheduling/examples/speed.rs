@@ -1,6 +1,5 @@
-//! How long half a million jobs take through the queue. `cargo test --release -p scheduling --test speed -- --ignored
-//! --nocapture`
-#![allow(clippy::disallowed_types, clippy::disallowed_methods)]
+//! How long half a million jobs take through the queue: `cargo run --release -p scheduling --example speed`.
+#![allow(clippy::disallowed_types, clippy::disallowed_methods, clippy::print_stdout)]
 
 use std::fmt::Write;
 use std::time::Instant;
@@ -30,14 +29,11 @@ fn overloaded() -> Trace {
     read(("jobs", &jobs), ("nodes", &format!("name,gpus\n{nodes}"))).expect("a well-formed trace")
 }
 
-#[test]
-#[ignore = "a figure: only a release build on a quiet machine tells something"]
-fn half_a_million_jobs_through_easy_in_a_minute() {
+fn main() {
     let trace = overloaded();
     let began = Instant::now();
     let figures = run(&trace, &Policy::by_name("easy").expect("a policy"), Options::default()).figures(&trace);
-    let seconds = began.elapsed().as_secs();
-    println!("{seconds} s; {figures:?}");
-    assert_eq!((figures.jobs as usize, seconds < 60), (JOBS, true), "{seconds} s");
+    println!("{:.1} s; {figures:?}", began.elapsed().as_secs_f64());
+    assert_eq!(figures.jobs as usize, JOBS, "all of them end");
     assert!(figures.wait_mean > 100_000, "the cluster was not full: {figures:?}");
 }
