@@ -21,9 +21,18 @@ fn every_command_prints_what_it_knows() {
     watches(&cluster);
     locks(&cluster);
     machines(&cluster);
+    load_whose_jobs_end(&cluster);
     json_everywhere(&cluster, &pair);
     job_environment(&cluster);
     users(&cluster);
+}
+
+/// The load cancels what it submitted, and nothing that it was told is missing.
+fn load_whose_jobs_end(cluster: &Cluster) {
+    let report = cluster.json(&["bench", "submit", "--clients", "2", "--seconds", "1", "--live", "4"]);
+    assert_eq!((&report["errors"], &report["first_error"]), (&0.into(), &Value::Null), "{report}");
+    let (acknowledged, cancelled) = (report["acknowledged"].as_u64(), report["cancelled"].as_u64());
+    assert!(acknowledged > Some(4) && cancelled >= acknowledged.map(|all| all - 4), "{report}");
 }
 
 /// A pair of GPUs with the reason of the choice; returns the job, which goes on.

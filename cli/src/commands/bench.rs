@@ -54,6 +54,8 @@ enum Verb {
 
 /// Clients that share one connection.
 const CLIENTS_PER_CONNECTION: usize = 32;
+/// Whose jobs they are.
+const USER: &str = "bench";
 /// A GPU type that no machine has: jobs wait for ever and cost the planner its look.
 const NO_SUCH_GPU: &str = "bench-none";
 
@@ -168,11 +170,8 @@ fn print(report: &Value) {
 async fn submit_load(global: &Global, servers: &[String], demand: &Demand) -> Result<Load, Failure> {
     let clients = demand.clients;
     let stop = Arc::new(AtomicBool::new(false));
-    let request = v1::SubmitJobRequest {
-        request_id: proto::request_id(),
-        job: Some(job(demand.bytes)),
-        user: "bench".to_owned(),
-    };
+    let request =
+        v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job(demand.bytes)), user: USER.to_owned() };
     let connections = clients.div_ceil(CLIENTS_PER_CONNECTION);
     let connections: Vec<Client> = (0..connections).map(|_| fresh_client(global, servers)).collect::<Result<_, _>>()?;
     for client in &connections {
@@ -272,7 +271,7 @@ async fn closed_loop(
 
 impl Worker {
     async fn cancel(&mut self, client: &Client, job_id: u64) {
-        match cancel(client, job_id).await {
+        match cancel(client, job_id, USER.to_owned()).await {
             Ok(()) => self.cancelled += 1,
             Err(failure) => self.note(failure.message),
         }
@@ -333,7 +332,7 @@ fn start(global: &Global, jobs: usize) -> Outcome {
             let body = v1::Body { argv: vec!["true".to_owned()], ..Default::default() };
             let job = v1::JobSpec { name: "bench".to_owned(), body: Some(body), ..Default::default() };
             let request =
-                v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job), user: "bench".to_owned() };
+                v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job), user: USER.to_owned() };
             let id = client.submit_job(request).await?.job_id;
             wait_for_start(&mut states, &format!("/state/{id}")).await?;
             latency_us.saturating_record(began.elapsed().as_micros() as u64);

@@ -38,7 +38,7 @@ pub async fn submit_and_stream(client: &Client, spec: v1::JobSpec) -> Outcome {
         code = signals.next() => code,
     };
     eprintln!("Interrupted: cancelling job {job_id}; once more leaves at once.");
-    cancel(client, job_id).await?;
+    cancel(client, job_id, user()).await?;
     tokio::select! {
         ended = following => {
             ended?;
@@ -61,8 +61,8 @@ async fn follow(client: &Client, job_id: u64) -> Outcome {
 }
 
 /// One that ended by itself meanwhile is as good.
-pub async fn cancel(client: &Client, job_id: u64) -> Result<(), Failure> {
-    let request = v1::CancelJobRequest { request_id: proto::request_id(), job_id, user: user() };
+pub async fn cancel(client: &Client, job_id: u64, user: String) -> Result<(), Failure> {
+    let request = v1::CancelJobRequest { request_id: proto::request_id(), job_id, user };
     match client.cancel_job(request).await {
         Ok(_) => Ok(()),
         Err(error) if error.reason() == proto::reason::ALREADY_ENDED.name => Ok(()),
