@@ -20,7 +20,8 @@ const TRANSFER: Duration = Duration::from_secs(2);
 pub struct Member {
     pub id: u64,
     pub peer: Peer,
-    /// A learner has no vote: it is catching up.
+    /// Counts in every quorum: a learner that is catching up does not, and neither does who enters or leaves until the change is done. Until
+    /// then the voters from before it decide by themselves, and one of two that dies stops the group.
     pub voter: bool,
     /// Leader's view of how much of the log it has; 0 on others.
     pub matched_index: u64,
@@ -211,12 +212,15 @@ fn is_voter(metrics: &RaftMetrics<TypeConfig>, id: u64) -> bool {
 fn members_of(metrics: &RaftMetrics<TypeConfig>) -> Vec<Member> {
     let matched = |id: &u64| metrics.replication.as_ref()?.get(id).copied().flatten();
     let heard = |id: &u64| metrics.heartbeat.as_ref()?.get(id).copied().flatten();
-    let nodes = metrics.membership_config.membership().nodes();
-    nodes
+    let membership = metrics.membership_config.membership();
+    // Two of them while a change is under way, each with a quorum of its own.
+    let configs = membership.get_joint_config();
+    membership
+        .nodes()
         .map(|(id, peer)| Member {
             id: *id,
             peer: peer.clone(),
-            voter: is_voter(metrics, *id),
+            voter: configs.iter().all(|config| config.contains(id)),
             matched_index: matched(id).map_or(0, |matched| matched.index),
             heard_ms_ago: heard(id).map(|heard| heard.elapsed().as_millis() as u64),
         })
@@ -241,4 +245,30 @@ fn loses_quorum(metrics: &RaftMetrics<TypeConfig>, id: u64) -> Option<String> {
         }
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use openraft::{Membership, StoredMembership};
+
+    use super::*;
+
+    fn voters(configs: Vec<BTreeSet<u64>>) -> Vec<u64> {
+        let peer = Peer { peer_addr: "127.0.0.1:1".to_owned(), api_addr: "127.0.0.1:2".to_owned() };
+        let nodes: BTreeMap<u64, Peer> = (1..=4).map(|id| (id, peer.clone())).collect();
+        let membership = Membership::new(configs, nodes).expect("valid");
+        let mut metrics = RaftMetrics::<TypeConfig>::new_initial(1);
+        metrics.membership_config = Arc::new(StoredMembership::new(None, membership));
+        members_of(&metrics).into_iter().filter(|member| member.voter).map(|member| member.id).collect()
+    }
+
+    #[test]
+    fn a_member_is_a_voter_once_it_counts_in_every_quorum() {
+        let set = |ids: &[u64]| ids.iter().copied().collect::<BTreeSet<u64>>();
+        assert_eq!(voters(vec![set(&[1, 2, 3])]), [1, 2, 3], "4 is a learner");
+        assert_eq!(voters(vec![set(&[1, 2]), set(&[1, 2, 3])]), [1, 2], "3 enters: without 2 nothing commits");
+        assert_eq!(voters(vec![set(&[1, 2, 3]), set(&[1, 2])]), [1, 2], "3 leaves");
+    }
 }
