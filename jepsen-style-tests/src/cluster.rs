@@ -90,8 +90,8 @@ impl Cluster {
 
     async fn until_voters(&self, voters: usize) -> Result<(), String> {
         self.try_until(&format!("{voters} replicas are voters"), SOON, async |cluster| {
-            let Ok(status) = cluster.status(0).await else { return false };
-            status.members.iter().filter(|member| member.voter).count() == voters
+            let members = cluster.members().await.unwrap_or_default();
+            members.iter().filter(|member| member.voter).count() == voters
         })
         .await
     }
@@ -107,12 +107,8 @@ impl Cluster {
             (first, token) = (self.addresses[0].clone(), self.join_token.clone());
             flags.extend(["--join", &first, "--join-token", &token]);
         }
-        self.start_replica(at, &flags);
-        let env = self.replica_dir(at).join("env");
-        self.try_until("its env file is there", SOON, async |_| env.is_file())
-            .await
-            .map_err(|error| format!("replica {at} did not start: {error}\n{}", self.replica_log(at)))?;
-        let env = read_env(&env);
+        self.start_replica(at, &flags, &[]);
+        let env = self.env_of(at).await?;
         self.addresses.truncate(at);
         self.addresses.push(env["ARES_SERVER"].clone());
         self.cluster_id = env["ARES_CLUSTER"].clone();
@@ -120,22 +116,102 @@ impl Cluster {
         Ok(())
     }
 
-    fn start_replica(&mut self, at: usize, flags: &[&str]) {
+    /// What a replica wrote for clients and agents when it became a member.
+    async fn env_of(&self, at: usize) -> Result<BTreeMap<String, String>, String> {
+        let env = self.replica_dir(at).join("env");
+        self.try_until("its env file is there", SOON, async |_| env.is_file())
+            .await
+            .map_err(|error| format!("replica {at} did not start: {error}\n{}", self.replica_log(at)))?;
+        Ok(read_env(&env))
+    }
+
+    /// Takes a replica out of the group, alive or dead: whoever starts it again as it was is no member.
+    pub async fn remove_replica(&self, at: usize) -> Result<(), String> {
+        let member = self.member(at).await.ok_or_else(|| format!("no member is at {}", self.addresses[at]))?;
+        let out = v1::ReplicaRequest { replica_id: member.replica_id };
+        self.client().remove_replica(out).await.map_err(|error| format!("replica {at} can't be removed: {error}"))?;
+        let gone = self.try_until("the removed replica is no member", SOON, async |cluster| {
+            let members = cluster.members().await;
+            members.is_some_and(|all| all.iter().all(|one| one.replica_id != member.replica_id))
+        });
+        gone.await
+    }
+
+    /// Empties the directory of a removed replica that does not run, and lets it join as a new one at its old addresses, until it
+    /// votes.
+    pub async fn rejoin_replica(&mut self, at: usize) -> Result<(), String> {
+        let dir = self.replica_dir(at);
+        let wrong = |error: std::io::Error| format!("{}: {error}", dir.display());
+        let places = std::fs::read(dir.join("addresses.json")).map_err(wrong)?;
+        let places: BTreeMap<String, String> = serde_json::from_slice(&places).map_err(|error| error.to_string())?;
+        // It may be a file system of its own, which stays.
+        for entry in std::fs::read_dir(&dir).map_err(wrong)? {
+            let path = entry.map_err(wrong)?.path();
+            if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }.map_err(wrong)?;
+        }
+        let others: Vec<&str> =
+            (0..self.addresses.len()).filter(|other| *other != at).map(|other| &*self.addresses[other]).collect();
+        let (others, token) = (others.join(","), self.join_token.clone());
+        let (api, peer) = (places["api"].as_str(), places["peer"].as_str());
+        let flags = ["--listen", api, "--peer-listen", peer, "--join", &others, "--join-token", &token];
+        self.start_replica(at, &flags, &[]);
+        self.env_of(at).await?;
+        let votes = self.try_until("the new replica is a voter", SOON, async |cluster| {
+            cluster.member(at).await.is_some_and(|member| member.voter)
+        });
+        votes
+            .await
+            .map_err(|error| format!("{error}; the log of replica {at} ends with\n{}", tail(&self.replica_log(at))))
+    }
+
+    /// The group as its leader sees it.
+    pub async fn members(&self) -> Option<Vec<v1::Member>> {
+        let (leader, _) = self.leader().await?;
+        Some(self.status(leader).await.ok()?.members)
+    }
+
+    /// A replica as the leader sees it; `None`: it is no member.
+    pub async fn member(&self, at: usize) -> Option<v1::Member> {
+        self.members().await?.into_iter().find(|member| member.api_addr == self.addresses[at])
+    }
+
+    /// Lets this replica lead, which it does when it returns.
+    pub async fn let_lead(&mut self, at: usize) -> Result<(), String> {
+        let deadline = Instant::now() + SOON;
+        loop {
+            if self.find_leader(0, SOON).await?.0 == at {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(format!(
+                    "replica {at} does not take the lead; its log ends with\n{}",
+                    tail(&self.replica_log(at))
+                ));
+            }
+            // Refused while it lags, or lost with the leader: asked again.
+            if let Some(member) = self.member(at).await {
+                let _ = self.client().transfer_leader(v1::ReplicaRequest { replica_id: member.replica_id }).await;
+            }
+            tokio::time::sleep(10 * LOOK).await;
+        }
+    }
+
+    fn start_replica(&mut self, at: usize, flags: &[&str], env: &[(String, String)]) {
         let dir = self.replica_dir(at);
         let mut args = vec!["server", "--dir", dir.to_str().expect("a plain path")];
         args.extend(flags);
         args.extend(self.setup.flags.iter().map(String::as_str));
-        let process = self.start_on(&format!("r{at}"), args);
+        let process = self.start_on(&format!("r{at}"), args, env);
         self.replicas.insert(at, process);
     }
 
     /// Starts `ares` on the machine of this name, if the cluster has a network.
-    fn start_on(&self, name: &str, mut args: Vec<&str>) -> Process {
+    fn start_on(&self, name: &str, mut args: Vec<&str>, env: &[(String, String)]) -> Process {
         let place = self.setup.network.as_deref().map(|network| (network, name));
         if place.is_some() {
             args.push("--insecure");
         }
-        Process::start(place, &args, &self.setup.env, &self.log(name))
+        Process::start(place, &args, &[&self.setup.env, env].concat(), &self.log(name))
     }
 
     fn host(&self, name: &str) -> Ipv4Addr {
@@ -265,20 +341,59 @@ impl Cluster {
 
     /// Starts it again in its directory, as it was.
     pub fn restart_replica(&mut self, at: usize) {
-        self.start_replica(at, &[]);
+        self.start_replica(at, &[], &[]);
+    }
+
+    /// The same with something more in its environment, this once.
+    pub fn restart_replica_with(&mut self, at: usize, env: &[(String, String)]) {
+        self.start_replica(at, &[], env);
+    }
+
+    /// Starts it again if it has ended by itself; whether it had.
+    pub fn revive_replica(&mut self, at: usize) -> bool {
+        let ended = self.replicas.get_mut(&at).is_none_or(|process| !process.is_running());
+        if ended {
+            self.restart_replica(at);
+        }
+        ended
+    }
+
+    /// Waits until a replica that was just started serves, or has ended: its exit code.
+    pub async fn serves_or_ends(&mut self, at: usize, within: Duration) -> Result<Option<i32>, String> {
+        let deadline = Instant::now() + within;
+        loop {
+            if self.status(at).await.is_ok() {
+                return Ok(None);
+            }
+            if !self.replica_runs(at) {
+                return self.replica_ended(at).map(Some);
+            }
+            if Instant::now() >= deadline {
+                return Err(format!(
+                    "replica {at} neither serves nor ends; its log ends with\n{}",
+                    tail(&self.replica_log(at))
+                ));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Starts it again and waits until it ends by itself, as one that must not run does: its exit code, and what it
     /// printed since.
     pub fn restart_and_end(&mut self, at: usize) -> Result<(i32, String), String> {
         let before = self.replica_log(at).len();
-        self.start_replica(at, &[]);
+        self.start_replica(at, &[], &[]);
         let code = self.replicas.remove(&at).expect("it was started").ended(SOON)?;
         Ok((code, self.replica_log(at)[before..].to_owned()))
     }
 
     pub fn signal_replica(&self, at: usize, signal: Signal) {
         self.replicas[&at].signal(signal);
+    }
+
+    /// Whether its process is there, and was not killed here.
+    pub fn replica_runs(&mut self, at: usize) -> bool {
+        self.replicas.get_mut(&at).is_some_and(Process::is_running)
     }
 
     pub fn replica(&self, at: usize) -> &Process {
@@ -309,7 +424,7 @@ impl Cluster {
         if !gpus.is_empty() {
             args.extend(["--gpus", gpus]);
         }
-        let process = self.start_on(name, args);
+        let process = self.start_on(name, args, &[]);
         self.agents.insert(name.to_owned(), process);
     }
 

@@ -10,8 +10,11 @@ use rand::rngs::StdRng;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cluster::{Cluster, SOON};
+use crate::damage::{self, Damage, Outcome};
+use crate::disk::Disk;
 use crate::nemesis::{GPUS, LEASE, NODES, REPLICAS};
 use crate::network::{CLIENTS, Link, Network};
+use crate::resources;
 
 /// A kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
@@ -56,6 +59,20 @@ pub enum Fault {
     SlowFsync,
     /// The leader's fsyncs fail: it must stop, and nothing it acknowledged is lost
     FailingFsync,
+    /// The leader's disk is full for a while
+    FullDisk,
+    /// A replica is taken out of the group, alive or dead, and joins it again with an empty directory
+    ReplaceReplica,
+    /// Files of a replica are damaged while it is down: it must refuse them or have them from elsewhere
+    DamagedFiles,
+    /// A replica has no memory left but what it has, and less
+    MemoryLimit,
+    /// A replica can open nothing any more for a while
+    DescriptorLimit,
+    /// The leader's wall clock leaps by an hour and returns
+    WallClock,
+    /// The leader's clocks run 0.9 % too fast or too slow
+    ClockRate,
 }
 
 impl Fault {
@@ -81,6 +98,9 @@ impl Fault {
             | Fault::Loss
             | Fault::TinyBandwidth => Some(Need::Network),
             Fault::SlowFsync | Fault::FailingFsync => Some(Need::Strace),
+            Fault::FullDisk => Some(Need::Disk),
+            Fault::MemoryLimit => Some(Need::MemoryGroup),
+            Fault::WallClock | Fault::ClockRate => Some(Need::Clocks),
             _ => None,
         }
     }
@@ -106,6 +126,9 @@ impl Fault {
 pub enum Need {
     Network,
     Strace,
+    Disk,
+    MemoryGroup,
+    Clocks,
 }
 
 impl Need {
@@ -113,6 +136,9 @@ impl Need {
     pub fn available(self) -> Result<(), String> {
         match self {
             Need::Network => Network::available(),
+            Need::Disk => Disk::available(),
+            Need::MemoryGroup => resources::memory_available(),
+            Need::Clocks => resources::clocks_available(),
             Need::Strace => {
                 let asked = Command::new("strace").arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status();
                 asked.map(|_| ()).map_err(|error| format!("strace: {error}"))
@@ -218,8 +244,65 @@ pub async fn strike(cluster: &mut Cluster, fault: Fault, rng: &mut StdRng) -> Re
             cluster.restart_replica(at);
             Ok(Struck { target: format!("r{at}"), took_effect: failed > 0 })
         }
+        Fault::FullDisk => resources::fill_disk(cluster).await,
+        Fault::ReplaceReplica => replace_replica(cluster, rng).await,
+        Fault::DamagedFiles => damage_files(cluster, rng).await,
+        Fault::MemoryLimit => resources::squeeze_memory(cluster, rng).await,
+        Fault::DescriptorLimit => resources::exhaust_descriptors(cluster, rng).await,
+        Fault::WallClock => resources::leap_wall_clock(cluster, rng).await,
+        Fault::ClockRate => resources::skew_clock_rate(cluster, rng).await,
         _ => strike_links(cluster, fault, rng).await,
     }
+}
+
+/// Takes out a replica that is dead, or one that lives on for a while as no member, and lets a new one join in its place.
+async fn replace_replica(cluster: &mut Cluster, rng: &mut StdRng) -> Result<Struck, String> {
+    let at = rng.random_range(0..REPLICAS);
+    let old = cluster.member(at).await.ok_or("a replica is no member")?.replica_id;
+    let dead = rng.random_bool(0.5);
+    if dead {
+        cluster.kill_replica(at);
+    }
+    cluster.remove_replica(at).await?;
+    if !dead {
+        // What a removed replica does of itself must not matter.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        cluster.kill_replica(at);
+    }
+    cluster.rejoin_replica(at).await?;
+    let new = cluster.member(at).await.map(|member| member.replica_id);
+    let how = if dead { "dead" } else { "alive" };
+    Ok(Struck { target: format!("r{at}, {how}"), took_effect: new.is_some_and(|new| new != old) })
+}
+
+async fn damage_files(cluster: &mut Cluster, rng: &mut StdRng) -> Result<Struck, String> {
+    let at = rng.random_range(0..REPLICAS);
+    let damage = Damage::ALL[rng.random_range(0..Damage::ALL.len())];
+    let outcome = damage_and_mend(cluster, at, damage, rng).await?;
+    let took_effect = outcome.is_some_and(|outcome| outcome != Outcome::Unnoticed);
+    Ok(Struck { target: format!("r{at}, {}", damage.name()), took_effect })
+}
+
+/// Damages a replica's files and starts it; one that refuses them joins again with an empty directory. `None`: there was nothing yet
+/// to damage. An error: it made of it what it must not, or did not come back.
+pub async fn damage_and_mend(
+    cluster: &mut Cluster,
+    at: usize,
+    damage: Damage,
+    rng: &mut StdRng,
+) -> Result<Option<Outcome>, String> {
+    cluster.kill_replica(at);
+    let dir = cluster.replica_dir(at);
+    let Ok(struck) = damage.strike(&dir, rng) else {
+        cluster.restart_replica(at);
+        return Ok(None);
+    };
+    let outcome = damage::start_and_look(cluster, at, damage, &struck).await?;
+    if outcome == Outcome::Refused {
+        cluster.remove_replica(at).await?;
+        cluster.rejoin_replica(at).await?;
+    }
+    Ok(Some(outcome))
 }
 
 /// A node with a shim, `first` if it has one; `first` too if none has for a while.

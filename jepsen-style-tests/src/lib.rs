@@ -1,9 +1,11 @@
 //! Real processes under faults: the harness that starts, kills, freezes and restarts them and cuts their power, the load
 //! that remembers what was acknowledged, and the checks of what must hold afterwards. Single stories are in `tests/`;
-//! the long runs, `powercut` and `nemesis`, are started by `run`.
+//! the long runs, `powercut`, `corrupt`, `replays` and `nemesis`, are started by `run`.
 
 pub mod checks;
 pub mod cluster;
+pub mod corrupt;
+pub mod damage;
 pub mod disk;
 pub mod faults;
 pub mod history;
@@ -15,6 +17,7 @@ pub mod powercut;
 pub mod process;
 pub mod reads;
 pub mod replays;
+pub mod resources;
 pub mod sim;
 pub mod soak;
 pub mod verdict;

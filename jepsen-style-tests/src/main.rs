@@ -10,7 +10,7 @@ use jepsen_style_tests::faults::{Fault, Need};
 use jepsen_style_tests::network::Network;
 use jepsen_style_tests::sim::{campaign, fault};
 use jepsen_style_tests::verdict::Verdict;
-use jepsen_style_tests::{cluster, nemesis, powercut, reads, replays, soak};
+use jepsen_style_tests::{cluster, corrupt, nemesis, powercut, reads, replays, soak};
 
 /// Fault-injection runs against real `ares` processes
 ///
@@ -38,6 +38,15 @@ enum Run {
         /// Run with this planted bug (ack_without_fsync), in a binary built with them: the run must be INVALID
         #[arg(long, value_name = "BUG", value_parser = ["ack_without_fsync"])]
         planted: Option<String>,
+    },
+    /// Damage the files of a replica that is down, again and again: it must refuse them by name or have them from elsewhere
+    Corrupt {
+        /// Damages that took effect
+        #[arg(long, default_value_t = 20, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+        times: usize,
+        /// The same seed gives the same order of replicas and bits
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
     },
     /// Simulate whole clusters in virtual time: real decisions, simulated network, clocks, disks and processes
     ///
@@ -171,6 +180,7 @@ fn main() -> ExitCode {
             }
             vec![power_cuts(cuts, replicas.into(), seed, planted)]
         }
+        Run::Corrupt { times, seed } => vec![corrupted(times, seed)],
         Run::Sim(options) => return simulate(options),
         Run::Planted(options) => return hunt(&options),
         Run::Nemesis { minutes, seed, faults, pairs, allow_skip, planted, out } => {
@@ -307,6 +317,11 @@ fn power_cuts(cuts: usize, replicas: usize, seed: u64, planted: Option<String>) 
         &format!("powercut --cuts {cuts} --replicas {replicas} --seed {seed}{bug}"),
         cluster::block_on(powercut::run(&powercut::Plan { cuts, replicas, seed, planted })),
     )
+}
+
+fn corrupted(times: usize, seed: u64) -> Verdict {
+    let title = format!("corrupt --times {times} --seed {seed}");
+    told(&title, cluster::block_on(corrupt::run(&corrupt::Plan { times, seed })))
 }
 
 /// The faults without those that can't be made here; `None` if one of these may not be skipped.

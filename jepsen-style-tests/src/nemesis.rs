@@ -34,6 +34,10 @@ const SUBMITTERS: usize = 6;
 /// One read at a time each, of the replicas in turn.
 const READERS: usize = 3;
 const A_READ: Patience = Patience { call: Duration::from_secs(3), attempt: Duration::from_secs(3) };
+/// Of each replica's file system, where they have their own.
+const DISK_MIB: u64 = 256;
+/// So few that each replica makes snapshots and purges its log within minutes.
+const SNAPSHOT_ENTRIES: &str = "500";
 /// What is added to the number of a process whose call has an unknown outcome.
 const RETIRED: usize = 1_000;
 /// The shortest lease, as all jobs have it; a machine that is silent this long and a margin has lost its jobs.
@@ -76,7 +80,10 @@ async fn try_run(plan: &Plan, verdict: &mut Verdict) -> Result<(), String> {
     let _ = std::fs::remove_file(&ledger);
     let history = Arc::new(History::create(&plan.out.join("history.jsonl"))?);
     let env = plan.planted.iter().map(|bug| ("ARES_PLANTED".to_owned(), bug.clone())).collect();
-    let mut cluster = Cluster::with(Setup { env, network: plan.network.clone(), ..Setup::of(REPLICAS) }).await?;
+    let disk_mib = plan.faults.contains(&Fault::FullDisk).then_some(DISK_MIB);
+    let flags = ["--snapshot-entries", SNAPSHOT_ENTRIES].map(str::to_owned).to_vec();
+    let setup = Setup { env, flags, disk_mib, network: plan.network.clone(), ..Setup::of(REPLICAS) };
+    let mut cluster = Cluster::with(setup).await?;
     for name in NODES {
         cluster.agent(name, GPUS).await;
     }
