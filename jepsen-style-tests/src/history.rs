@@ -9,6 +9,10 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+/// What is added to the number of a process whose call has an unknown outcome: what it asked for may still happen, so it is another
+/// process from then on.
+pub const RETIRED: usize = 1_000;
+
 /// Appends events; shared by all clients of a run.
 #[derive(Debug)]
 pub struct History {

@@ -1,18 +1,73 @@
-//! What jobs did, as they wrote it themselves into a file outside all faults: `start`, a `beat` each 200 ms, `end`. The
-//! sink records all and refuses nothing, so that it shows two attempts that were alive at once. The checks are pure.
+//! What jobs did, as they wrote it themselves into files outside all faults: `start`, a `beat` each 200 ms, `end` in a ledger that records
+//! all and refuses nothing, so that it shows two attempts that were alive at once; and effects behind a fence for each job, that an
+//! older attempt can't pass. The checks are pure.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-/// A shell script that writes the ledger for `beats` x 200 ms. One line is one append, below the size up to which
-/// appends don't mix.
-pub fn script(ledger: &Path, beats: u32) -> String {
-    format!(
-        "f='{}'; say() {{ read -r up _ < /proc/uptime; \
-         echo \"$1 $ARES_JOB_ID $ARES_ATTEMPT $RANK $ARES_FENCING_TOKEN $up\" >> \"$f\"; }}; \
-         say start; i=0; while [ $i -lt {beats} ]; do sleep 0.2; say beat; i=$((i+1)); done; say end",
-        ledger.display()
-    )
+use crate::process;
+
+/// Of each attempt that ran to its end.
+const EFFECTS: usize = 2;
+/// From one beat of a rank to the next.
+pub const BEAT: Duration = Duration::from_millis(200);
+
+/// Where the jobs of a run write.
+#[derive(Clone, Debug)]
+pub struct Sink {
+    ledger: PathBuf,
+    /// A file of effects for each job.
+    effects: PathBuf,
+}
+
+impl Sink {
+    pub fn of(out: &Path) -> Self {
+        Self { ledger: out.join("ledger"), effects: out.join("effects") }
+    }
+
+    /// One that nobody wrote to.
+    pub fn empty(out: &Path) -> Result<Self, String> {
+        let sink = Self::of(out);
+        let _ = fs::remove_file(&sink.ledger);
+        let _ = fs::remove_dir_all(&sink.effects);
+        fs::create_dir_all(&sink.effects).map_err(|error| format!("{}: {error}", sink.effects.display()))?;
+        Ok(sink)
+    }
+
+    /// A shell script that writes to it for `beats` x 200 ms; its first rank has an effect at the start and one at the end, and ends
+    /// with the code of a refusal if a later attempt came. One line is one append, below the size up to which appends don't mix.
+    pub fn script(&self, beats: u32) -> String {
+        format!(
+            "f='{}'; e='{}'/$ARES_JOB_ID; say() {{ read -r up _ < /proc/uptime; \
+             echo \"$1 $ARES_JOB_ID $ARES_ATTEMPT $RANK $ARES_FENCING_TOKEN $up\" >> \"$f\"; }}; \
+             act() {{ [ $RANK != 0 ] || '{}' fence run \"$e\" -- \
+             sh -c \"echo $1 $ARES_ATTEMPT $ARES_FENCING_TOKEN >> '$e'\" || exit $?; }}; \
+             say start; act 1; i=0; while [ $i -lt {beats} ]; do sleep 0.2; say beat; i=$((i+1)); done; act 2; say end",
+            self.ledger.display(),
+            self.effects.display(),
+            process::ares().display(),
+        )
+    }
+
+    pub fn read(&self) -> Result<Ledger, String> {
+        let text = match fs::read_to_string(&self.ledger) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(format!("{}: {error}", self.ledger.display())),
+        };
+        let lines: Result<Vec<Line>, String> = text.lines().map(parse).collect();
+        let mut ledger = Ledger::of(&lines?);
+        let wrong = |error: std::io::Error| format!("{}: {error}", self.effects.display());
+        for entry in fs::read_dir(&self.effects).map_err(wrong)? {
+            let entry = entry.map_err(wrong)?;
+            let Some(job) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let text = fs::read_to_string(entry.path()).map_err(wrong)?;
+            ledger.effects.insert(job, text.lines().map(parse_effect).collect::<Result<_, _>>()?);
+        }
+        Ok(ledger)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,25 +105,26 @@ pub struct Committed {
     pub token: u64,
 }
 
+/// One effect of a job, as it passed the fence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Effect {
+    /// 1 at the start, 2 at the end.
+    pub number: u32,
+    pub attempt: u32,
+    pub token: u64,
+}
+
 /// All lines of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
+    /// By job, in the order in which they passed.
+    effects: BTreeMap<u64, Vec<Effect>>,
     lives: BTreeMap<u64, BTreeMap<u32, Life>>,
     /// Two ranks of one attempt must carry the same token.
     mixed: Vec<String>,
 }
 
 impl Ledger {
-    pub fn read(path: &Path) -> Result<Self, String> {
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(format!("{}: {error}", path.display())),
-        };
-        let lines: Result<Vec<Line>, String> = text.lines().map(parse).collect();
-        Ok(Self::of(&lines?))
-    }
-
     pub fn of(lines: &[Line]) -> Self {
         let mut ledger = Self::default();
         for line in lines {
@@ -90,6 +146,29 @@ impl Ledger {
     /// Attempts that wrote anything.
     pub fn attempts(&self) -> usize {
         self.lives.values().map(BTreeMap::len).sum()
+    }
+
+    /// Effects that passed a fence.
+    pub fn effects(&self) -> usize {
+        self.effects.values().map(Vec::len).sum()
+    }
+
+    /// The last attempt of a job that wrote anything.
+    pub fn last_attempt(&self, job: u64) -> Option<u32> {
+        self.lives.get(&job)?.last_key_value().map(|(attempt, _)| *attempt)
+    }
+
+    /// Behind a fence nothing of an older attempt follows a later one's, and no effect of an attempt is there twice.
+    pub fn effects_fenced(&self) -> Result<(), String> {
+        for (job, effects) in &self.effects {
+            for two in effects.windows(2) {
+                let (old, new) = (two[0], two[1]);
+                if new.token < old.token || new.token == old.token && new.number <= old.number {
+                    return Err(format!("token_grows: behind the fence of job {job} came {new:?} after {old:?}"));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// `one_attempt_alive`: no attempt writes before the last line of an earlier one of the same job.
@@ -144,6 +223,13 @@ impl Ledger {
                 committed.token, committed.attempt, life.token, life.ends
             ));
         }
+        let passed =
+            self.effects.get(&job).map_or(0, |all| all.iter().filter(|one| one.token == committed.token).count());
+        if passed != EFFECTS {
+            return Err(format!(
+                "result_once: job {job} was committed, and {passed} of {EFFECTS} effects of its attempt passed the fence"
+            ));
+        }
         match lives.and_then(|lives| lives.last_key_value()) {
             Some((last, _)) if *last > committed.attempt => Err(format!(
                 "result_once: job {job} was committed by attempt {}, attempt {last} ran too",
@@ -193,6 +279,16 @@ fn parse(line: &str) -> Result<Line, String> {
     })
 }
 
+fn parse_effect(line: &str) -> Result<Effect, String> {
+    let words: Vec<&str> = line.split(' ').collect();
+    let parsed = match words.as_slice() {
+        [number, attempt, token] => number.parse().ok().zip(attempt.parse().ok()).zip(token.parse().ok()),
+        _ => None,
+    };
+    let ((number, attempt), token) = parsed.ok_or_else(|| format!("{line:?} is no effect"))?;
+    Ok(Effect { number, attempt, token })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -212,9 +308,33 @@ mod tests {
         lines
     }
 
+    fn with_effects(lines: &[Line]) -> Ledger {
+        let mut ledger = Ledger::of(lines);
+        let effect = |number, attempt, token| Effect { number, attempt, token };
+        ledger.effects.insert(1, vec![effect(1, 1, 10), effect(1, 2, 12), effect(2, 2, 12)]);
+        ledger.effects.insert(2, vec![effect(1, 1, 11), effect(2, 1, 11)]);
+        ledger
+    }
+
+    #[test]
+    fn an_effect_of_an_older_attempt_or_a_second_one_is_found() {
+        let good = with_effects(&good());
+        good.effects_fenced().expect("in order");
+        for late in [Effect { number: 2, attempt: 1, token: 10 }, Effect { number: 2, attempt: 2, token: 12 }] {
+            let mut ledger = good.clone();
+            ledger.effects.get_mut(&1).expect("it has some").push(late);
+            ledger.effects_fenced().expect_err("it must not pass");
+        }
+        let mut ledger = good;
+        ledger.effects.insert(2, vec![Effect { number: 1, attempt: 1, token: 11 }]);
+        ledger.committed_ran(2, 1, Committed { attempt: 1, token: 11 }).expect_err("its end had no effect");
+        assert_eq!(parse_effect("2 1 11"), Ok(Effect { number: 2, attempt: 1, token: 11 }));
+        parse_effect("2 1").expect_err("no effect");
+    }
+
     #[test]
     fn a_good_ledger_passes() {
-        let ledger = Ledger::of(&good());
+        let ledger = with_effects(&good());
         assert_eq!(ledger.attempts(), 3);
         ledger.one_attempt_alive().expect("apart");
         ledger.token_grows().expect("grows");
@@ -248,14 +368,14 @@ mod tests {
 
     #[test]
     fn a_commit_that_did_not_run_is_found() {
-        let ledger = Ledger::of(&good());
+        let ledger = with_effects(&good());
         ledger.committed_ran(1, 1, Committed { attempt: 1, token: 10 }).expect_err("it wrote no end, and 2 ran later");
         ledger.committed_ran(1, 1, Committed { attempt: 2, token: 10 }).expect_err("another token");
         ledger.committed_ran(1, 2, Committed { attempt: 2, token: 12 }).expect_err("one rank of two");
         ledger.committed_ran(2, 1, Committed { attempt: 2, token: 12 }).expect_err("it never ran");
         ledger.committed_ran(3, 1, Committed { attempt: 1, token: 13 }).expect_err("no such job");
         let after = [good(), life(2, 2, 13, 6_000..=6_100, false)].concat();
-        Ledger::of(&after)
+        with_effects(&after)
             .committed_ran(2, 1, Committed { attempt: 1, token: 11 })
             .expect_err("attempt 2 ran after it");
     }

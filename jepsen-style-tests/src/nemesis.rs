@@ -4,42 +4,39 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use proto::{Client, Patience, v1};
+use proto::{Client, v1};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use serde_json::json;
-use tokio::sync::Mutex;
-use tokio::task::JoinSet;
 
 use crate::checks::{self, Digests};
-use crate::cluster::{Cluster, SOON, Setup, USER, shell_job};
+use crate::cluster::{Cluster, SOON, Setup};
 use crate::faults::{Fault, Need, strike};
 use crate::history::History;
-use crate::ledger::{self, Committed, Ledger};
+use crate::ledger::{Committed, Ledger, Sink};
 use crate::load::Ack;
+use crate::lockers::{self, Lockers};
+use crate::models::{self, Searched};
 use crate::network::{Link, Network};
 use crate::reads;
 use crate::verdict::Verdict;
+use crate::watchers::{self, Watchers};
+use crate::work::{Accepted, READERS, SUBMITTERS, Work};
 
 pub(crate) const REPLICAS: usize = 3;
 /// Simulated machines, so that the real one's cores don't bound the jobs.
 pub(crate) const NODES: [&str; 3] = ["n1", "n2", "n3"];
 pub(crate) const GPUS: &str = "sim:rtx4090x8";
-/// Closed loops: one job each at a time.
-const SUBMITTERS: usize = 6;
-/// One read at a time each, of the replicas in turn.
-const READERS: usize = 3;
-const A_READ: Patience = Patience { call: Duration::from_secs(3), attempt: Duration::from_secs(3) };
+/// Where the clients of locks leave their files, and the first number of their processes.
+const LOCKS: &str = "locks";
+const LOCKERS_FROM: usize = SUBMITTERS + READERS;
 /// Of each replica's file system, where they have their own.
 const DISK_MIB: u64 = 256;
 /// So few that each replica makes snapshots and purges its log within minutes.
 const SNAPSHOT_ENTRIES: &str = "500";
-/// What is added to the number of a process whose call has an unknown outcome.
-const RETIRED: usize = 1_000;
 /// The shortest lease, as all jobs have it; a machine that is silent this long and a margin has lost its jobs.
 pub(crate) const LEASE: Duration = Duration::from_secs(10);
 /// After the last fault every accepted job must end within this: a lease with its margin, a run, and a busy machine.
@@ -76,8 +73,7 @@ pub async fn run(plan: &Plan) -> Verdict {
 
 async fn try_run(plan: &Plan, verdict: &mut Verdict) -> Result<(), String> {
     std::fs::create_dir_all(&plan.out).map_err(|error| format!("{}: {error}", plan.out.display()))?;
-    let ledger = plan.out.join("ledger");
-    let _ = std::fs::remove_file(&ledger);
+    let sink = Sink::empty(&plan.out)?;
     let history = Arc::new(History::create(&plan.out.join("history.jsonl"))?);
     let env = plan.planted.iter().map(|bug| ("ARES_PLANTED".to_owned(), bug.clone())).collect();
     let disk_mib = plan.faults.contains(&Fault::FullDisk).then_some(DISK_MIB);
@@ -87,10 +83,17 @@ async fn try_run(plan: &Plan, verdict: &mut Verdict) -> Result<(), String> {
     for name in NODES {
         cluster.agent(name, GPUS).await;
     }
-    let work = Work::start(&cluster, &ledger, history.clone(), plan.seed);
+    let on = cluster.network().map_or_else(tokio::runtime::Handle::current, Network::clients);
+    let replicas: Vec<Client> = (0..REPLICAS).map(|at| cluster.client_at(at)).collect();
+    let watchers = Watchers::start(&replicas, &on);
+    let lockers = Lockers::start(&[cluster.client()], &plan.out.join(LOCKS), &history, LOCKERS_FROM, &on)?;
+    let work = Work::start(&cluster, &sink, history.clone(), plan.seed);
     let effects = strike_in_turns(plan, &mut cluster, &history).await;
+    lockers.finish().await;
     let jobs = work.finish().await;
-    let ended = judge(&cluster, &ledger, &jobs, verdict).await;
+    let ended = judge(&cluster, &sink, &jobs, verdict).await;
+    watchers.finish(&cluster, &plan.out, verdict).await;
+    lockers::judge(&plan.out.join(LOCKS), verdict);
     weigh(plan, &effects, &jobs, &ended, verdict);
     history.close()?;
     judge_history(&plan.out.join("history.jsonl"), verdict);
@@ -101,10 +104,12 @@ async fn try_run(plan: &Plan, verdict: &mut Verdict) -> Result<(), String> {
 pub fn recheck(out: &Path) -> Verdict {
     let mut verdict = Verdict::default();
     judge_history(&out.join("history.jsonl"), &mut verdict);
-    match Ledger::read(&out.join("ledger")) {
+    match Sink::of(out).read() {
         Err(error) => verdict.empty.push(error),
         Ok(ledger) => judge_ledger(&ledger, &mut verdict),
     }
+    lockers::judge(&out.join(LOCKS), &mut verdict);
+    watchers::judge(out, &mut verdict);
     verdict
 }
 
@@ -161,139 +166,22 @@ async fn strike_in_turns(plan: &Plan, cluster: &mut Cluster, history: &History) 
     Ok(effects)
 }
 
-// ---------------------------------------------------------------------------------------------------------------- work
-
-/// A job that was acknowledged.
-#[derive(Clone, Debug)]
-struct Accepted {
-    ack: Ack,
-    ranks: u32,
-}
-
-/// Clients that submit jobs and wait for their ends.
-struct Work {
-    stop: Arc<AtomicBool>,
-    accepted: Arc<Mutex<Vec<Accepted>>>,
-    clients: JoinSet<()>,
-}
-
-impl Work {
-    fn start(cluster: &Cluster, ledger: &Path, history: Arc<History>, seed: u64) -> Self {
-        let mut work = Self { stop: Arc::default(), accepted: Arc::default(), clients: JoinSet::new() };
-        let on = cluster.network().map_or_else(tokio::runtime::Handle::current, Network::clients);
-        for process in 0..SUBMITTERS {
-            let (stop, accepted, history) = (work.stop.clone(), work.accepted.clone(), history.clone());
-            let (client, ledger) = (cluster.client(), ledger.to_owned());
-            let mut rng = StdRng::seed_from_u64(seed ^ (process as u64 + 1));
-            let submitter = async move {
-                let mut process = process;
-                while !stop.load(Ordering::Relaxed) {
-                    let Some(job) = submit(&client, &ledger, process, &mut rng, &history).await else {
-                        // What it asked for may still happen: it is another process from now on.
-                        process += RETIRED;
-                        continue;
-                    };
-                    accepted.lock().await.push(job.clone());
-                    while !stop.load(Ordering::Relaxed) && !has_ended(&client, job.ack.job_id).await {
-                        tokio::time::sleep(Duration::from_millis(200)).await;
-                    }
-                }
-            };
-            work.clients.spawn_on(submitter, &on);
-        }
-        for reader in 0..READERS {
-            let (stop, accepted, history) = (work.stop.clone(), work.accepted.clone(), history.clone());
-            let replicas: Vec<Client> = (0..REPLICAS).map(|at| cluster.client_at(at).with_patience(A_READ)).collect();
-            let reader = async move {
-                let mut process = SUBMITTERS + reader;
-                for at in (reader..).take_while(|_| !stop.load(Ordering::Relaxed)) {
-                    let newest = accepted.lock().await.last().map_or(1, |job| job.ack.job_id);
-                    if !read(&replicas[at % REPLICAS], at % REPLICAS, newest, process, &history).await {
-                        process += RETIRED;
-                    }
-                    tokio::time::sleep(Duration::from_millis(30)).await;
-                }
-            };
-            work.clients.spawn_on(reader, &on);
-        }
-        work
-    }
-
-    async fn finish(mut self) -> Vec<Accepted> {
-        self.stop.store(true, Ordering::Relaxed);
-        while self.clients.join_next().await.is_some() {}
-        std::mem::take(&mut *self.accepted.lock().await)
-    }
-}
-
-/// Most jobs are short; one in three outlives a lease, one in five is a gang over two machines.
-async fn submit(
-    client: &Client,
-    ledger: &Path,
-    process: usize,
-    rng: &mut StdRng,
-    history: &History,
-) -> Option<Accepted> {
-    let beats = if rng.random_range(0..3) == 0 { 70 } else { rng.random_range(3..15) };
-    let nodes = if rng.random_range(0..5) == 0 { 2 } else { 1 };
-    let mut job = shell_job(&ledger::script(ledger, beats));
-    job.shape = Some(v1::Shape { nodes, ..Default::default() });
-    let request = v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job), user: USER.into() };
-    let key = request.request_id.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    history.add(process, "invoke", "submit", &key, json!({ "nodes": nodes, "beats": beats }));
-    match client.submit_job(request.clone()).await {
-        Ok(reply) => {
-            history.add(process, "ok", "submit", &key, json!(reply.job_id));
-            let ack = Ack { job_id: reply.job_id, request, at: Instant::now() };
-            Some(Accepted { ack, ranks: nodes })
-        }
-        Err(error) => {
-            history.add(process, "info", "submit", &key, json!(error.to_string()));
-            None
-        }
-    }
-}
-
-/// A linearizable read of one key, at one replica; whether it was answered.
-async fn read(client: &Client, replica: usize, job: u64, process: usize, history: &History) -> bool {
-    let key = format!("/jobs/{job}");
-    history.add(process, "invoke", "read", &key, json!(null));
-    let read = v1::ReadMode::Linearizable as i32;
-    match client.get(v1::GetRequest { key: key.clone(), keys_only: true, read, ..Default::default() }).await {
-        Ok(reply) => {
-            let found = !reply.kvs.is_empty();
-            let value = json!({ "revision": reply.revision, "found": found, "replica": format!("r{replica}") });
-            history.add(process, "ok", "read", &key, value);
-            true
-        }
-        Err(error) => {
-            history.add(process, "info", "read", &key, json!(error.to_string()));
-            false
-        }
-    }
-}
-
-async fn has_ended(client: &Client, id: u64) -> bool {
-    let job = client.get_job(v1::GetJobRequest { job_id: id, ..Default::default() }).await;
-    job.is_ok_and(|job| job.result.is_some())
-}
-
 // -------------------------------------------------------------------------------------------------------------- judging
 
 /// The jobs as they ended.
-async fn judge(cluster: &Cluster, ledger: &Path, jobs: &[Accepted], verdict: &mut Verdict) -> Vec<v1::Job> {
+async fn judge(cluster: &Cluster, sink: &Sink, jobs: &[Accepted], verdict: &mut Verdict) -> Vec<v1::Job> {
     let ended = all_end(cluster, jobs, verdict).await;
     let acks: Vec<Ack> = jobs.iter().map(|job| job.ack.clone()).collect();
     verdict.check(checks::nothing_lost(cluster, &acks).await);
     verdict.check(checks::request_once(&cluster.client(), &acks).await);
     verdict.check(result_once(cluster).await);
     verdict.check(checks::replicas_equal(cluster, &mut Digests::default()).await);
-    match Ledger::read(ledger) {
+    match sink.read() {
         Err(error) => verdict.empty.push(error),
         Ok(ledger) => {
             judge_ledger(&ledger, verdict);
             for (job, accepted) in ended.iter().zip(jobs) {
-                verdict.check(succeeded_once(&ledger, job, accepted.ranks));
+                verdict.check(ended_once(&ledger, job, accepted));
             }
         }
     }
@@ -302,23 +190,41 @@ async fn judge(cluster: &Cluster, ledger: &Path, jobs: &[Accepted], verdict: &mu
 
 fn judge_ledger(ledger: &Ledger, verdict: &mut Verdict) {
     verdict.figure("attempts in the ledger", ledger.attempts());
+    verdict.figure("fenced effects", ledger.effects());
     verdict.check(ledger.one_attempt_alive());
     verdict.check(ledger.token_grows());
+    verdict.check(ledger.effects_fenced());
+    if ledger.effects() == 0 {
+        verdict.empty.push("no job wrote behind its fence".to_owned());
+    }
 }
 
 fn judge_history(history: &Path, verdict: &mut Verdict) {
     match reads::load(history) {
         Err(error) => verdict.empty.push(error),
-        Ok(events) => match reads::in_real_time(&events) {
-            Err(violation) => verdict.violations.push(violation),
-            Ok(sums) => {
-                let shown = format!("{} ok, {} unknown, {} linearizable reads", sums.ok, sums.unknown, sums.reads);
-                verdict.figure("operations", shown);
-                if sums.reads == 0 {
-                    verdict.empty.push("no read was answered".to_owned());
+        Ok(events) => {
+            match reads::in_real_time(&events) {
+                Err(violation) => verdict.violations.push(violation),
+                Ok(sums) => {
+                    verdict.figure("operations answered", sums.ok);
+                    verdict.figure("operations of unknown outcome", sums.unknown);
+                    verdict.figure("linearizable reads", sums.reads);
+                    if sums.reads == 0 {
+                        verdict.empty.push("no read was answered".to_owned());
+                    }
                 }
             }
-        },
+            match models::linearizable(&events) {
+                Err(violation) => verdict.violations.push(violation),
+                Ok(searched) => {
+                    let Searched { objects, calls, given_up } = searched;
+                    verdict.figure("orders found", format!("{calls} calls on {objects} jobs and locks"));
+                    if given_up > 0 {
+                        verdict.empty.push(format!("no verdict on {given_up} of {objects} jobs and locks"));
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -348,13 +254,22 @@ async fn all_end(cluster: &Cluster, jobs: &[Accepted], verdict: &mut Verdict) ->
     ended
 }
 
-/// Jobs that exit 0 succeed in the end, whatever was done to their attempts.
-fn succeeded_once(ledger: &Ledger, job: &v1::Job, ranks: u32) -> Result<(), String> {
+/// Jobs that exit 0 succeed in the end, whatever was done to their attempts, unless a person cancelled them before.
+fn ended_once(ledger: &Ledger, job: &v1::Job, accepted: &Accepted) -> Result<(), String> {
     let result = job.result.as_ref().ok_or_else(|| format!("result_once: job {} has no result", job.id))?;
-    if result.outcome != "SUCCEEDED" {
-        return Err(format!("job {} ended as {}, not SUCCEEDED: {:?}", job.id, result.outcome, job.attempts));
+    match result.outcome.as_str() {
+        "SUCCEEDED" => {
+            let committed = Committed { attempt: result.attempt, token: result.token };
+            ledger.committed_ran(job.id, accepted.ranks, committed)
+        }
+        "CANCELLED" if accepted.cancelled => ledger.last_attempt(job.id).map_or(Ok(()), |last| {
+            let after = || {
+                format!("result_once: job {} was cancelled in attempt {}, attempt {last} ran", job.id, result.attempt)
+            };
+            if last <= result.attempt.max(job.attempt) { Ok(()) } else { Err(after()) }
+        }),
+        other => Err(format!("result_once: job {} ended as {other}: {:?}", job.id, job.attempts)),
     }
-    ledger.committed_ran(job.id, ranks, Committed { attempt: result.attempt, token: result.token })
 }
 
 /// `result_once`: each result was written once and never changed: its key has one version.
@@ -382,6 +297,11 @@ fn weigh(plan: &Plan, effects: &Result<Effects, String>, jobs: &[Accepted], ende
     let again = ended.iter().filter(|job| job.attempts.len() > 1).count();
     verdict.figure("jobs accepted and ended", format!("{} and {}", jobs.len(), ended.len()));
     verdict.figure("jobs of more than one attempt", again);
+    let outcomes = |wanted: &str| {
+        ended.iter().filter_map(|job| job.result.as_ref()).filter(|result| result.outcome == wanted).count()
+    };
+    let asked = jobs.iter().filter(|job| job.cancelled).count();
+    verdict.figure("cancels that raced an end", format!("{asked}, {} of them won", outcomes("CANCELLED")));
     if again == 0 && plan.faults.iter().any(|fault| fault.ends_attempts()) {
         verdict.empty.push("no attempt was ever lost".to_owned());
     }

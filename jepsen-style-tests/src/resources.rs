@@ -16,8 +16,8 @@ use crate::nemesis::REPLICAS;
 
 /// How long a squeezed replica is given to meet its limit.
 const SQUEEZED: Duration = Duration::from_secs(10);
-/// How far a wall clock leaps.
-const LEAP_MS: i64 = 3_600_000;
+/// How far a wall clock leaps: within what a request id may be off, and beyond, where ids from the future are refused.
+const LEAPS_MS: [i64; 3] = [3_600_000, -600_000, -3_600_000];
 /// Of the 1 % by which rates may differ under the timing assumption.
 const RATE_OFF: f64 = 0.009;
 /// What is measured of it at least, over [`RATE_MEASURED`].
@@ -179,29 +179,35 @@ fn other_clocks(file: &Path, all: bool) -> Result<Vec<(String, String)>, String>
 /// The wall clock of the leader leaps by an hour, forth or back, and returns.
 pub async fn leap_wall_clock(cluster: &mut Cluster, rng: &mut StdRng) -> Result<Struck, String> {
     let at = rng.random_range(0..REPLICAS);
-    let leap = if rng.random_bool(0.5) { LEAP_MS } else { -LEAP_MS };
+    let leap = LEAPS_MS[rng.random_range(0..LEAPS_MS.len())];
     let file = cluster.path().join("wall-clock");
     lead_with_clocks(cluster, at, &file, "+0", false).await?;
     write(&file, &format!("{:+}", leap / 1_000))?;
     // The library looks at its file once a second.
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let off = wall_clock_off_ms(cluster).await?;
+    let took_effect = wall_clock_is_off(cluster, leap).await?;
     tokio::time::sleep(Duration::from_millis(rng.random_range(0..3_000))).await;
     write(&file, "+0")?;
     tokio::time::sleep(Duration::from_secs(2)).await;
     cluster.stop_replica(at)?;
     cluster.restart_replica(at);
-    Ok(Struck { target: format!("r{at} by {leap} ms"), took_effect: (off - leap).abs() < LEAP_MS / 2 })
+    Ok(Struck { target: format!("r{at} by {leap} ms"), took_effect })
 }
 
-/// How far the wall time of a job that is submitted now is from this process'.
-async fn wall_clock_off_ms(cluster: &Cluster) -> Result<i64, String> {
-    let request_id = proto::request_id();
+/// A job that is submitted now has the wall time of such a leap, or its request id is from the future.
+async fn wall_clock_is_off(cluster: &Cluster, leap_ms: i64) -> Result<bool, String> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_err(|error| error.to_string())?;
-    let submit = v1::SubmitJobRequest { request_id, job: Some(shell_job("true")), user: USER.into() };
-    let id = cluster.client().submit_job(submit).await.map_err(|error| format!("no job is accepted: {error}"))?.job_id;
+    let submit =
+        v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(shell_job("true")), user: USER.into() };
+    let id = match cluster.client().submit_job(submit).await {
+        Ok(reply) => reply.job_id,
+        Err(error) if leap_ms < 0 && error.to_string().contains("in the future") => return Ok(true),
+        Err(error) => return Err(format!("no job is accepted: {error}")),
+    };
     let job = cluster.client().get_job(v1::GetJobRequest { job_id: id, ..Default::default() }).await;
-    Ok(job.map_err(|error| format!("job {id} can't be read: {error}"))?.submitted_unix_ms - now.as_millis() as i64)
+    let job = job.map_err(|error| format!("job {id} can't be read: {error}"))?;
+    let off = job.submitted_unix_ms - now.as_millis() as i64;
+    Ok((off - leap_ms).abs() < leap_ms.abs() / 2)
 }
 
 /// All clocks of the leader run by 0.9 % too fast or too slow: within the assumption.
