@@ -96,6 +96,19 @@ fn a_damaged_image_gives_way_to_the_newest_snapshot_that_verifies() {
     assert_eq!((source, state.digest()), (Source::Snapshot(older.id), digest_at(20)));
 }
 
+/// Its store leaves a note in its directory when it finds its pages damaged in the course of the day.
+#[test]
+fn an_image_that_was_given_up_gives_way_to_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, [_, newer]) = replica(dir.path());
+    fs::write(dir.path().join("image/given-up"), "read: a page is not what was written").unwrap();
+    let (mut state, source) = recover(dir.path(), log(20, 45));
+    assert_eq!((source, state.digest()), (Source::Snapshot(newer.id), digest_at(30)));
+    assert!(dir.path().join("image.damaged/given-up").exists(), "with the reason");
+    let (_, source) = recover(dir.path(), log(20, 45));
+    assert_eq!(source, Source::Image, "of the new one nothing is known");
+}
+
 #[test]
 fn what_is_behind_the_purged_log_is_never_used() {
     let dir = tempfile::tempdir().unwrap();

@@ -3,6 +3,9 @@
 //!
 //! sled's own `flush` does not survive a power cut on Linux (it never syncs), and a message of more than a quarter of a
 //! segment goes to a file of its own that nobody syncs. So: large segments, small values, and [`Store::persist`].
+//!
+//! Damage in sled's own pages shows when they are read, maybe long after the start. Nothing can be mended in such a store, so it is given
+//! up: a note in it makes the next [`Store::open`] refuse it, and recovery builds another one.
 
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,6 +24,9 @@ const VALUE_LIMIT: usize = 128 << 10;
 const CHUNK: usize = 64 << 10;
 /// Set in the tag byte of a chunk's key.
 const CHUNK_BIT: u8 = 0x80;
+
+/// The note: why the store must not be opened again.
+const GIVEN_UP: &str = "given-up";
 
 /// First byte of a value's payload, and of the joined chunks of a value.
 const WHOLE: u8 = 0;
@@ -128,6 +134,9 @@ fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
 impl Store {
     /// Opens the store in `dir`, or makes it. A panic inside sled becomes an error.
     pub fn open(dir: &Path) -> Result<Self, StorageError> {
+        if let Ok(why) = fs::read_to_string(dir.join(GIVEN_UP)) {
+            return Err(StorageError::damaged(dir, "open the image in", format!("it was given up: {why}")));
+        }
         remove_unfinished_snapshots(dir)?;
         let opened = catch_unwind(AssertUnwindSafe(|| open_patiently(dir)));
         let (db, tree) = match opened {
@@ -296,9 +305,28 @@ impl Store {
 
     /// Runs a call into sled: its error, or its panic, becomes ours.
     fn guarded<T>(&self, operation: &'static str, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StorageError> {
-        match catch_unwind(AssertUnwindSafe(call)) {
-            Ok(result) => result.at(&self.dir, operation),
-            Err(panic) => Err(StorageError::damaged(&self.dir, operation, panic_text(&*panic))),
+        let cause = match catch_unwind(AssertUnwindSafe(call)) {
+            Ok(Ok(done)) => return Ok(done),
+            Ok(Err(error)) => Cause::from(error),
+            Err(panic) => Cause::Damaged(panic_text(&*panic)),
+        };
+        let cause = match cause {
+            Cause::Damaged(what) => Cause::Damaged(self.give_up(operation, what)),
+            other => other,
+        };
+        Err(StorageError { file: self.dir.clone(), operation, cause })
+    }
+
+    /// Returns what to say of it.
+    fn give_up(&self, operation: &str, what: String) -> String {
+        let note = self.dir.join(GIVEN_UP);
+        let noted = fs::write(&note, format!("{operation}: {what}")).and_then(|()| File::open(&note)?.sync_all());
+        match noted {
+            Ok(()) => {
+                format!("{what}; restart this replica: it makes a new image from a snapshot or from another replica")
+            }
+            // The next such read tries again.
+            Err(error) => format!("{what} (and {} could not be written: {error})", note.display()),
         }
     }
 }
@@ -481,5 +509,18 @@ mod tests {
         store.tree.insert(b"raw", vec![1; SEGMENT / 2]).unwrap();
         let error = store.persist().expect_err("a blob");
         assert!(error.to_string().contains("blobs"), "{error}");
+    }
+
+    #[test]
+    fn a_store_whose_pages_are_damaged_is_not_opened_again() {
+        let (dir, store) = store();
+        store.guarded("read", || Err::<(), _>(sled::Error::Io(std::io::Error::other("cable")))).expect_err("failed");
+        assert!(!dir.path().join(GIVEN_UP).exists(), "a disk that fails may work again");
+        let corrupt = || sled::Error::Corruption { at: None, bt: () };
+        let error = store.guarded("read", || Err::<(), _>(corrupt())).expect_err("damaged").to_string();
+        assert!(error.contains("restart this replica"), "{error}");
+        drop(store);
+        let error = Store::open(dir.path()).err().expect("given up").to_string();
+        assert!(error.contains("it was given up: read: "), "{error}");
     }
 }
