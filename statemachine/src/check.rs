@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::id::*;
+use crate::preemption::mask_of;
 use crate::record::*;
 use crate::state::State;
 
@@ -32,6 +33,7 @@ impl State {
         }
         self.check_strays()?;
         self.check_tenants()?;
+        self.check_claims()?;
         let wrong = self.meta.settings.planning.wrong();
         must(wrong.is_empty(), "policy_in_bounds", || wrong.join("; "))?;
         self.check_requests()?;
@@ -87,6 +89,9 @@ impl State {
         let charged: u32 = counts.into_iter().map(u32::from).sum();
         must(task.attempt <= charged.saturating_add(1), "retries_bounded", || {
             format!("job {id} had {} attempts, charged were {charged}", task.attempt)
+        })?;
+        must(task.displaced <= used.preempted, "preemptions_bounded", || {
+            format!("job {id} made room {} times, was preempted {} times", task.displaced, used.preempted)
         })?;
         must(used.retries <= job.spec.retry.max, "retries_bounded", || {
             format!("job {id} burnt {} retries of {}", used.retries, job.spec.retry.max)
@@ -193,6 +198,34 @@ impl State {
             must(self.tenant_chain(*id).last().is_some_and(|(_, top)| top.parent.is_none()), "quota_holds", || {
                 format!("tenant {id} stands in a ring or too deep")
             })?;
+        }
+        Ok(())
+    }
+
+    /// What is kept for a task is free or drains, is kept for nobody else, and the task waits.
+    fn check_claims(&self) -> Result<(), Violation> {
+        let mut kept: BTreeMap<NodeId, u128> = BTreeMap::new();
+        let waiting: BTreeSet<TaskKey> = match self.claims.is_empty() {
+            true => BTreeSet::new(),
+            false => self.index.queue.keys().map(|key| key.task).collect(),
+        };
+        for (task, claim) in self.claims.iter() {
+            must(waiting.contains(task), "claim_kept", || format!("job {} has a claim and does not wait", task.job))?;
+            for part in &claim.parts {
+                let mask = mask_of(part);
+                let before = kept.entry(part.node).or_default();
+                must(*before & mask == 0, "claim_kept", || {
+                    format!("node {} has GPUs {:b} kept for two tasks", part.node, *before & mask)
+                })?;
+                *before |= mask;
+                let holders = self.allocs.get(&part.node).map(|alloc| alloc.holders.clone()).unwrap_or_default();
+                for token in part.gpu_order.iter().filter_map(|slot| holders.get(slot)) {
+                    let drains = self.leases.get(token).is_some_and(|lease| lease.value.verdict.is_some());
+                    must(drains, "claim_kept", || {
+                        format!("node {} has GPUs that are kept for job {} in lease {token}", part.node, task.job)
+                    })?;
+                }
+            }
         }
         Ok(())
     }

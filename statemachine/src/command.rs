@@ -118,6 +118,22 @@ pub enum Command {
         generation: u32,
     },
     SetPolicy(SetPolicy),
+    Preempt(Preempt),
+    /// A running attempt can be gone on from here; whoever knows its token speaks for it.
+    Checkpoint {
+        token: Token,
+        path: String,
+        step: u64,
+    },
+}
+
+/// Running attempts end and go back to the queue, so that a task that waits can start: all of them or none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Preempt {
+    pub task: TaskKey,
+    pub victims: Vec<Token>,
+    /// What the task will take; kept for it from now on.
+    pub parts: Vec<PlacePart>,
 }
 
 /// How the planner orders and protects what waits; what is absent stays.
@@ -127,6 +143,10 @@ pub struct SetPolicy {
     pub reservations: Option<u32>,
     /// 0 = never.
     pub aged_after_ms: Option<u64>,
+    pub min_run_ms: Option<u64>,
+    /// 0 = nobody makes room for another one.
+    pub preemptions: Option<u32>,
+    pub claim_ms: Option<u64>,
 }
 
 /// Out of scheduling.
@@ -410,6 +430,8 @@ pub enum Code {
     QuotaPending,
     PriorityUnknown,
     PriorityDenied,
+    Claimed,
+    VictimProtected,
 }
 
 impl Code {
@@ -454,6 +476,8 @@ impl Code {
             Code::QuotaPending => "QUOTA_PENDING",
             Code::PriorityUnknown => "PRIORITY_UNKNOWN",
             Code::PriorityDenied => "PRIORITY_DENIED",
+            Code::Claimed => "CLAIMED",
+            Code::VictimProtected => "VICTIM_PROTECTED",
             Code::GenerationStale => "GENERATION_STALE",
         }
     }

@@ -47,6 +47,10 @@ impl State {
         let answer = change(self, ctx);
         let after = self.shown(id);
         self.move_parents(id, before.as_ref(), after.as_ref());
+        let waits = |shown: &Option<Shown>| shown.as_ref().is_some_and(|shown| shown.standing.queue.is_some());
+        if waits(&before) && !waits(&after) {
+            self.drop_claim(id.into());
+        }
         self.index.move_standing(
             before.as_ref().map(|shown| shown.standing).unwrap_or_default(),
             after.as_ref().map(|shown| shown.standing).unwrap_or_default(),
@@ -204,6 +208,10 @@ impl State {
             for orphan in &alloc.orphans {
                 index.orphans.insert((orphan.job, *id, orphan.token));
             }
+        }
+        for (task, claim) in self.claims.iter() {
+            index.timers.insert(claim.timer(*task));
+            index.claims.extend(claim.parts.iter().map(|part| (part.node, *task)));
         }
         for (id, class) in self.classes.iter() {
             index.class_by_facts.insert(class.clone(), *id);

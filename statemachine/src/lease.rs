@@ -9,6 +9,7 @@ use crate::apply::Ctx;
 use crate::command::{Code, Rejection};
 use crate::fit;
 use crate::id::*;
+use crate::preemption::Loss;
 use crate::record::*;
 use crate::retry;
 use crate::state::State;
@@ -25,16 +26,21 @@ pub(crate) struct Ruling {
     pub kind: VerdictKind,
     pub exit: Option<Exit>,
     pub node: Option<NodeId>,
+    pub preemptor: Option<JobId>,
     pub text: String,
 }
 
 impl Ruling {
     pub(crate) fn new(kind: VerdictKind, text: impl Into<String>) -> Self {
-        Self { kind, exit: None, node: None, text: text.into() }
+        Self { kind, exit: None, node: None, preemptor: None, text: text.into() }
     }
 
     pub(crate) fn on(self, node: NodeId) -> Self {
         Self { node: Some(node), ..self }
+    }
+
+    pub(crate) fn making_room_for(self, job: JobId) -> Self {
+        Self { preemptor: Some(job), ..self }
     }
 
     pub(crate) fn with_exit(self, exit: Exit) -> Self {
@@ -73,6 +79,7 @@ impl State {
             clock_ms: self.meta.clock_ms,
             exit: ruling.exit,
             node: ruling.node,
+            preemptor: ruling.preemptor,
             text: clip(&ruling.text),
         };
         self.leases.update(&token, |lease| lease.value.verdict = Some(verdict));
@@ -161,6 +168,7 @@ impl State {
             clock_ms: self.meta.clock_ms,
             exit: Some(Exit { code: 0, signal: 0 }),
             node: None,
+            preemptor: None,
             text: String::new(),
         });
         if let Some(tenant) = self.jobs.get(&lease.task.job).map(|job| job.value.tenant) {
@@ -219,6 +227,8 @@ impl State {
     }
 
     fn write_attempt(&mut self, token: Token, lease: &Lease, verdict: &Verdict, next: &transition::Next) {
+        let preempted = verdict.kind == VerdictKind::Preempted;
+        let loss = if preempted { self.loss(lease) } else { Loss::default() };
         let row = AttemptRow {
             attempt: lease.attempt,
             token,
@@ -228,12 +238,17 @@ impl State {
             granted_ms: lease.granted_ms,
             started_ms: lease.started_ms,
             ended_ms: self.meta.clock_ms,
-            text: verdict.text.clone(),
+            text: if preempted { loss.told(&verdict.text) } else { verdict.text.clone() },
+            preemptor: verdict.preemptor.filter(|_| preempted),
+            lost_gpu_ms: loss.gpu_ms,
         };
         self.tasks.update(&lease.task, |task| {
             let task = &mut task.value;
             task.phase = next.phase.clone();
             task.charge(next.burns);
+            if row.preemptor.is_some() && next.burns == Some(Burn::Preempted) {
+                task.displaced = task.displaced.saturating_add(1);
+            }
             if let Some(node) = verdict.node.filter(|_| next.burns.is_some()) {
                 task.avoid.retain(|avoided| *avoided != node);
                 task.avoid.push_back(node);
@@ -294,6 +309,8 @@ impl Task {
             attempts: Default::default(),
             result: None,
             fence: None,
+            displaced: 0,
+            checkpoint: None,
         }
     }
 

@@ -13,6 +13,7 @@ pub mod id;
 mod index;
 pub mod keyspace;
 mod lease;
+pub mod preemption;
 pub mod record;
 mod retry;
 pub mod settings;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use serde::{Deserialize, Serialize};
 
 pub use crate::account::{Amounts, Ceiling, Policy, Tenant, Usage};
+use crate::command::PlacePart;
 use crate::id::*;
 use crate::settings::Settings;
 pub use crate::spec::{Body, JobSpec};
@@ -118,6 +119,35 @@ pub struct Task {
     pub result: Option<TaskResult>,
     /// The last grant, for `/fencing/job/`; absent before the first one.
     pub fence: Option<Versioned<Token>>,
+    /// Attempts that ended to make room for another task: the budget of preemptions counts these alone.
+    pub displaced: u16,
+    /// The newest one that an attempt recorded.
+    pub checkpoint: Option<Box<Checkpoint>>,
+}
+
+/// Where an attempt can go on from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// As the job named it, at most `CHECKPOINT_BYTES`; opaque here.
+    pub path: String,
+    /// The attempt that recorded it.
+    pub attempt: u32,
+    pub clock_ms: u64,
+    /// The job's own count; 0 = it named none.
+    pub step: u64,
+}
+
+/// What was taken from others for a task that waits: kept for it until it starts or stops waiting, or its time is over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// One a machine: free already, or held by leases that drain.
+    pub parts: Vec<PlacePart>,
+    /// The leases that end for it.
+    pub victims: Vec<Token>,
+    /// What the parts add up to.
+    pub amounts: Amounts,
+    /// Cluster time at which it is over.
+    pub until_ms: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -158,6 +188,10 @@ pub struct AttemptRow {
     pub ended_ms: u64,
     /// What the verdict said, for people; empty where its kind says it all.
     pub text: String,
+    /// It ended to make room for this job.
+    pub preemptor: Option<JobId>,
+    /// PREEMPTED: GPU-milliseconds of work since its newest checkpoint, or its start.
+    pub lost_gpu_ms: u64,
 }
 
 /// The committed result of a task: written once, at the close of its last lease, carrying that lease's token.
@@ -246,6 +280,8 @@ pub struct Verdict {
     pub exit: Option<Exit>,
     /// Node to blame, where there is one.
     pub node: Option<NodeId>,
+    /// The job that it makes room for.
+    pub preemptor: Option<JobId>,
     pub text: String,
 }
 

@@ -10,6 +10,12 @@ pub struct Planning {
     pub reservations: u32,
     /// A task that was submitted so long ago goes before younger ones of its tenant; 0 = never.
     pub aged_after_ms: u64,
+    /// An attempt makes room for no other task before it has run so long.
+    pub min_run_ms: u64,
+    /// How often a job may have to make room for another one; 0 = nobody has to.
+    pub preemptions: u32,
+    /// How long what was taken for a task is kept for it, beyond its victims' grace.
+    pub claim_ms: u64,
 }
 
 /// A named order.
@@ -35,7 +41,16 @@ impl OrderBy {
 impl Default for Planning {
     fn default() -> Self {
         // EASY's one reservation; a week, after which nobody finds waiting for others' priorities fair.
-        Self { order: OrderBy::Fair, reservations: 1, aged_after_ms: 7 * 24 * 3_600_000 }
+        Self {
+            order: OrderBy::Fair,
+            reservations: 1,
+            aged_after_ms: 7 * 24 * 3_600_000,
+            // The planner chooses by what is lost, and what has just begun loses least: the budget alone ends a thrash.
+            min_run_ms: 0,
+            preemptions: 3,
+            // A start takes milliseconds; a leader change in between takes seconds.
+            claim_ms: 60_000,
+        }
     }
 }
 

@@ -37,6 +37,8 @@ pub struct Terms {
     pub after: Vec<After>,
     /// The named priority that gave the job its own; empty = none.
     pub class: String,
+    /// What tells an attempt that is preempted to save its work; 0 = SIGTERM.
+    pub checkpoint_signal: u8,
 }
 
 /// A job that another one waits for, and how it must end.
@@ -80,6 +82,10 @@ impl JobSpec {
 
     pub fn after(&self) -> &[After] {
         self.terms.as_ref().map_or(&[], |terms| &terms.after)
+    }
+
+    pub fn checkpoint_signal(&self) -> u8 {
+        self.terms.as_ref().map_or(0, |terms| terms.checkpoint_signal)
     }
 
     /// The wall time after which a start can't keep the deadline any more; without a time limit the deadline itself.

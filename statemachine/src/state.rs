@@ -23,6 +23,7 @@ pub struct State {
     pub tenants: Table<TenantId, Tenant>,
     pub queues: Table<QueueId, Queue>,
     pub priorities: Table<String, Priority>,
+    pub claims: Table<TaskKey, Claim>,
     pub sessions: Table<SessionId, Session>,
     pub locks: Table<String, Versioned<Lock>>,
     pub requests: Table<RequestId, Request>,
@@ -65,6 +66,8 @@ pub struct Index {
     pub gpus: OrdMap<GpuUuid, NodeId>,
     /// Attempts that run without a live lease: as long as a job has one, it is on hold.
     pub orphans: OrdSet<(JobId, NodeId, Token)>,
+    /// Where something is kept for a task.
+    pub claims: OrdSet<(NodeId, TaskKey)>,
     /// Jobs on hold `restore`, by how long after the restore that ends.
     pub restoring: OrdSet<(u64, JobId)>,
 }
@@ -102,6 +105,8 @@ pub enum TimerKind {
     Archive(JobId),
     /// What still runs on a drained node goes back to the queue.
     Evict(NodeId),
+    /// What was kept for a task is free for others.
+    Claim(TaskKey),
 }
 
 /// Something that apply does by itself when wall time reaches `due_wall_ms`.

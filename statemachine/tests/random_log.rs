@@ -2,6 +2,8 @@
 //! was told stays true; the same log gives the same state, also when one begins in its middle; a list and the events
 //! after it are a later list.
 
+#[path = "random_log/told.rs"]
+mod told;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +16,7 @@ use statemachine::settings::Settings;
 use statemachine::spec::{After, AfterKind, Terms};
 use statemachine::storage::codec;
 use statemachine::*;
+use told::Told;
 use world::*;
 
 /// What somebody may try. Small numbers pick among what exists at that time, so that most commands have an effect.
@@ -108,6 +111,15 @@ enum Op {
         limit: u8,
         remove: bool,
     },
+    Preempt {
+        pick: u8,
+        victims: Vec<u8>,
+        node: u8,
+    },
+    Checkpoint {
+        pick: u8,
+        twist: u8,
+    },
     /// Ends the entry: what follows sees its effect.
     Cut,
 }
@@ -146,6 +158,9 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         3 => (0..400_000u32).prop_map(|ms| Op::Wait { ms }),
         2 => (0..3u8, 0..4u8, any::<u8>(), any::<bool>())
             .prop_map(|(name, parent, limit, remove)| Op::Tenant { name, parent, limit, remove: remove && limit < 40 }),
+        8 => (any::<u8>(), proptest::collection::vec(any::<u8>(), 1..3), any::<u8>())
+            .prop_map(|(pick, victims, node)| Op::Preempt { pick, victims, node }),
+        1 => (any::<u8>(), any::<u8>()).prop_map(|(pick, twist)| Op::Checkpoint { pick, twist }),
         12 => Just(Op::Cut),
     ];
     proptest::collection::vec(op, 1..160)
@@ -173,6 +188,10 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             submit.spec.limit_ms = u64::from(kind % 2) * 50_000;
             if world.state.index.tenant_by_name.contains_key(tenant_name(kind / 64)) {
                 submit.tenant = tenant_name(kind / 64).into();
+            }
+            if kind % 5 > 1 {
+                submit.spec.priority = 0;
+                submit.priority_class = ["low", "high"][usize::from(kind / 5 % 2)].into();
             }
             submit.spec.terms = some_terms(state, &jobs, *terms);
             if *kind > 240 {
@@ -293,6 +312,38 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
                 ..SetTenant::default()
             }))
         }
+        Op::Preempt { pick: nth, victims, node } => {
+            let job_of = |job: &JobId| state.jobs.get(job).map(|job| &job.value);
+            let urgent =
+                pending.iter().copied().filter(|job| job_of(job).is_some_and(|job| state.preempts_by_class(job)));
+            let job = pick(&urgent.collect::<Vec<_>>(), *nth)?;
+            let preemptible = |token: &&Token| {
+                let lease = state.leases.get(token);
+                lease.and_then(|lease| job_of(&lease.value.task.job)).is_some_and(|job| state.is_preemptible(job))
+            };
+            let tokens: Vec<Token> = tokens.iter().filter(preemptible).copied().collect();
+            let shape = &job_of(&job)?.spec.shape;
+            let fits = |node: NodeId, leaving: &[Token]| {
+                let free = state.free_after(node, leaving, job.into()).expect("a known node");
+                fit::room_for(&state.nodes.get(&node).expect("a known node").value, &free, shape).is_ok()
+            };
+            // Mostly one whose end is what it needs, on the machine that it frees.
+            let needed = |(token, node): &(Token, NodeId)| fits(*node, &[*token]) && !fits(*node, &[]);
+            let pairs = tokens.iter().flat_map(|token| nodes.iter().map(move |node| (*token, *node)));
+            match pick(&pairs.filter(needed).collect::<Vec<_>>(), *node) {
+                Some((token, node)) if shape.nodes == 1 => Command::Preempt(world.preemption(job, &[token], &[node])),
+                _ => {
+                    let victims: BTreeSet<Token> = victims.iter().filter_map(|nth| pick(&tokens, *nth)).collect();
+                    let count = usize::from(shape.nodes).min(nodes.len());
+                    let on: Vec<NodeId> = nodes.iter().cycle().skip(usize::from(*node)).take(count).copied().collect();
+                    Command::Preempt(world.preemption(job, &victims.into_iter().collect::<Vec<_>>(), &on))
+                }
+            }
+        }
+        Op::Checkpoint { pick: nth, twist } => {
+            let token = if *twist == 0 { Token(u64::from(*nth)) } else { pick(&tokens, *nth)? };
+            Command::Checkpoint { token, path: "c".repeat(usize::from(*twist) * 5), step: 1 }
+        }
         Op::Wait { .. } | Op::Cut => return None,
     };
     Some((None, body))
@@ -318,7 +369,7 @@ fn some_terms(state: &State, jobs: &[JobId], terms: u8) -> Option<Box<Terms>> {
     let at = |ms: i64| if ms == 0 { 0 } else { wall_ms + ms };
     let begin_wall_ms = at(i64::from(terms / 4 % 2) * 90_000);
     let deadline_wall_ms = at(i64::from(terms / 8 % 3) * 200_000);
-    Some(Box::new(Terms { begin_wall_ms, deadline_wall_ms, after: parents, class: String::new() }))
+    Some(Box::new(Terms { begin_wall_ms, deadline_wall_ms, after: parents, ..Terms::default() }))
 }
 
 fn twist_plan(places: &mut [Place], twist: u8) {
@@ -411,70 +462,16 @@ fn wild(token: u64, node: u32, job: u64, epoch: u64, which: u8) -> Command {
     }
 }
 
-/// What clients were told: a naive model of the promises.
-#[derive(Default)]
-struct Told {
-    requests: BTreeMap<RequestId, JobId>,
-    jobs: BTreeSet<JobId>,
-    results: BTreeMap<JobId, TaskResult>,
-    highest_token: Token,
-    epochs: BTreeMap<NodeId, u64>,
-    retained: bool,
-}
-
-impl Told {
-    fn hear(&mut self, cmds: &[Cmd], outcomes: &[Outcome]) {
-        for (cmd, outcome) in cmds.iter().zip(outcomes) {
-            match (&cmd.body, outcome) {
-                (Command::SubmitJob(_), Outcome::Done(Reply::Stored(StoredReply::Job(id)))) => {
-                    assert!(self.jobs.insert(*id), "a job id was given twice");
-                    if let Some(request) = cmd.request {
-                        let old = self.requests.insert(request, *id);
-                        assert!(old.is_none() || request.unix_ms().is_none(), "one request id made two jobs");
-                    }
-                }
-                (Command::SubmitJob(_), Outcome::Replayed(reply)) => {
-                    let first = self.requests[&cmd.request.expect("only a request id is replayed")];
-                    assert_eq!(*reply, StoredReply::Job(first));
-                }
-                (_, Outcome::Done(Reply::Plan(answers))) => answers.iter().flatten().for_each(|t| self.grow(*t)),
-                (_, Outcome::Done(Reply::Stored(StoredReply::Lock(Some(token))))) => {
-                    self.highest_token = self.highest_token.max(*token);
-                }
-                (_, Outcome::Done(Reply::Registered { node, epoch })) => {
-                    let old = self.epochs.insert(*node, *epoch);
-                    assert!(old < Some(*epoch), "epoch_grows");
-                }
-                (Command::Retain { .. }, Outcome::Done(_)) => self.retained = true,
-                _ => {}
-            }
-        }
-    }
-
-    fn grow(&mut self, token: Token) {
-        assert!(token > self.highest_token, "token_grows: {token} after {}", self.highest_token);
-        self.highest_token = token;
-    }
-
-    fn compare(&mut self, state: &State) {
-        for id in &self.jobs {
-            assert!(self.retained || state.job_view(*id).is_some(), "nothing_lost: job {id}");
-        }
-        for (key, task) in state.tasks.iter() {
-            if let Some(result) = &task.value.result {
-                let first = self.results.entry(key.job).or_insert_with(|| result.clone());
-                assert_eq!(first, result, "result_once");
-            }
-        }
-    }
-}
-
 /// All keys as of a revision.
 type List = (Revision, BTreeMap<String, Kv>);
 
 fn play(ops: &[Op]) -> (World, Vec<List>) {
     let settings = Settings { excused_in_row: 4, excused_in_sum: 9, requests: 6, ..Settings::default() };
     let mut world = World::with(settings);
+    for (name, value, preempts) in [("low", -1, false), ("high", 3, true)] {
+        let set = SetPriority { name: name.into(), create: true, value, tenants: vec![], preempts, preemptible: true };
+        world.run(Command::SetPriority(set));
+    }
     let (mut told, mut cmds, mut lists) = (Told::default(), Vec::new(), Vec::new());
     for op in ops.iter().chain([&Op::Cut]) {
         match op {
@@ -622,6 +619,7 @@ fn random_logs_reach_what_matters() {
     use proptest::strategy::ValueTree;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (mut verdicts, mut states, mut codes) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let (mut preempted, mut checkpoints) = (0, 0);
     for _ in 0..160 {
         let ops = ops().new_tree(&mut runner).expect("a list of operations").current();
         let (world, _) = play(&ops);
@@ -632,9 +630,11 @@ fn random_logs_reach_what_matters() {
                 _ => continue,
             };
         }
+        checkpoints += world.state.tasks.iter().filter(|(_, task)| task.value.checkpoint.is_some()).count();
         let mut again = State::new([7; 16], world.state.meta.settings.clone());
         for entry in &world.log {
-            for outcome in again.apply(entry).expect("a known level") {
+            for (cmd, outcome) in entry.cmds.iter().zip(again.apply(entry).expect("a known level")) {
+                preempted += usize::from(matches!((&cmd.body, &outcome), (Command::Preempt(_), Outcome::Done(_))));
                 match outcome {
                     Outcome::Rejected(rejection) => codes.extend([rejection.code.name()]),
                     Outcome::Done(Reply::Plan(all)) => {
@@ -649,6 +649,7 @@ fn random_logs_reach_what_matters() {
         }
     }
     println!("{verdicts:?} {states:?} {codes:?}");
+    assert!(preempted > 0 && checkpoints > 3, "room was made {preempted} times, {checkpoints} have a checkpoint");
     for verdict in
         ["SUCCEEDED", "FAILED", "TIMED_OUT", "CANCELLED", "LOST", "LAUNCH_FAILED_BY_NODE", "GPU_FAULT", "PREEMPTED"]
     {
@@ -658,7 +659,8 @@ fn random_logs_reach_what_matters() {
         assert!(states.contains(state), "no task was {state}: {states:?}");
     }
     for code in
-        ["GPU_TAKEN", "EPOCH_STALE", "TOKEN_STALE", "ALREADY_DECIDED", "REQUEST_MISMATCH", "IDENTITY_CONFLICT", "QUOTA"]
+        "GPU_TAKEN EPOCH_STALE TOKEN_STALE ALREADY_DECIDED REQUEST_MISMATCH IDENTITY_CONFLICT QUOTA VICTIM_PROTECTED"
+            .split(' ')
     {
         assert!(codes.contains(code), "no command was refused as {code}: {codes:?}");
     }

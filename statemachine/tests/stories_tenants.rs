@@ -224,7 +224,7 @@ fn a_policy_changes_what_it_names_within_its_bounds() {
     let after = world.state.meta.settings.planning.clone();
     assert_eq!(after, Planning { order: OrderBy::Fifo, ..before });
     let policy = world.state.meta.policy;
-    let wild = SetPolicy { order: None, reservations: Some(65), aged_after_ms: Some(59_999) };
+    let wild = SetPolicy { order: None, reservations: Some(65), aged_after_ms: Some(59_999), ..SetPolicy::default() };
     let (code, detail) = answer(world.run(Command::SetPolicy(wild))).unwrap_err();
     assert_eq!(code, Code::InvalidSpec);
     assert!(

@@ -35,6 +35,7 @@ pub(super) fn fire_timers(state: &mut State, salt: u64) {
             TimerKind::Retry(task) => end_backoff(state, &mut ctx, task),
             TimerKind::Archive(job) => archive(state, &mut ctx, job),
             TimerKind::Evict(node) => node_admin::evict(state, &mut ctx, node),
+            TimerKind::Claim(task) => state.drop_claim(task),
         }
         // A timer that found nothing to do must not come back.
         state.index.timers.remove(&timer);

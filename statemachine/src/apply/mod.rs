@@ -5,6 +5,7 @@
 
 mod calendar;
 mod cancel;
+mod checkpoint;
 mod clock;
 mod compact;
 mod confirm_dead;
@@ -19,6 +20,7 @@ mod node_silent;
 mod owned;
 mod plan;
 mod policy;
+mod preempt;
 mod register;
 mod report;
 mod requests;
@@ -188,6 +190,8 @@ impl State {
             Command::RemovePriority { name } => tenant::remove_priority(self, name),
             Command::Restore { generation } => restore::apply(self, ctx, *generation),
             Command::SetPolicy(set) => policy::set(self, set),
+            Command::Preempt(preempt) => preempt::apply(self, ctx, preempt),
+            Command::Checkpoint { token, path, step } => checkpoint::apply(self, *token, path, *step),
         }
     }
 

@@ -2,7 +2,7 @@
 //! placements before it: one failing part refuses its placement, and no other.
 //!
 //! Per placement: TASK_GONE, ATTEMPT_MOVED, NODE_NOT_READY, EPOCH_MOVED, GPU_TAKEN, GPU_UNHEALTHY, NO_FIT, LIMIT,
-//! QUOTA at any level of the tenants.
+//! CLAIMED (kept for another task), QUOTA at any level of the tenants.
 //! Emits the lease, the fences of its job and GPUs, and the task's state.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +31,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, plan: &Plan) -> Result
 
 fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, Rejection> {
     let job = check_task(state, place)?;
-    let masks = check_parts(state, &job.spec.shape, &place.parts)?;
+    let masks = check_parts(state, place.task, &job.spec.shape, &place.parts)?;
     let amounts = state.amounts_of(place.parts.iter().map(PlacePart::takes));
     if let Some(hit) = state.quota_hit(job.tenant, &amounts, &BTreeMap::new()) {
         return Err(Rejection::new(Code::Quota, state.quota_text(&hit)));
@@ -63,10 +63,20 @@ fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, R
 }
 
 fn check_task<'a>(state: &'a State, place: &Place) -> Result<&'a Job, Rejection> {
-    let gone = |why: &str| Rejection::new(Code::TaskGone, format!("job {}: {why}", place.task.job));
-    let job = &state.jobs.get(&place.task.job).ok_or_else(|| gone("unknown or ended"))?.value;
-    let task = state.tasks.get(&place.task).map(|task| &task.value);
-    if place.task.index >= job.tasks {
+    let job = waiting_job(state, place.task)?;
+    let next = state.tasks.get(&place.task).map_or(0, |task| task.value.attempt).saturating_add(1);
+    if place.attempt != next {
+        let detail = format!("attempt is {}, the next one is {next}", place.attempt);
+        return Err(Rejection::new(Code::AttemptMoved, detail));
+    }
+    Ok(job)
+}
+
+/// The job of a task that may start.
+pub(super) fn waiting_job(state: &State, key: TaskKey) -> Result<&Job, Rejection> {
+    let gone = |why: &str| Rejection::new(Code::TaskGone, format!("job {}: {why}", key.job));
+    let job = &state.jobs.get(&key.job).ok_or_else(|| gone("unknown or ended"))?.value;
+    if key.index >= job.tasks {
         return Err(gone("has no task of this index"));
     }
     if job.stop.is_some() || job.ended.is_some() {
@@ -75,13 +85,8 @@ fn check_task<'a>(state: &'a State, place: &Place) -> Result<&'a Job, Rejection>
     if job.holds.any() {
         return Err(gone("is on hold"));
     }
-    if task.is_some_and(|task| task.phase != Phase::Pending) {
+    if state.tasks.get(&key).is_some_and(|task| task.value.phase != Phase::Pending) {
         return Err(gone("is not PENDING"));
-    }
-    let next = task.map_or(0, |task| task.attempt).saturating_add(1);
-    if place.attempt != next {
-        let detail = format!("attempt is {}, the next one is {next}", place.attempt);
-        return Err(Rejection::new(Code::AttemptMoved, detail));
     }
     Ok(job)
 }
@@ -94,7 +99,21 @@ impl PlacePart {
 }
 
 /// The GPU masks of the parts, in order.
-fn check_parts(state: &State, shape: &crate::spec::Shape, parts: &[PlacePart]) -> Result<Vec<u128>, Rejection> {
+pub(super) fn check_parts(
+    state: &State,
+    task: TaskKey,
+    shape: &crate::spec::Shape,
+    parts: &[PlacePart],
+) -> Result<Vec<u128>, Rejection> {
+    check_gang(shape, parts, |part| check_part(state, task, shape, part))
+}
+
+/// Each part by itself, then what makes them one gang.
+pub(super) fn check_gang(
+    shape: &crate::spec::Shape,
+    parts: &[PlacePart],
+    check_part: impl Fn(&PlacePart) -> Result<(u128, Option<GpuTypeId>), Rejection>,
+) -> Result<Vec<u128>, Rejection> {
     if parts.len() != usize::from(shape.nodes) {
         let detail = format!("the placement has {} parts, the gang needs {}", parts.len(), shape.nodes);
         return Err(Rejection::new(Code::NoFit, detail));
@@ -104,7 +123,7 @@ fn check_parts(state: &State, shape: &crate::spec::Shape, parts: &[PlacePart]) -
         if !nodes.insert(part.node) {
             return Err(Rejection::new(Code::NoFit, format!("node {} is named twice", part.node)));
         }
-        let (mask, gpu_type) = check_part(state, shape, part)?;
+        let (mask, gpu_type) = check_part(part)?;
         let first = *of_type.get_or_insert(gpu_type);
         if gpu_type != first && !shape.mix_types {
             return Err(Rejection::new(Code::NoFit, "the parts' GPUs are of different types"));
@@ -116,16 +135,14 @@ fn check_parts(state: &State, shape: &crate::spec::Shape, parts: &[PlacePart]) -
 
 fn check_part(
     state: &State,
+    task: TaskKey,
     shape: &crate::spec::Shape,
     part: &PlacePart,
 ) -> Result<(u128, Option<GpuTypeId>), Rejection> {
     let missing = || Rejection::new(Code::NodeNotReady, format!("there is no node {}", part.node));
     let node = &state.nodes.get(&part.node).ok_or_else(missing)?.value;
     let alloc = state.allocs.get(&part.node).ok_or_else(missing)?;
-    if node.epoch != part.epoch {
-        let detail = format!("node {}: epoch is {}, not {}", node.name, node.epoch, part.epoch);
-        return Err(Rejection::new(Code::EpochMoved, detail));
-    }
+    check_epoch(node, part)?;
     if alloc.leases.len() >= state.meta.settings.leases_per_node as usize {
         let (held, limit) = (alloc.leases.len(), state.meta.settings.leases_per_node);
         return Err(Rejection::new(
@@ -137,15 +154,31 @@ fn check_part(
         let empty = fit::alloc_of(node, std::iter::empty(), Vec::new());
         return fit::fit(node, &empty, shape, part).map_err(|why| Rejection::new(Code::NoFit, why.to_string()));
     }
-    fit::fit(node, alloc, shape, part).map_err(|why| {
-        let code = match why {
-            NoFit::NotReady(_) => Code::NodeNotReady,
-            NoFit::Unhealthy(..) => Code::GpuUnhealthy,
-            NoFit::Taken(_) => Code::GpuTaken,
-            NoFit::Shape(_) | NoFit::Cores { .. } | NoFit::Memory { .. } => Code::NoFit,
-        };
-        Rejection::new(code, format!("node {}: {why}", node.name))
-    })
+    let fits = fit::fit(node, alloc, shape, part).map_err(|why| no_fit(node, &why))?;
+    // What is free may be kept for others.
+    let beside = state.free_beside_claims(part.node, alloc, task);
+    fit::fit(node, &beside, shape, part).map_err(|why| {
+        Rejection::new(Code::Claimed, format!("node {}: what is free is kept for another task: {why}", node.name))
+    })?;
+    Ok(fits)
+}
+
+pub(super) fn check_epoch(node: &Node, part: &PlacePart) -> Result<(), Rejection> {
+    if node.epoch == part.epoch {
+        return Ok(());
+    }
+    let detail = format!("node {}: epoch is {}, not {}", node.name, node.epoch, part.epoch);
+    Err(Rejection::new(Code::EpochMoved, detail))
+}
+
+pub(super) fn no_fit(node: &Node, why: &NoFit) -> Rejection {
+    let code = match why {
+        NoFit::NotReady(_) => Code::NodeNotReady,
+        NoFit::Unhealthy(..) => Code::GpuUnhealthy,
+        NoFit::Taken(_) => Code::GpuTaken,
+        NoFit::Shape(_) | NoFit::Cores { .. } | NoFit::Memory { .. } => Code::NoFit,
+    };
+    Rejection::new(code, format!("node {}: {why}", node.name))
 }
 
 /// One machine starts at once; several wait at the barrier until each is prepared.

@@ -1,4 +1,4 @@
-//! SetPolicy: in which order what waits is looked at, and what is protected.
+//! SetPolicy: in which order what waits is looked at, and what is protected from whom.
 //!
 //! Refuses INVALID_SPEC with all that is wrong at once. Changes no key.
 
@@ -11,6 +11,12 @@ use crate::state::State;
 pub(crate) const RESERVATIONS: u32 = 64;
 /// The shortest age that raises a task, in ms.
 pub(crate) const LEAST_AGE_MS: u64 = 60_000;
+/// The longest time in which an attempt makes room for nobody: a month.
+const MIN_RUN_MS: u64 = 31 * 24 * 3_600_000;
+/// As often as a job can be preempted at all.
+const PREEMPTIONS: u32 = 1_000;
+/// A claim takes GPUs from everybody: at least as long as a start takes, at most an hour.
+const CLAIM_MS: std::ops::RangeInclusive<u64> = 1_000..=3_600_000;
 
 pub(super) fn set(state: &mut State, set: &SetPolicy) -> Result<Reply, Rejection> {
     let now = &state.meta.settings.planning;
@@ -18,6 +24,9 @@ pub(super) fn set(state: &mut State, set: &SetPolicy) -> Result<Reply, Rejection
         order: set.order.unwrap_or(now.order),
         reservations: set.reservations.unwrap_or(now.reservations),
         aged_after_ms: set.aged_after_ms.unwrap_or(now.aged_after_ms),
+        min_run_ms: set.min_run_ms.unwrap_or(now.min_run_ms),
+        preemptions: set.preemptions.unwrap_or(now.preemptions),
+        claim_ms: set.claim_ms.unwrap_or(now.claim_ms),
     };
     let wrong = planning.wrong();
     if !wrong.is_empty() {
@@ -38,6 +47,16 @@ impl Planning {
         let (age, most) = (self.aged_after_ms, submit::MAX_LIMIT_MS);
         if age != 0 && !(LEAST_AGE_MS..=most).contains(&age) {
             wrong.push(format!("aged_after_ms is {age}, must be {LEAST_AGE_MS} to {most}, or 0 for never"));
+        }
+        if self.min_run_ms > MIN_RUN_MS {
+            wrong.push(format!("min_run_ms is {}, the limit is {MIN_RUN_MS}", self.min_run_ms));
+        }
+        if self.preemptions > PREEMPTIONS {
+            wrong.push(format!("preemptions is {}, the limit is {PREEMPTIONS}", self.preemptions));
+        }
+        if !CLAIM_MS.contains(&self.claim_ms) {
+            let (least, most) = (CLAIM_MS.start(), CLAIM_MS.end());
+            wrong.push(format!("claim_ms is {}, must be {least} to {most}", self.claim_ms));
         }
         wrong
     }

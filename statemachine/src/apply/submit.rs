@@ -28,6 +28,9 @@ const MAX_JOB: u64 = 1 << 48;
 const MAX_BACKOFF_MS: u64 = 7 * 24 * 3_600_000;
 /// Longest time limit of an attempt: ten years.
 pub(super) const MAX_LIMIT_MS: u64 = 10 * 365 * 24 * 3_600_000;
+/// The classic signals; no process hears of SIGKILL and SIGSTOP.
+const MAX_SIGNAL: u8 = 31;
+const UNCATCHABLE: [u8; 2] = [9, 19];
 const MULTIPLIER: std::ops::RangeInclusive<u32> = 1_000..=100_000;
 
 pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) -> Result<Reply, Rejection> {
@@ -155,6 +158,10 @@ fn check_fields(submit: &SubmitJob, settings: &Settings) -> Result<(), Rejection
     if spec.kill_grace_ms > spec.lease_ttl_ms / 4 {
         let limit = spec.lease_ttl_ms / 4;
         wrong.push(format!("kill_grace_ms is {}, the limit is {limit}, a quarter of the lease", spec.kill_grace_ms));
+    }
+    let signal = spec.checkpoint_signal();
+    if signal > MAX_SIGNAL || UNCATCHABLE.contains(&signal) {
+        wrong.push(format!("checkpoint_signal is {signal}, must be 1 to {MAX_SIGNAL} and none of {UNCATCHABLE:?}"));
     }
     if spec.limit_ms > MAX_LIMIT_MS {
         wrong.push(format!("limit_ms is {}, the limit is {MAX_LIMIT_MS}; 0 is no limit", spec.limit_ms));

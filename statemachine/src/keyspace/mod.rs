@@ -328,7 +328,7 @@ impl<'a> Keyspace<'a> {
             .iter()
             .filter_map(|timer| match timer.what {
                 TimerKind::Retry(task) => Some(task.job),
-                TimerKind::Archive(_) | TimerKind::Evict(_) => None,
+                TimerKind::Archive(_) | TimerKind::Evict(_) | TimerKind::Claim(_) => None,
             })
             .filter(|id| last.is_none_or(|last| id.0 > last))
             .collect();

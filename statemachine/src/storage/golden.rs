@@ -21,6 +21,10 @@ use crate::spec::{After, AfterKind, Retry, Shape, Terms};
 use crate::view::{LeaseView, PartView, ShownState, TaskView};
 use crate::*;
 
+mod commands;
+
+use commands::{commands, name};
+
 /// The lines of one file.
 struct Golden {
     path: PathBuf,
@@ -101,6 +105,7 @@ fn terms() -> Terms {
         deadline_wall_ms: -2,
         after: kinds.map(|kind| After { kind, job: JobId(300) }).into(),
         class: "urgent".into(),
+        checkpoint_signal: 10,
     }
 }
 
@@ -140,6 +145,8 @@ fn attempt(verdict: VerdictKind) -> AttemptRow {
         started_ms: Some(20),
         ended_ms: 30,
         text: "why".into(),
+        preemptor: Some(JobId(300)),
+        lost_gpu_ms: 1 << 40,
     }
 }
 
@@ -165,6 +172,8 @@ fn task(phase: Phase) -> Task {
         attempts: VERDICTS.map(attempt).into(),
         result: Some(result(TaskOutcome::Failed)),
         fence: Some(versioned(Token(77))),
+        displaced: 8,
+        checkpoint: Some(Checkpoint { path: "/c".into(), attempt: 2, clock_ms: 3, step: 300 }.into()),
     }
 }
 
@@ -230,6 +239,7 @@ fn lease(phase: LeasePhase) -> Lease {
             clock_ms: 7,
             exit: None,
             node: Some(NodeId(8)),
+            preemptor: Some(JobId(9)),
             text: "XID 79".into(),
         }),
         master: Some(Master { node: NodeId(4), port: 29_500 }),
@@ -376,6 +386,8 @@ fn records_are_encoded_as_they_were() {
     golden.record("tenant", &tenant);
     let tenants = vec![TenantId(1), TenantId(300)];
     golden.record("priority", &Priority { value: -7, tenants, preempts: true, preemptible: false });
+    let part = PlacePart { node: NodeId(1), epoch: 2, gpu_order: vec![3], cores_by_numa: vec![4], mem_mib: 5 };
+    golden.record("claim", &Claim { parts: vec![part], victims: vec![Token(9)], amounts, until_ms: 7 });
     golden.record("queue", &Queue { name: "q".into(), tenant: TenantId(1) });
     let session = Session { owner: "o".into(), ttl_ms: 1, opened_clock_ms: 2, locks: vec!["l".into()] };
     golden.record("session", &session);
@@ -431,159 +443,6 @@ fn stored_values_and_keys_are_encoded_as_they_were() {
     let tags = [Tag::Meta, Tag::History, Tag::Event].into_iter().chain(super::rows::TAGS.iter().copied());
     tags.for_each(|tag| golden.bytes(&format!("tag.{tag:?}"), &[tag as u8]));
     golden.check();
-}
-
-/// A new command is named here, and gets a sample below.
-fn name(command: &Command) -> &'static str {
-    match command {
-        Command::SubmitJob(_) => "submit_job",
-        Command::Cancel { .. } => "cancel",
-        Command::Plan(_) => "plan",
-        Command::RegisterNode(_) => "register_node",
-        Command::GpuHealth(_) => "gpu_health",
-        Command::Report(_) => "report",
-        Command::NodeSilent { .. } => "node_silent",
-        Command::LeaseDue { .. } => "lease_due",
-        Command::ConfirmDead { .. } => "confirm_dead",
-        Command::OpenSession { .. } => "open_session",
-        Command::EndSession { .. } => "end_session",
-        Command::Acquire { .. } => "acquire",
-        Command::Unlock { .. } => "unlock",
-        Command::Member { .. } => "member",
-        Command::Compact { .. } => "compact",
-        Command::Retain { .. } => "retain",
-        Command::Mark => "mark",
-        Command::Tick => "tick",
-        Command::NodeAdmin { .. } => "node_admin",
-        Command::Hold { .. } => "hold",
-        Command::Release { .. } => "release",
-        Command::Requeue { .. } => "requeue",
-        Command::Restore { .. } => "restore",
-        Command::SetTenant(_) => "set_tenant",
-        Command::RemoveTenant { .. } => "remove_tenant",
-        Command::SetPriority(_) => "set_priority",
-        Command::RemovePriority { .. } => "remove_priority",
-        Command::SetPolicy(_) => "set_policy",
-    }
-}
-
-fn commands() -> Vec<Command> {
-    let exits = |cause| ReportExit { rank: 1, exit: EXIT, cause };
-    let report = |what| ReportItem { token: Token(5), what };
-    let place = PlacePart { node: NodeId(1), epoch: 2, gpu_order: vec![3, 0], cores_by_numa: vec![4], mem_mib: 5 };
-    let gpu = |health| GpuFacts {
-        uuid: GpuUuid([7; 16]),
-        gpu_type: "h100".into(),
-        mem_mib: 81_559,
-        numa: 1,
-        health,
-        reason: "r".into(),
-    };
-    vec![
-        Command::SubmitJob(Box::new(SubmitJob {
-            tenant: "t".into(),
-            queue: "q".into(),
-            gpu_types: vec!["h100".into()],
-            spec: spec(),
-            body: body(),
-            hold: true,
-            priority_class: "urgent".into(),
-        })),
-        Command::Cancel { job: JobId(1) },
-        Command::Plan(Plan {
-            base_index: 9,
-            places: vec![Place { task: JobId(1).into(), attempt: 2, parts: vec![place] }],
-        }),
-        Command::RegisterNode(Box::new(RegisterNode {
-            name: "n".into(),
-            address: "a:1".into(),
-            host: "a".into(),
-            machine_id: [1; 16],
-            boot_id: [2; 16],
-            version: "0.1.0".into(),
-            class: class(),
-            cores_by_numa: vec![64],
-            mem_mib: 9,
-            gpus: HEALTHS.map(gpu).into(),
-            simulated: false,
-            kill: KillStrength::Cgroup,
-            labels: [("k".into(), "v".into())].into(),
-            max_token: Token(3),
-            fence_new: true,
-            running: vec![RunningPart { token: Token(1), job: JobId(2), gpus: vec![GpuUuid([3; 16])], started: true }],
-            finished: vec![FinishedPart { token: Token(4), exits: CAUSES.map(exits).into() }],
-            dead: vec![Token(6)],
-            after_epoch: 7,
-        })),
-        Command::GpuHealth(GpuHealthChange {
-            node: NodeId(1),
-            epoch: 2,
-            slot: 3,
-            health: GpuHealth::Dirty,
-            xid: 79,
-            reason: "fell off".into(),
-            end_lease: true,
-        }),
-        Command::Report(Report {
-            node: NodeId(1),
-            epoch: 2,
-            items: vec![
-                report(PartReport::Prepared { port: 1 }),
-                report(PartReport::Started { port: 2 }),
-                report(PartReport::Exited { exits: vec![exits(ExitCause::Own)], released: true }),
-                report(PartReport::Released),
-                report(PartReport::LaunchFailed { fault: LaunchFault::Job, why: "no file".into() }),
-                report(PartReport::LaunchFailed { fault: LaunchFault::Node, why: "disk".into() }),
-            ],
-        }),
-        Command::NodeSilent { node: NodeId(1), epoch: 2, tokens: vec![Token(3)] },
-        Command::LeaseDue { token: Token(1), cause: DueCause::StartTimeout },
-        Command::LeaseDue { token: Token(1), cause: DueCause::TimeLimit },
-        Command::ConfirmDead { node: NodeId(1), token: Some(Token(2)) },
-        Command::OpenSession { owner: "o".into(), ttl_ms: 3 },
-        Command::EndSession { session: SessionId(1) },
-        Command::Acquire { session: SessionId(1), name: "l".into() },
-        Command::Unlock { session: SessionId(1), name: "l".into() },
-        Command::Member { replica: 1 << 60, level: 2 },
-        Command::Compact { rev: Revision(1) },
-        Command::Retain { bucket: 1 },
-        Command::Mark,
-        Command::Tick,
-        Command::NodeAdmin { node: NodeId(1), out: Some(NodeOut { reason: "why".into(), evict_in_ms: Some(2) }) },
-        Command::Hold { job: JobId(1) },
-        Command::Release { job: JobId(1) },
-        Command::Requeue { job: JobId(1) },
-        Command::Restore { generation: 1 },
-        Command::SetTenant(Box::new(SetTenant {
-            name: "a".into(),
-            create: true,
-            parent: Some("b".into()),
-            weight: Some(2),
-            guaranteed: Some([("h100".into(), 8)].into()),
-            limit_by_type: Some([("h100".into(), 9)].into()),
-            limit_gpus: Some(Some(10)),
-            limit_cores: Some(None),
-            limit_mem_mib: None,
-            may_borrow: Some(true),
-            default_limit_ms: Some(11),
-            max_pending: Some(12),
-        })),
-        Command::RemoveTenant { name: "a".into() },
-        Command::SetPriority(SetPriority {
-            name: "urgent".into(),
-            create: true,
-            value: -1,
-            tenants: vec!["a".into()],
-            preempts: true,
-            preemptible: true,
-        }),
-        Command::RemovePriority { name: "urgent".into() },
-        Command::SetPolicy(SetPolicy {
-            order: Some(OrderBy::Fifo),
-            reservations: Some(2),
-            aged_after_ms: Some(60_000),
-        }),
-    ]
 }
 
 #[test]

@@ -161,4 +161,5 @@ tables! {
     Name names;
     GpuToken gpu_tokens;
     Priority priorities;
+    Claim claims;
 }

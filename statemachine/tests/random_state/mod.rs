@@ -241,6 +241,8 @@ fn task(random: &mut Random) -> Task {
         attempts: Default::default(),
         result: None,
         fence: None,
+        displaced: 0,
+        checkpoint: None,
     }
 }
 

@@ -94,7 +94,11 @@ impl World {
     }
 
     pub fn part(&self, id: NodeId, shape: &Shape) -> PlacePart {
-        let (node, alloc) = (&self.state.nodes.get(&id).unwrap().value, self.state.allocs.get(&id).unwrap());
+        self.part_of(id, self.state.allocs.get(&id).unwrap(), shape)
+    }
+
+    fn part_of(&self, id: NodeId, alloc: &Alloc, shape: &Shape) -> PlacePart {
+        let node = &self.state.nodes.get(&id).unwrap().value;
         let (cores, mem_mib) = fit::request_on(node, shape);
         let usable = fit::usable_gpus(node, alloc, &shape.gpu_types);
         let free = (0..128u8).filter(|slot| usable & (1 << slot) != 0);
@@ -105,6 +109,21 @@ impl World {
             cores_by_numa: fit::take_cores(alloc, cores, &[]).unwrap_or_else(|| vec![u16::try_from(cores).unwrap()]),
             mem_mib,
         }
+    }
+
+    /// Makes room for the job on these nodes: on the first GPUs that will be free there once the victims have drained.
+    pub fn preempt(&mut self, job: JobId, victims: &[Token], nodes: &[NodeId]) -> Outcome {
+        let preempt = self.preemption(job, victims, nodes);
+        self.run(Command::Preempt(preempt))
+    }
+
+    pub fn preemption(&self, job: JobId, victims: &[Token], nodes: &[NodeId]) -> Preempt {
+        let shape = self.state.jobs.get(&job).map(|job| job.value.spec.shape.clone()).unwrap_or_else(|| shape(1, 1, 1));
+        let part = |node: &NodeId| {
+            let free = self.state.free_after(*node, victims, job.into()).expect("a known node");
+            self.part_of(*node, &free, &shape)
+        };
+        Preempt { task: job.into(), victims: victims.to_vec(), parts: nodes.iter().map(part).collect() }
     }
 
     pub fn report(&mut self, node: NodeId, token: Token, what: PartReport) -> Result<(), Rejection> {
