@@ -71,6 +71,11 @@ impl<'a> Explainer<'a> {
             return Some(Arc::new(held(state, job)));
         }
         let shape = &waiting_task(state, key)?.0.shape;
+        if let Some(claim) = state.claims.get(&key) {
+            let left = claim.victims.iter().filter(|victim| state.leases.contains(victim)).count();
+            let victims = u32::try_from(left).unwrap_or(u32::MAX);
+            return Some(Arc::new(Reason::Preempting { needs: needs_of(state, shape), victims }));
+        }
         if let Some(reason) = Planned::default().hit_by_shape(state, job.tenant, shape) {
             return Some(Arc::new(reason));
         }

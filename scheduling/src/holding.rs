@@ -57,6 +57,14 @@ impl Holding {
         Self { end, gpus, cores_by_numa: part.cores_by_numa.clone(), mem_mib: part.mem_mib }
     }
 
+    pub(crate) fn take_from(&self, alloc: &mut Alloc) {
+        alloc.free_gpus &= !self.gpus;
+        for (free, cores) in alloc.cores_free.iter_mut().zip(&self.cores_by_numa) {
+            *free = free.saturating_sub(*cores);
+        }
+        alloc.mem_free_mib = alloc.mem_free_mib.saturating_sub(self.mem_mib);
+    }
+
     /// Never more than the machine has: it may have registered with less than what its parts hold.
     pub(crate) fn give_back(&self, node: &Node, alloc: &mut Alloc) {
         alloc.free_gpus |= self.gpus;

@@ -16,6 +16,7 @@ pub mod outlook;
 pub mod plan;
 pub mod points;
 pub mod predict;
+mod preempt;
 pub mod profile;
 mod quota;
 pub mod reason;

@@ -89,12 +89,16 @@ pub(crate) struct Machines<'a> {
     kept: BTreeMap<NodeId, Vec<Kept>>,
     /// When what is kept begins.
     starts: BTreeSet<u64>,
+    /// What this plan makes room for: not in the state yet.
+    made_room: Vec<PlacePart>,
 }
 
 struct Left {
     alloc: Alloc,
     /// Parts that the plan has put here.
     parts: Vec<Holding>,
+    /// So many of them, the first ones, take what a claim of the state kept.
+    claimed: usize,
 }
 
 impl<'a> Machines<'a> {
@@ -109,6 +113,7 @@ impl<'a> Machines<'a> {
             leased: OnceCell::new(),
             kept: BTreeMap::new(),
             starts: BTreeSet::new(),
+            made_room: Vec::new(),
         }
     }
 
@@ -185,6 +190,29 @@ impl<'a> Machines<'a> {
         (length, length.map_or(End::Unknown { since_ms: now_ms }, ends))
     }
 
+    /// Takes what a claim of the state keeps, before anything else is taken.
+    pub(crate) fn take_claimed(&mut self, part: &PlacePart, end: End) {
+        self.take(part, end);
+        if let Some(left) = self.left.get_mut(&part.node) {
+            left.claimed = left.parts.len();
+        }
+    }
+
+    /// Takes what the plan has put on the machine, or keeps there for others, out of what is free beside the state's claims.
+    pub(crate) fn take_planned(&self, id: NodeId, alloc: &mut Alloc) {
+        let planned = self.left.get(&id).map(|left| &left.parts[left.claimed..]).unwrap_or_default();
+        planned.iter().for_each(|holding| holding.take_from(alloc));
+        self.made_room.iter().filter(|part| part.node == id).for_each(|part| holding::take(alloc, part));
+    }
+
+    /// Keeps a part from now on, for a task for which others end.
+    pub(crate) fn keep_room(&mut self, part: &PlacePart, is_new: bool) {
+        self.keep(self.state.meta.clock_ms, u64::MAX, part.clone());
+        if is_new {
+            self.made_room.push(part.clone());
+        }
+    }
+
     pub(crate) fn kept_on(&self, id: NodeId) -> &[Kept] {
         self.kept.get(&id).map(Vec::as_slice).unwrap_or_default()
     }
@@ -226,7 +254,7 @@ impl<'a> Machines<'a> {
     pub(crate) fn take(&mut self, part: &PlacePart, end: End) {
         let Some((_, alloc)) = self.node(part.node) else { return };
         let alloc = alloc.clone();
-        let left = self.left.entry(part.node).or_insert(Left { alloc, parts: Vec::new() });
+        let left = self.left.entry(part.node).or_insert(Left { alloc, parts: Vec::new(), claimed: 0 });
         left.parts.push(Holding::of_placed(part, end));
         holding::take(&mut left.alloc, part);
         self.touched.push(part.node);

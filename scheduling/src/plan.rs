@@ -5,6 +5,9 @@
 //! machines with room for it at the earliest time, by the limits of what runs. Tasks behind it start where they end
 //! before that time or take nothing of what is kept, so none of them delays it. A task without a time limit never ends
 //! in time. Reservations are made anew in each cycle, from the same state by every planner.
+//!
+//! A task that finds no room and may end others makes room (`preempt` says by whose end); reservations don't bind it. What
+//! was taken for a task goes to nobody else: it starts there as soon as all of it is free.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -13,16 +16,17 @@ use std::sync::Arc;
 use statemachine::account::Amounts;
 use statemachine::command::{self, Place, PlacePart};
 use statemachine::fit;
-use statemachine::record::{Phase, Task};
+use statemachine::record::{Claim, Phase, Task};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::state::QueueKey;
-use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId};
+use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 
 use crate::explain::{explain, needs_of};
 use crate::holding::ENDLESS_MS;
 pub use crate::machines::Cache;
 use crate::machines::Machines;
 use crate::order::{Order, Position};
+use crate::preempt::{self, Before, Open};
 use crate::quota::Planned;
 use crate::reason::Reason;
 use crate::reserve::earliest;
@@ -36,6 +40,9 @@ const BYTES_PER_COMMAND: usize = 120 << 10;
 
 /// Tasks of one pool whose reservation is tried, beyond those that get one: each costs a look at every machine.
 const MORE_TRIES: u32 = 3;
+
+/// Tasks for which room is made in one cycle: the next one sees what has become of them.
+const PREEMPTS: usize = 16;
 
 /// What bounds one cycle, and where it begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +73,12 @@ pub struct Plan {
     pub reasons: Vec<(TaskKey, Arc<Reason>)>,
     /// What is kept for tasks that wait, in the order of the queue.
     pub reservations: Vec<Reservation>,
+    /// Who ends for whom.
+    pub preempts: Vec<command::Preempt>,
+    /// Somebody who could end for a task that waits has not run for the least time yet.
+    pub preempts_later: bool,
+    /// What it took, in `Limits::steps`.
+    pub steps: u64,
     /// The limits were reached before the queue's end.
     pub unfinished: bool,
     /// How far the order was looked at: `Limits::after` of the next cycle when this one is unfinished and placed nothing.
@@ -137,6 +150,13 @@ pub(crate) struct Cycle<'a> {
     promised: Planned,
     pools: BTreeMap<Pool, Tries>,
     reservations: u32,
+    /// Who may be ended, once somebody asks.
+    open: Option<Open>,
+    victims: BTreeSet<Token>,
+    /// What they end for.
+    making: Planned,
+    /// The highest priority for which nobody's end made room, by shape, tenant, and whether its class lets it end others.
+    hopeless: BTreeMap<(&'a Shape, TenantId, bool), i32>,
     pub steps: u64,
     pub plan: Plan,
 }
@@ -167,6 +187,10 @@ impl<'a> Cycle<'a> {
             promised: Planned::default(),
             pools: BTreeMap::new(),
             reservations: limits.reservations.unwrap_or(state.meta.settings.planning.reservations),
+            open: None,
+            victims: BTreeSet::new(),
+            making: Planned::default(),
+            hopeless: BTreeMap::new(),
             steps: 0,
             plan: Plan { base_index: state.meta.applied.index, ..Plan::default() },
         }
@@ -178,6 +202,7 @@ impl<'a> Cycle<'a> {
         let from = limits.after.clone().unwrap_or_default();
         let mut reserved: Vec<QueueKey> = Vec::new();
         let mut order = Order::new(state, from.clone());
+        self.serve_claims(&mut order);
         // Those behind go on beside what an earlier cycle kept for those in front.
         let mut again = from.reserved.into_iter();
         let mut looked = 0usize;
@@ -203,6 +228,7 @@ impl<'a> Cycle<'a> {
                 break;
             }
         }
+        self.plan.steps = self.steps;
         let mut reached = order.position();
         reached.reserved = reserved;
         self.plan.reached = (looked > 0).then_some(reached);
@@ -214,6 +240,9 @@ impl<'a> Cycle<'a> {
         self.steps += 1;
         let state = self.machines.state;
         let (spec, record) = waiting_task(state, task)?;
+        if state.claims.contains(&task) {
+            return None;
+        }
         let (_, end) = self.machines.length_of(spec);
         let bar = self.machines.bar(end.time_ms());
         let placed = match self.planned.hit_by_shape(state, tenant, &spec.shape) {
@@ -235,9 +264,15 @@ impl<'a> Cycle<'a> {
                 Some(takes)
             }
             Err(reason) => {
-                if reason.ends_with_time() && self.may_reserve(&spec.shape) {
-                    self.reserve(task, tenant, spec);
-                }
+                let reason = match reason.ends_with_time().then(|| self.make_room(task, tenant, spec)).flatten() {
+                    Some(made) => Arc::new(made),
+                    None => {
+                        if reason.ends_with_time() && self.may_reserve(&spec.shape) {
+                            self.reserve(task, tenant, spec);
+                        }
+                        reason
+                    }
+                };
                 self.plan.reasons.push((task, reason));
                 None
             }
@@ -283,6 +318,76 @@ impl<'a> Cycle<'a> {
                 Err(reason)
             }
         }
+    }
+
+    /// Starts each task for which others ended, once all that is kept for it is free; until then it is kept.
+    fn serve_claims(&mut self, order: &mut Order<'_>) {
+        let state = self.machines.state;
+        for (task, claim) in state.claims.iter() {
+            self.steps += 1 + claim.parts.len() as u64;
+            let (Some((spec, record)), Some(job)) = (waiting_task(state, *task), state.jobs.get(&task.job)) else {
+                continue;
+            };
+            let tenant = job.value.tenant;
+            let parts = self.free_parts(*task, claim, &spec.shape);
+            match parts.filter(|parts| self.planned.hit_by(state, tenant, parts).is_none()) {
+                Some(parts) => {
+                    let (_, end) = self.machines.length_of(spec);
+                    order.placed(tenant, &self.planned.add(state, tenant, &parts));
+                    self.promised.add(state, tenant, &parts);
+                    parts.iter().for_each(|part| self.machines.take_claimed(part, end));
+                    self.plan.places.push(Place { task: *task, attempt: next_attempt(record), parts });
+                }
+                None => {
+                    claim.parts.iter().for_each(|part| self.machines.keep_room(part, false));
+                    self.promised.add(state, tenant, &claim.parts);
+                    let (start_ms, parts) = (state.meta.clock_ms, claim.parts.clone());
+                    self.plan.reservations.push(Reservation { task: *task, start_ms, parts });
+                }
+            }
+        }
+    }
+
+    /// What is kept for a task, if all of it is free.
+    fn free_parts(&self, task: TaskKey, claim: &Claim, shape: &Shape) -> Option<Vec<PlacePart>> {
+        let state = self.machines.state;
+        let part = |part: &PlacePart| {
+            let node = &state.nodes.get(&part.node)?.value;
+            let free = state.free_beside_claims(part.node, state.allocs.get(&part.node)?, task);
+            let part = PlacePart { epoch: node.epoch, ..part.clone() };
+            let fits = self.machines.takes_leases(part.node) && fit::fit(node, &free, shape, &part).is_ok();
+            fits.then_some(part)
+        };
+        claim.parts.iter().map(part).collect()
+    }
+
+    /// Ends others for the task, where that suffices and is its right: what it then waits for.
+    fn make_room(&mut self, task: TaskKey, tenant: TenantId, spec: &'a JobSpec) -> Option<Reason> {
+        let state = self.machines.state;
+        let job = &state.jobs.get(&task.job)?.value;
+        if !state.may_preempt(job) || self.plan.preempts.len() >= PREEMPTS {
+            return None;
+        }
+        let equal = (&spec.shape, tenant, state.preempts_by_class(job));
+        if self.hopeless.get(&equal).is_some_and(|highest| spec.priority <= *highest) {
+            return None;
+        }
+        let open = self.open.get_or_insert_with(|| Open::of(state, &mut self.steps));
+        self.plan.preempts_later |= open.later;
+        let before = Before { victims: self.victims.clone(), coming: self.planned.with(&self.making) };
+        let made = preempt::make_room(&self.machines, self.cache, (open, &before), (task, spec), &mut self.steps);
+        let made = made.filter(|made| self.promised.hit_by(state, tenant, &made.parts).is_none());
+        let Some(made) = made else {
+            self.hopeless.insert(equal, spec.priority);
+            return None;
+        };
+        self.victims.extend(&made.victims);
+        self.promised.add(state, tenant, &made.parts);
+        self.making.add(state, tenant, &made.parts);
+        made.parts.iter().for_each(|part| self.machines.keep_room(part, true));
+        let victims = u32::try_from(made.victims.len()).unwrap_or(u32::MAX);
+        self.plan.preempts.push(made);
+        Some(Reason::Preempting { needs: needs_of(state, &spec.shape), victims })
     }
 
     /// Who has the machines that it could have, and how short it would have to be.

@@ -66,6 +66,11 @@ pub enum Reason {
         starts_in_ms: Option<u64>,
         fits_ms: Option<u64>,
     },
+    /// So many leases end to make room for it.
+    Preempting {
+        needs: Needs,
+        victims: u32,
+    },
     Held {
         holds: Holds,
     },
@@ -106,6 +111,11 @@ pub const CODES: &[(&str, &str, &str)] = &[
         "RESERVED",
         "what is free is kept for a job before it in the order, and it would not end in time",
         "wait, or give it a --time-limit that ends before that job starts",
+    ),
+    (
+        "PREEMPTING",
+        "jobs end to make room for it; what they held is kept for it",
+        "nothing: it starts once they are gone",
     ),
     (
         "HELD",
@@ -168,6 +178,7 @@ impl Reason {
             Reason::LeasesFull { .. } => "LEASES_FULL",
             Reason::Bandwidth { .. } => "BANDWIDTH",
             Reason::Reserved { .. } => "RESERVED",
+            Reason::Preempting { .. } => "PREEMPTING",
             Reason::Held { .. } => "HELD",
             Reason::Quota { .. } => "QUOTA",
             Reason::Dependency { .. } => "DEPENDENCY",
@@ -240,6 +251,10 @@ impl fmt::Display for Reason {
                 }
                 let fits = |ms: &u64| write!(f, "; with a time limit of {} s or less it would fit before", ms / 1_000);
                 fits_ms.as_ref().filter(|ms| **ms >= 1_000).map_or(Ok(()), fits)
+            }
+            Reason::Preempting { needs, victims: 0 } => write!(f, "needs {needs}; it is kept for it"),
+            Reason::Preempting { needs, victims } => {
+                write!(f, "needs {needs}; {victims} {} to make room for it", plural(*victims, "job ends", "jobs end"))
             }
             Reason::Held { holds } => f.write_str(held(*holds)),
             Reason::Quota { text, .. } => f.write_str(text),

@@ -162,6 +162,12 @@ impl Site {
         self.submit_limited(tenant, shape, priority, gpu_types, 0)
     }
 
+    /// Of a named priority; empty = none.
+    pub fn submit_of(&mut self, class: &str, tenant: &str, shape: Shape) -> JobId {
+        let submit = SubmitJob { priority_class: class.into(), ..asked(tenant, shape, 0, &[], 0) };
+        self.submitted(submit)
+    }
+
     /// With a time limit in ms; 0 = none. The kill grace is 10 s.
     pub fn submit_limited(
         &mut self,
@@ -171,26 +177,10 @@ impl Site {
         gpu_types: &[&str],
         limit_ms: u64,
     ) -> JobId {
-        let spec = JobSpec {
-            name: "job".into(),
-            priority,
-            shape,
-            limit_ms,
-            lease_ttl_ms: 300_000,
-            kill_grace_ms: 10_000,
-            retry: default_retry(),
-            labels: BTreeMap::new(),
-            terms: None,
-        };
-        let submit = SubmitJob {
-            tenant: tenant.into(),
-            queue: "default".into(),
-            gpu_types: gpu_types.iter().map(|name| (*name).to_owned()).collect(),
-            spec,
-            body: Body { argv: vec!["true".into()], ..Body::default() },
-            hold: false,
-            priority_class: String::new(),
-        };
+        self.submitted(asked(tenant, shape, priority, gpu_types, limit_ms))
+    }
+
+    fn submitted(&mut self, submit: SubmitJob) -> JobId {
         match self.done(Command::SubmitJob(Box::new(submit))) {
             Reply::Stored(StoredReply::Job(job)) => job,
             other => panic!("{other:?}"),
@@ -284,5 +274,28 @@ impl Site {
     pub fn wait_ms(&mut self, ms: u64) {
         self.state.meta.clock_ms += ms;
         self.done(Command::Tick);
+    }
+}
+
+fn asked(tenant: &str, shape: Shape, priority: i32, gpu_types: &[&str], limit_ms: u64) -> SubmitJob {
+    let spec = JobSpec {
+        name: "job".into(),
+        priority,
+        shape,
+        limit_ms,
+        lease_ttl_ms: 300_000,
+        kill_grace_ms: 10_000,
+        retry: default_retry(),
+        labels: BTreeMap::new(),
+        terms: None,
+    };
+    SubmitJob {
+        tenant: tenant.into(),
+        queue: "default".into(),
+        gpu_types: gpu_types.iter().map(|name| (*name).to_owned()).collect(),
+        spec,
+        body: Body { argv: vec!["true".into()], ..Body::default() },
+        hold: false,
+        priority_class: String::new(),
     }
 }

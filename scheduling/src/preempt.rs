@@ -1,0 +1,390 @@
+//! Whose end makes room for a task that waits, at the least loss. Who may be ended at all is `statemachine::preemption`'s
+//! answer, and what fits is `statemachine::fit`'s.
+//!
+//! A task of one machine gets the set of victims that loses least of all sets on all machines (branch and bound, down to
+//! `SEARCH` looks a machine; beyond those, a set of which none can be spared). A gang takes the machines that add the
+//! least loss one after the other; then those victims are spared, the costliest first, without whom it fits too.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use statemachine::account::Amounts;
+use statemachine::command::{PlacePart, Preempt};
+use statemachine::preemption::Rights;
+use statemachine::record::{Alloc, Lease, NodeAdmin, PartState};
+use statemachine::spec::{JobSpec, Shape};
+use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
+
+use crate::machines::{Cache, Machines};
+use crate::seats::seats_on;
+
+/// Looks at sets of victims on one machine.
+const SEARCH: u32 = 2_048;
+/// Tries with other victims, where those chosen together would take a tenant below what is guaranteed to it.
+const TRIES: usize = 4;
+/// Victims of one task; apply takes a few more.
+const VICTIMS: usize = 1_000;
+
+/// What the end of a set of leases costs: less is better.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Cost {
+    gpu_ms: u64,
+    core_ms: u64,
+    leases: u64,
+}
+
+impl Cost {
+    const MOST: Cost = Cost { gpu_ms: u64::MAX, core_ms: u64::MAX, leases: u64::MAX };
+
+    fn of(state: &State, lease: &Lease) -> Self {
+        let loss = state.loss(lease);
+        Self { gpu_ms: loss.gpu_ms, core_ms: loss.core_ms, leases: 1 }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            gpu_ms: self.gpu_ms.saturating_add(other.gpu_ms),
+            core_ms: self.core_ms.saturating_add(other.core_ms),
+            leases: self.leases.saturating_add(other.leases),
+        }
+    }
+}
+
+/// Leases that may be ended for some task, found once a cycle.
+#[derive(Debug, Default)]
+pub(crate) struct Open {
+    by_node: BTreeMap<NodeId, Vec<Token>>,
+    /// The lowest priority among those of preemptible classes.
+    lowest: Option<i32>,
+    /// Some tenant has a guarantee, so that others may borrow.
+    guarantees: bool,
+    /// Some lease may be ended once it has run for the least time.
+    pub later: bool,
+}
+
+impl Open {
+    pub(crate) fn of(state: &State, steps: &mut u64) -> Self {
+        let guarantees = state.tenants.iter().any(|(_, tenant)| !tenant.policy.guaranteed.is_empty());
+        let mut open = Self { guarantees, ..Self::default() };
+        for (token, lease) in state.leases.iter() {
+            *steps += 1;
+            let lease = &lease.value;
+            let Some(job) = state.jobs.get(&lease.task.job) else { continue };
+            let by_class = state.is_preemptible(&job.value);
+            if lease.verdict.is_some() || !(by_class || open.guarantees) {
+                continue;
+            }
+            if state.may_make_room(*token, lease).is_err() {
+                open.later |= state.protected_until_ms(lease).is_some();
+                continue;
+            }
+            if by_class {
+                let priority = job.value.spec.priority;
+                open.lowest = Some(open.lowest.map_or(priority, |lowest| lowest.min(priority)));
+            }
+            for part in lease.parts.iter().filter(|part| part.state != PartState::Released) {
+                open.by_node.entry(part.node).or_default().push(*token);
+            }
+        }
+        open
+    }
+
+    /// Without a look at any lease: the task could end one of them.
+    fn is_worth_a_look(&self, by_class: bool, priority: i32) -> bool {
+        let lower = by_class && self.lowest.is_some_and(|lowest| lowest < priority);
+        !self.by_node.is_empty() && (lower || self.guarantees)
+    }
+}
+
+/// What this cycle did for tasks before it.
+pub(crate) struct Before {
+    /// Who ends for them.
+    pub victims: BTreeSet<Token>,
+    /// What they get, by tenant.
+    pub coming: BTreeMap<TenantId, Amounts>,
+}
+
+/// What is looked at for one task, with GPUs of one type.
+struct Search<'a, 'b> {
+    machines: &'a Machines<'b>,
+    open: &'a Open,
+    /// Victims of tasks before it in this cycle.
+    spoken_for: &'a BTreeSet<Token>,
+    task: TaskKey,
+    shape: &'a Shape,
+    gpu_type: Option<GpuTypeId>,
+    rights: Rights<'a>,
+    /// Not to be ended, beside those whom its rights protect.
+    spared: BTreeSet<Token>,
+    cost: BTreeMap<Token, Cost>,
+}
+
+/// The least set that makes room on one machine.
+struct Found {
+    node: NodeId,
+    victims: Vec<Token>,
+    cost: Cost,
+}
+
+/// The cheapest set of victims for a task that found no room, with the parts that it takes then. `None` where nobody may
+/// be ended, or no set suffices, or what drains already does.
+pub(crate) fn make_room(
+    machines: &Machines<'_>,
+    cache: &mut Cache,
+    (open, before): (&Open, &Before),
+    (task, spec): (TaskKey, &JobSpec),
+    steps: &mut u64,
+) -> Option<Preempt> {
+    let state = machines.state;
+    let by_class = state.preempts_by_class(&state.jobs.get(&task.job)?.value);
+    if state.claims.contains(&task) || !open.is_worth_a_look(by_class, spec.priority) {
+        return None;
+    }
+    let mut best: Option<(Cost, Preempt)> = None;
+    for gpu_type in types_of(state, &spec.shape) {
+        let asks = asks(&spec.shape, gpu_type);
+        let Some(mut rights) = Rights::new(state, task, &asks, &before.coming) else { continue };
+        before.victims.iter().for_each(|token| rights.count(*token));
+        let (spared, cost) = (BTreeSet::new(), BTreeMap::new());
+        let shape = &spec.shape;
+        let mut search =
+            Search { machines, open, spoken_for: &before.victims, task, shape, gpu_type, rights, spared, cost };
+        let Some((cost, preempt)) = search.run(cache, steps) else { continue };
+        // Of equal ones the type that the job prefers.
+        if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+            best = Some((cost, preempt));
+        }
+    }
+    best.map(|(_, preempt)| preempt).filter(|preempt| !preempt.victims.is_empty())
+}
+
+/// The types to try, in the shape's order.
+fn types_of(state: &State, shape: &Shape) -> Vec<Option<GpuTypeId>> {
+    if shape.gpus_per_node() == 0 {
+        return vec![None];
+    }
+    let present: BTreeSet<GpuTypeId> =
+        state.nodes.iter().flat_map(|(_, node)| node.value.gpus.iter().map(|gpu| gpu.gpu_type)).collect();
+    if shape.gpu_types.is_empty() {
+        return present.into_iter().map(Some).collect();
+    }
+    shape.gpu_types.iter().copied().filter(|wanted| present.contains(wanted)).map(Some).collect()
+}
+
+fn asks(shape: &Shape, gpu_type: Option<GpuTypeId>) -> Amounts {
+    let gpus = u32::from(shape.nodes).saturating_mul(shape.gpus_per_node());
+    Amounts { gpus: gpu_type.map(|gpu_type| (gpu_type, gpus)).into_iter().collect(), ..Amounts::default() }
+}
+
+impl Search<'_, '_> {
+    fn run(&mut self, cache: &mut Cache, steps: &mut u64) -> Option<(Cost, Preempt)> {
+        for _ in 0..TRIES {
+            let found = if self.shape.nodes == 1 { self.one(cache, steps) } else { self.gang(cache, steps) }?;
+            match self.protected_among(&found) {
+                Some(victim) => self.spared.insert(victim),
+                None => return self.told(cache, found),
+            };
+        }
+        None
+    }
+
+    /// The one machine where the least is lost.
+    fn one(&mut self, cache: &mut Cache, steps: &mut u64) -> Option<(Vec<NodeId>, Vec<Token>)> {
+        let mut best: Option<Found> = None;
+        for node in self.nodes() {
+            let bound = best.as_ref().map_or(Cost::MOST, |found| found.cost);
+            if let Some(found) = self.on_node(cache, node, bound, steps) {
+                best = Some(found);
+            }
+        }
+        best.map(|found| (vec![found.node], found.victims))
+    }
+
+    /// Machine after machine, the least addition first; then who is not needed is spared.
+    fn gang(&mut self, cache: &mut Cache, steps: &mut u64) -> Option<(Vec<NodeId>, Vec<Token>)> {
+        let mut left: Vec<Found> = Vec::new();
+        for node in self.nodes() {
+            left.extend(self.on_node(cache, node, Cost::MOST, steps));
+        }
+        let (mut nodes, mut victims) = (Vec::new(), BTreeSet::new());
+        while nodes.len() < usize::from(self.shape.nodes) {
+            let added = |found: &Found| {
+                let more = found.victims.iter().filter(|token| !victims.contains(*token));
+                more.fold(Cost::default(), |sum, token| sum.plus(self.cost[token]))
+            };
+            *steps += left.len() as u64 / 8;
+            let (at, _) = left.iter().enumerate().min_by_key(|(_, found)| (added(found), found.node))?;
+            let found = left.swap_remove(at);
+            nodes.push(found.node);
+            victims.extend(found.victims);
+        }
+        nodes.sort_unstable();
+        let mut kept: Vec<Token> = victims.into_iter().collect();
+        kept.sort_by_key(|token| std::cmp::Reverse((self.cost[token], *token)));
+        for token in kept.clone() {
+            let others: Vec<Token> = kept.iter().copied().filter(|other| *other != token).collect();
+            *steps += nodes.len() as u64;
+            if nodes.iter().all(|node| self.fits(cache, *node, &others)) {
+                kept = others;
+            }
+        }
+        Some((nodes, kept))
+    }
+
+    /// Machines in service where somebody may be ended or something drains.
+    fn nodes(&self) -> Vec<NodeId> {
+        let nodes = self.machines.state.nodes.iter();
+        let usable =
+            nodes.filter(|(id, node)| node.value.admin == NodeAdmin::Ready && !self.machines.unheard.contains(id));
+        usable.map(|(id, _)| *id).collect()
+    }
+
+    /// The cheapest set there that costs less than `bound`.
+    fn on_node(&mut self, cache: &mut Cache, node: NodeId, bound: Cost, steps: &mut u64) -> Option<Found> {
+        *steps += 1;
+        if self.fits(cache, node, &[]) {
+            return (Cost::default() < bound).then_some(Found { node, victims: Vec::new(), cost: Cost::default() });
+        }
+        let mut able = self.able_on(node, steps);
+        if able.is_empty() {
+            return None;
+        }
+        able.sort_unstable_by_key(|token| (self.cost[token], *token));
+        let costs: Vec<Cost> = able.iter().map(|token| self.cost[token]).collect();
+        // Whatever set it is, it costs as much as its cheapest member.
+        *steps += 1;
+        if costs[0] >= bound || !self.fits(cache, node, &able) {
+            return None;
+        }
+        let mut looks = 0;
+        let mut best = self.greedy(cache, node, &able, &mut looks);
+        let mut cost = best.iter().fold(Cost::default(), |sum, token| sum.plus(self.cost[token]));
+        let mut walk = Walk { able: &able, costs: &costs, chosen: Vec::new(), looks };
+        if cost > bound {
+            (cost, best) = (bound, Vec::new());
+        }
+        self.walk(cache, node, &mut walk, 0, Cost::default(), (&mut cost, &mut best));
+        *steps += u64::from(walk.looks);
+        (!best.is_empty() && cost < bound).then_some(Found { node, victims: best, cost })
+    }
+
+    /// Who may be ended on a machine; their costs are noted.
+    fn able_on(&mut self, node: NodeId, steps: &mut u64) -> Vec<Token> {
+        let state = self.machines.state;
+        let open = self.open.by_node.get(&node).map(Vec::as_slice).unwrap_or_default();
+        *steps += open.len() as u64;
+        let free = |token: &&Token| !self.spoken_for.contains(*token) && !self.spared.contains(*token);
+        let able: Vec<Token> =
+            open.iter().filter(free).copied().filter(|token| self.rights.against(*token).is_ok()).collect();
+        for token in &able {
+            if let Some(lease) = state.leases.get(token) {
+                self.cost.entry(*token).or_insert_with(|| Cost::of(state, &lease.value));
+            }
+        }
+        able
+    }
+
+    /// The cheapest until it fits, then without those who are not needed, the costliest first.
+    fn greedy(&self, cache: &mut Cache, node: NodeId, able: &[Token], looks: &mut u32) -> Vec<Token> {
+        let mut chosen: Vec<Token> = Vec::new();
+        for token in able {
+            chosen.push(*token);
+            *looks += 1;
+            if self.fits(cache, node, &chosen) {
+                break;
+            }
+        }
+        for token in chosen.clone().into_iter().rev() {
+            let others: Vec<Token> = chosen.iter().copied().filter(|other| *other != token).collect();
+            *looks += 1;
+            if self.fits(cache, node, &others) {
+                chosen = others;
+            }
+        }
+        chosen
+    }
+
+    /// Branch and bound over the candidates from `at` on, the cheapest first.
+    fn walk(
+        &self,
+        cache: &mut Cache,
+        node: NodeId,
+        walk: &mut Walk<'_>,
+        at: usize,
+        cost: Cost,
+        best: (&mut Cost, &mut Vec<Token>),
+    ) {
+        for next in at..walk.able.len() {
+            let more = cost.plus(walk.costs[next]);
+            // Those behind cost no less.
+            if more >= *best.0 || walk.looks >= SEARCH {
+                return;
+            }
+            walk.looks += 1;
+            walk.chosen.push(walk.able[next]);
+            if self.fits(cache, node, &walk.chosen) {
+                *best.0 = more;
+                *best.1 = walk.chosen.clone();
+            } else {
+                self.walk(cache, node, walk, next + 1, more, (&mut *best.0, &mut *best.1));
+            }
+            walk.chosen.pop();
+        }
+    }
+
+    /// A part of the shape fits on the machine once these and all that was decided before have drained.
+    fn fits(&self, cache: &mut Cache, node: NodeId, victims: &[Token]) -> bool {
+        self.room(node, victims).is_some_and(|alloc| self.fits_in(cache, node, &alloc))
+    }
+
+    fn fits_in(&self, cache: &mut Cache, id: NodeId, alloc: &Alloc) -> bool {
+        let Some(node) = self.machines.state.nodes.get(&id) else { return false };
+        let seats = seats_on(self.machines, cache, self.shape, (id, &node.value, alloc));
+        seats.iter().any(|(gpu_type, _)| *gpu_type == self.gpu_type)
+    }
+
+    /// What the machine will have free then, less what this cycle gave to others.
+    fn room(&self, node: NodeId, victims: &[Token]) -> Option<Alloc> {
+        let state = self.machines.state;
+        let leaving = victims.iter().chain(self.spoken_for).copied();
+        let here: Vec<Token> = leaving.filter(|token| is_on(state, *token, node)).collect();
+        let mut alloc = state.free_after(node, &here, self.task)?;
+        self.machines.take_planned(node, &mut alloc);
+        Some(alloc)
+    }
+
+    /// The first of them whose end would, after that of those before it, pass what protects it.
+    fn protected_among(&self, (_, victims): &(Vec<NodeId>, Vec<Token>)) -> Option<Token> {
+        let mut rights = self.rights.clone();
+        victims.iter().copied().find(|token| {
+            let refused = rights.against(*token).is_err();
+            rights.count(*token);
+            refused
+        })
+    }
+
+    fn told(&self, cache: &mut Cache, (nodes, victims): (Vec<NodeId>, Vec<Token>)) -> Option<(Cost, Preempt)> {
+        if victims.len() > VICTIMS {
+            return None;
+        }
+        let part = |id: &NodeId| -> Option<PlacePart> {
+            let node = &self.machines.state.nodes.get(id)?.value;
+            let alloc = self.room(*id, &victims)?;
+            self.machines.part(cache, (*id, node, &alloc), self.shape, self.gpu_type)
+        };
+        let parts: Option<Vec<PlacePart>> = nodes.iter().map(part).collect();
+        let cost = victims.iter().fold(Cost::default(), |sum, token| sum.plus(self.cost[token]));
+        let parts = parts?;
+        Some((cost, Preempt { task: self.task, victims, parts }))
+    }
+}
+
+struct Walk<'a> {
+    able: &'a [Token],
+    costs: &'a [Cost],
+    chosen: Vec<Token>,
+    looks: u32,
+}
+
+fn is_on(state: &State, token: Token, node: NodeId) -> bool {
+    state.leases.get(&token).is_some_and(|lease| lease.value.parts.iter().any(|part| part.node == node))
+}
