@@ -24,6 +24,8 @@ pub fn job(job: &v1::Job) -> Value {
         "attempt": job.attempt,
         "token": token(job.token),
         "retries_used": job.retries_used,
+        "made_room": job.made_room,
+        "checkpoint": job.checkpoint.as_ref().map(checkpoint),
         "nodes": shape.nodes,
         "ranks_per_node": shape.ranks_per_node,
         "gpus_per_rank": shape.gpus_per_rank,
@@ -73,6 +75,10 @@ fn result(result: &v1::Result) -> Value {
     })
 }
 
+fn checkpoint(it: &v1::Checkpoint) -> Value {
+    json!({ "path": it.path, "attempt": it.attempt, "step": it.step, "clock_ms": it.clock_ms })
+}
+
 fn attempt(attempt: &v1::Attempt) -> Value {
     json!({
         "attempt": attempt.attempt,
@@ -84,6 +90,8 @@ fn attempt(attempt: &v1::Attempt) -> Value {
         "started_clock_ms": attempt.started_clock_ms,
         "ended_clock_ms": attempt.ended_clock_ms,
         "text": none_if_empty(&attempt.text),
+        "preemptor": (attempt.preemptor_id != 0).then_some(attempt.preemptor_id),
+        "lost_gpu_ms": attempt.lost_gpu_ms,
     })
 }
 

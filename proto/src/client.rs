@@ -315,6 +315,7 @@ calls! {
     leader_call hold_job(v1::jobs_client::JobsClient<Transport>, v1::SteerJobRequest) -> v1::SteerJobReply;
     leader_call release_job(v1::jobs_client::JobsClient<Transport>, v1::SteerJobRequest) -> v1::SteerJobReply;
     leader_call requeue_job(v1::jobs_client::JobsClient<Transport>, v1::SteerJobRequest) -> v1::SteerJobReply;
+    leader_call record_checkpoint(v1::jobs_client::JobsClient<Transport>, v1::RecordCheckpointRequest) -> v1::RecordCheckpointReply;
     read_call get_job(v1::jobs_client::JobsClient<Transport>, v1::GetJobRequest) -> v1::Job;
     read_call why_job(v1::jobs_client::JobsClient<Transport>, v1::WhyJobRequest) -> v1::Why;
     read_call preview_job(v1::jobs_client::JobsClient<Transport>, v1::SubmitJobRequest) -> v1::Why;

@@ -76,6 +76,8 @@ reasons! {
     QUOTA_PENDING ResourceExhausted "wait until jobs of the tenant have started, or let it have more waiting";
     PRIORITY_UNKNOWN NotFound "name one of ares priority list";
     PRIORITY_DENIED PermissionDenied "use another priority, or let the tenant use it: ares priority set";
+    CLAIMED FailedPrecondition "what is free is kept for another task";
+    VICTIM_PROTECTED FailedPrecondition "the job may not be ended for this one";
     GENERATION_STALE FailedPrecondition "name a --generation above the backup's, or none";
     HISTORY_DAMAGED DataLoss "ask another replica with --server; look at this one's disk: its row comes back by itself once another replica has it";
 }

@@ -2,6 +2,7 @@
 
 mod agent;
 mod bench;
+mod checkpoint;
 mod cluster;
 mod dev;
 mod fence;
@@ -93,6 +94,8 @@ pub enum Command {
     Lock(lock::Args),
     /// Files and steps that refuse an older attempt, by its fencing token
     Fence(fence::Args),
+    /// In a job: its next attempt can go on from here
+    Checkpoint(checkpoint::Args),
     /// The Raft group
     Cluster(cluster::Args),
     /// Job traces under named policies, in virtual time: no cluster is needed
@@ -150,6 +153,7 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Verify(args) => verify::run(args, global),
         Command::Lock(args) => lock::run(args, global),
         Command::Fence(args) => fence::run(args, global),
+        Command::Checkpoint(args) => checkpoint::run(args, global),
         Command::Cluster(args) => cluster::run(args, global),
         Command::Simulate(args) => simulate::run(args, global),
         Command::Bench(args) => bench::run(args, global),

@@ -1,4 +1,4 @@
-//! `ares policy`: in which order what waits is looked at, and what is protected.
+//! `ares policy`: in which order what waits is looked at, and what is protected from whom.
 
 use std::process::ExitCode;
 
@@ -37,6 +37,15 @@ struct Set {
     /// A job that was submitted so long ago goes before younger ones of its tenant (fifo: of all), such as 7d, or never
     #[arg(long, value_name = "TIME")]
     aged_after: Option<String>,
+    /// An attempt makes room for no other job before it has run so long, such as 10m, or 0
+    #[arg(long, value_name = "TIME")]
+    min_run: Option<String>,
+    /// How often a job may have to make room for another one; 0 = nobody makes room
+    #[arg(long, value_name = "N")]
+    preemptions: Option<u32>,
+    /// How long what was taken for a job is kept for it, beyond the grace of those who ended
+    #[arg(long, value_name = "TIME")]
+    claim: Option<String>,
 }
 
 pub fn run(args: Args, global: Global) -> Outcome {
@@ -51,16 +60,33 @@ pub fn run(args: Args, global: Global) -> Outcome {
 }
 
 fn request(set: Set) -> Result<v1::SetPolicyRequest, Failure> {
-    if set.order.is_none() && set.reservations.is_none() && set.aged_after.is_none() {
-        return Err(Failure::usage("nothing to change").advise("name --order, --reservations or --aged-after"));
+    let named = [set.order.is_some(), set.reservations.is_some(), set.preemptions.is_some()];
+    let times = [&set.aged_after, &set.min_run, &set.claim];
+    if !named.contains(&true) && times.iter().all(|time| time.is_none()) {
+        return Err(Failure::usage("nothing to change")
+            .advise("name --order, --reservations, --aged-after, --min-run, --preemptions or --claim"));
     }
+    let min_run_ms = match set.min_run.as_deref() {
+        None => None,
+        Some("0") => Some(0),
+        Some(text) => Some(duration_ms("--min-run", text)?),
+    };
+    let claim_ms = set.claim.as_deref().map(|text| duration_ms("--claim", text)).transpose()?;
     let aged_after_ms = match set.aged_after.as_deref() {
         None => None,
         Some("never") => Some(0),
         Some(text) => Some(duration_ms("--aged-after", text)?),
     };
     let request_id = proto::request_id();
-    Ok(v1::SetPolicyRequest { request_id, order: set.order, reservations: set.reservations, aged_after_ms })
+    Ok(v1::SetPolicyRequest {
+        request_id,
+        order: set.order,
+        reservations: set.reservations,
+        aged_after_ms,
+        min_run_ms,
+        preemptions: set.preemptions,
+        claim_ms,
+    })
 }
 
 fn show(global: &Global) -> Outcome {
@@ -71,6 +97,9 @@ fn show(global: &Global) -> Outcome {
             "order": policy.order,
             "reservations": policy.reservations,
             "aged_after_ms": policy.aged_after_ms,
+            "min_run_ms": policy.min_run_ms,
+            "preemptions": policy.preemptions,
+            "claim_ms": policy.claim_ms,
         })),
         Format::Name => println!("{}", policy.order),
         Format::Table => {
@@ -81,6 +110,13 @@ fn show(global: &Global) -> Outcome {
             println!("Order         {}", policy.order);
             println!("Reservations  {} of each pool of GPUs", policy.reservations);
             println!("Aged after    {aged}");
+            let time = |ms: u64| age(i64::try_from(ms).unwrap_or(i64::MAX));
+            println!(
+                "Makes room    {} times a job, after {} of an attempt",
+                policy.preemptions,
+                time(policy.min_run_ms)
+            );
+            println!("Room is kept  {} beyond the grace", time(policy.claim_ms));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -87,6 +87,13 @@ fn print(job: &v1::Job) {
     for why in &job.placement_why {
         line("  because", why);
     }
+    if let Some(checkpoint) = &job.checkpoint {
+        let step = if checkpoint.step == 0 { String::new() } else { format!(", step {}", checkpoint.step) };
+        line("Checkpoint", &format!("{} by attempt {}{step}", checkpoint.path, checkpoint.attempt));
+    }
+    if job.made_room > 0 {
+        line("Made room", &format!("{} {}", job.made_room, if job.made_room == 1 { "time" } else { "times" }));
+    }
     for attempt in &job.attempts {
         line("Tried", &tried(attempt));
     }

@@ -85,6 +85,9 @@ pub struct JobArgs {
     /// From SIGTERM to SIGKILL; at most a quarter of the lease [default: 5s]
     #[arg(long, default_value = "", hide_default_value = true, value_name = "TIME", help_heading = TIME)]
     kill_grace: String,
+    /// Tells an attempt that goes back to the queue to save its work, such as USR1 [default: TERM]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "SIGNAL", help_heading = TIME)]
+    checkpoint_signal: String,
     /// Retries after a non-zero exit [default: 3 for submit, 0 for run and dev]
     #[arg(long, value_name = "N", value_parser = at_least(0), help_heading = TIME, allow_negative_numbers = true)]
     retries: Option<u32>,
@@ -200,6 +203,7 @@ impl JobArgs {
             }),
             limit_ms: optional_ms("--time-limit", &self.time_limit)?,
             lease_ttl_ms: duration_ms("--lease-ttl", &self.lease_ttl)?,
+            checkpoint_signal: signal(&self.checkpoint_signal)?,
             kill_grace_ms: optional_ms("--kill-grace", &self.kill_grace)?,
             retry: Some(v1::Retry {
                 max: self.retries.unwrap_or(retries),
@@ -233,7 +237,8 @@ impl JobArgs {
 }
 
 /// The options behind the fields that a cluster may refuse.
-const FLAGS: [(&str, &str); 20] = [
+const FLAGS: [(&str, &str); 21] = [
+    ("checkpoint_signal", "--checkpoint-signal"),
     ("shape.nodes", "--nodes"),
     ("shape.ranks_per_node", "--ranks-per-node"),
     ("shape.gpus_per_rank", "--gpus"),
@@ -316,6 +321,19 @@ fn with_days(text: &str) -> Option<SignedDuration> {
 
 fn optional_ms(option: &str, text: &str) -> Result<u64, Failure> {
     if text.is_empty() { Ok(0) } else { duration_ms(option, text) }
+}
+
+/// `USR1`, `SIGUSR1` or `10`; 0 where none is named.
+fn signal(text: &str) -> Result<u32, Failure> {
+    if text.is_empty() {
+        return Ok(0);
+    }
+    let name = text.to_ascii_uppercase();
+    let full = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+    let number = text.parse().ok().or_else(|| full.parse::<nix::sys::signal::Signal>().ok().map(|it| it as u32));
+    number.filter(|number| *number > 0).ok_or_else(|| {
+        Failure::usage(format!("--checkpoint-signal {text:?} is no signal")).advise("write such as USR1 or TERM")
+    })
 }
 
 /// `512`, `512MiB`, `16G`, `16GiB`: MiB unless it says otherwise; powers of two, as memory is.

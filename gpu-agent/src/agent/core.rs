@@ -109,6 +109,7 @@ pub enum Action {
     },
     Stop {
         token: u64,
+        signal: u8,
         grace_ms: u64,
     },
     Report(Vec<v1::ReportItem>),
@@ -541,10 +542,10 @@ impl Core {
                         });
                     }
                 }
-                Step::Stop { token, grace_ms } => {
+                Step::Stop { token, signal, grace_ms } => {
                     if let Some(part) = self.parts.get_mut(&token) {
                         part.stopping = true;
-                        actions.push(Action::Stop { token, grace_ms });
+                        actions.push(Action::Stop { token, signal, grace_ms });
                     }
                 }
                 Step::Decline { token } => {

@@ -149,7 +149,7 @@ fn lower_desired_index_is_ignored() {
     let mut core = running(7);
     assert_eq!(core.step(desired(4, vec![]), 1_200), vec![]);
     assert_eq!(core.step(desired_of(0, 1, 99, vec![]), 1_200), vec![]);
-    let stop = Action::Stop { token: 7, grace_ms: 1_000 };
+    let stop = Action::Stop { token: 7, signal: 15, grace_ms: 1_000 };
     assert_eq!(core.step(desired(6, vec![]), 1_200), vec![stop]);
 }
 
@@ -280,7 +280,7 @@ fn a_shim_that_vanished_is_told_by_a_new_registration_once_the_rest_is_gone() {
     core.step(Event::Launched { token: 7, port: 1, ranks: vec![Rank::Started, Rank::Started] }, 1_000);
     core.step(Event::Reported(vec![String::new()]), 1_000);
     let actions = core.step(Event::Rank { token: 7, local: 0, rank: Rank::Vanished }, 2_000);
-    assert_eq!(actions, vec![Action::Stop { token: 7, grace_ms: 1_000 }]);
+    assert_eq!(actions, vec![Action::Stop { token: 7, signal: 15, grace_ms: 1_000 }]);
     let actions = core.step(Event::Rank { token: 7, local: 1, rank: ended(0) }, 2_100);
     assert_eq!(registers(&actions).unwrap().dead, vec![7]);
     let actions = core.step(registered(2), 2_200);

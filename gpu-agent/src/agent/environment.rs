@@ -16,12 +16,18 @@ const OF_THE_USER: [&str; 5] = ["HOME", "USER", "LOGNAME", "SHELL", "TMPDIR"];
 /// Taken over from the agent always.
 const OF_THE_MACHINE: [&str; 5] = ["PATH", "LANG", "TZ", "LD_LIBRARY_PATH", "SSL_CERT_FILE"];
 
+/// The newest checkpoint of an earlier attempt, as `ares checkpoint done` named it; without one it is as the job has it.
+const RESTORE_FROM: &str = "ARES_RESTORE_FROM";
+
 /// What all ranks of this machine share.
 pub struct Machine<'a> {
     pub name: &'a str,
     /// Where other ranks reach rank 0 when it runs here.
     pub host: &'a str,
     pub user: Option<&'a User>,
+    /// Where the cluster is reached, for `ares` inside the job.
+    pub servers: &'a str,
+    pub cluster: &'a str,
     /// The attempt's directory here.
     pub attempt_dir: &'a str,
     /// The agent's own environment.
@@ -40,6 +46,15 @@ pub fn of_rank(
     env.extend(body.env.iter().map(|(name, value)| (name.clone(), value.clone())));
     // A log is a file, and Python would keep its output back in blocks: nobody could follow it.
     env.entry("PYTHONUNBUFFERED".to_owned()).or_insert_with(|| "1".to_owned());
+    // The job may reach the cluster by another way than its agent does.
+    for (name, value) in [("ARES_SERVER", machine.servers), ("ARES_CLUSTER", machine.cluster)] {
+        if !value.is_empty() {
+            env.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+        }
+    }
+    if !lease.restore_from.is_empty() {
+        env.insert(RESTORE_FROM.to_owned(), lease.restore_from.clone());
+    }
     let rank = lease.first_rank + local;
     let mut ours: Vec<(&str, String)> = vec![
         ("ARES_JOB_ID", lease.job_id.to_string()),
@@ -163,7 +178,15 @@ mod tests {
 
     fn env(local: u32, job: &[(&str, &str)], user: Option<&User>, port: u32) -> BTreeMap<String, String> {
         let inherited = |name: &str| (name == "HOME" || name == "LANG").then(|| format!("agent's {name}"));
-        let machine = Machine { name: "n1", host: "10.0.0.1", user, attempt_dir: "/d", inherited: &inherited };
+        let machine = Machine {
+            name: "n1",
+            host: "10.0.0.1",
+            user,
+            servers: "h:1",
+            cluster: "",
+            attempt_dir: "/d",
+            inherited: &inherited,
+        };
         of_rank(&machine, &lease(), &body(job), local, port).into_iter().collect()
     }
 
@@ -187,6 +210,7 @@ mod tests {
             assert_eq!(env[name], value, "{name}");
         }
         assert!(!env.keys().any(|name| name.starts_with("SLURM")));
+        assert_eq!((env["ARES_SERVER"].as_str(), env.get(RESTORE_FROM)), ("h:1", None));
     }
 
     #[test]
@@ -217,7 +241,15 @@ mod tests {
 
     #[test]
     fn a_job_without_gpus_sees_none() {
-        let machine = Machine { name: "n", host: "h", user: None, attempt_dir: "/d", inherited: &|_| None };
+        let machine = Machine {
+            name: "n",
+            host: "h",
+            user: None,
+            servers: "",
+            cluster: "",
+            attempt_dir: "/d",
+            inherited: &|_| None,
+        };
         let lease = v1::DesiredLease { ranks: 1, ..Default::default() };
         let env: BTreeMap<_, _> = of_rank(&machine, &lease, &body(&[]), 0, 1).into_iter().collect();
         assert_eq!(env["CUDA_VISIBLE_DEVICES"], "");

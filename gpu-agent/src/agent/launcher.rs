@@ -39,6 +39,9 @@ pub enum Order {
 pub struct Setup {
     pub node_name: String,
     pub host: String,
+    /// Comma-separated.
+    pub servers: String,
+    pub cluster: String,
     pub boot: String,
     pub user: Option<User>,
     /// Why no job may start here at all; `None` = they may.
@@ -199,6 +202,8 @@ impl Launcher {
             name: &setup.node_name,
             host: &setup.host,
             user: setup.user.as_ref(),
+            servers: &setup.servers,
+            cluster: &setup.cluster,
             attempt_dir: &attempt_dir,
             inherited: &inherited,
         };

@@ -6,6 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use proto::v1::DesiredLease;
 
 use super::part::{Part, Rank};
+use crate::shim::watch::SIGTERM;
+
+/// The verdict after which a job goes back to the queue as it was.
+const PREEMPTED: &str = "PREEMPTED";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -14,7 +18,7 @@ pub enum Step {
     /// The barrier opened.
     Open { token: u64 },
     /// Signal, grace, kill.
-    Stop { token: u64, grace_ms: u64 },
+    Stop { token: u64, signal: u8, grace_ms: u64 },
     /// It is to end, and was never taken up here: its part is free at once.
     Decline { token: u64 },
 }
@@ -26,15 +30,17 @@ pub fn reconcile(desired: &[DesiredLease], actual: &BTreeMap<u64, Part>, ended: 
     let wanted: BTreeSet<u64> = desired.iter().map(|lease| lease.token).collect();
     for (token, part) in actual {
         if !wanted.contains(token) {
-            stop(&mut steps, *token, part, part.grace_ms);
+            stop(&mut steps, *token, part, (SIGTERM, part.grace_ms));
         }
     }
     for lease in desired {
         let token = lease.token;
         match actual.get(&token) {
-            Some(part) if !lease.stop.is_empty() => stop(&mut steps, token, part, lease.kill_grace_ms),
+            Some(part) if !lease.stop.is_empty() => {
+                stop(&mut steps, token, part, (signal_of(lease), lease.kill_grace_ms));
+            }
             Some(part) if part.ranks.contains(&Rank::Vanished) || part.failure().is_some() => {
-                stop(&mut steps, token, part, part.grace_ms);
+                stop(&mut steps, token, part, (SIGTERM, part.grace_ms));
             }
             Some(part) => {
                 if lease.go && !part.open && part.ranks.contains(&Rank::Waiting) {
@@ -51,9 +57,17 @@ pub fn reconcile(desired: &[DesiredLease], actual: &BTreeMap<u64, Part>, ended: 
 }
 
 /// Once; a part whose shims are still being started is stopped when they are there.
-fn stop(steps: &mut Vec<Step>, token: u64, part: &Part, grace_ms: u64) {
+fn stop(steps: &mut Vec<Step>, token: u64, part: &Part, (signal, grace_ms): (u8, u64)) {
     if part.is_alive() && !part.stopping && !part.ranks.contains(&Rank::Launching) {
-        steps.push(Step::Stop { token, grace_ms });
+        steps.push(Step::Stop { token, signal, grace_ms });
+    }
+}
+
+/// A job that will run again may have asked for another signal, on which it saves its work.
+fn signal_of(lease: &DesiredLease) -> u8 {
+    match u8::try_from(lease.checkpoint_signal) {
+        Ok(signal) if signal > 0 && lease.stop == PREEMPTED => signal,
+        _ => SIGTERM,
     }
 }
 
@@ -110,16 +124,28 @@ mod tests {
     #[test]
     fn what_the_set_lacks_is_stopped_once() {
         let mut actual = with(&lease(1), Rank::Started);
-        assert_eq!(reconcile(&[], &actual, never), vec![Step::Stop { token: 1, grace_ms: 7 }]);
+        assert_eq!(reconcile(&[], &actual, never), vec![Step::Stop { token: 1, signal: 15, grace_ms: 7 }]);
         actual.get_mut(&1).unwrap().stopping = true;
         assert_eq!(reconcile(&[], &actual, never), vec![]);
+    }
+
+    #[test]
+    fn only_a_preemption_is_told_by_the_jobs_own_signal() {
+        for (stop, signal) in [("PREEMPTED", 10), ("CANCELLED", 15), ("LOST", 15)] {
+            let want = [DesiredLease { stop: stop.into(), checkpoint_signal: 10, ..lease(1) }];
+            let steps = reconcile(&want, &with(&want[0], Rank::Started), never);
+            assert_eq!(steps, vec![Step::Stop { token: 1, signal, grace_ms: 7 }], "{stop}");
+        }
     }
 
     #[test]
     fn a_stop_waits_until_the_shims_are_there() {
         let want = [DesiredLease { stop: "CANCELLED".into(), ..lease(1) }];
         assert_eq!(reconcile(&want, &with(&want[0], Rank::Launching), never), vec![]);
-        assert_eq!(reconcile(&want, &with(&want[0], Rank::Started), never), vec![Step::Stop { token: 1, grace_ms: 7 }]);
+        assert_eq!(
+            reconcile(&want, &with(&want[0], Rank::Started), never),
+            vec![Step::Stop { token: 1, signal: 15, grace_ms: 7 }]
+        );
     }
 
     #[test]
@@ -133,7 +159,10 @@ mod tests {
         let old = DesiredLease { gpu_uuids: vec!["GPU-a".into()], ..lease(1) };
         let new = DesiredLease { gpu_uuids: vec!["GPU-a".into()], ..lease(2) };
         let mut actual = with(&old, Rank::Started);
-        assert_eq!(reconcile(std::slice::from_ref(&new), &actual, never), vec![Step::Stop { token: 1, grace_ms: 7 }]);
+        assert_eq!(
+            reconcile(std::slice::from_ref(&new), &actual, never),
+            vec![Step::Stop { token: 1, signal: 15, grace_ms: 7 }]
+        );
         actual.get_mut(&1).unwrap().ranks[0] = Rank::Ended(Outcome::NeverStarted);
         assert_eq!(reconcile(&[new], &actual, never), vec![Step::Launch { token: 2, open: true }]);
     }
@@ -143,6 +172,6 @@ mod tests {
         let want = [DesiredLease { ranks: 2, ..lease(1) }];
         let mut actual = with(&want[0], Rank::Started);
         actual.get_mut(&1).unwrap().ranks[0] = Rank::Vanished;
-        assert_eq!(reconcile(&want, &actual, never), vec![Step::Stop { token: 1, grace_ms: 7 }]);
+        assert_eq!(reconcile(&want, &actual, never), vec![Step::Stop { token: 1, signal: 15, grace_ms: 7 }]);
     }
 }

@@ -177,6 +177,8 @@ impl Agent {
         let setup = Setup {
             node_name: name,
             host,
+            servers: options.servers.join(","),
+            cluster: options.cluster.clone(),
             boot,
             user,
             refusal,
@@ -299,7 +301,7 @@ impl Agent {
                 self.ports.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).free(token);
                 self.shims.open(token, &environment::master(&master_addr, master_port));
             }
-            Action::Stop { token, grace_ms } => self.shims.stop(token, grace_ms),
+            Action::Stop { token, signal, grace_ms } => self.shims.stop(token, signal, grace_ms),
             Action::Report(items) => self.report(items),
             Action::Forget(tokens) => {
                 let _ = self.orders.send(Order::Forget(tokens));

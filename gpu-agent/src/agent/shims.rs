@@ -17,7 +17,6 @@ use super::part::Rank;
 use crate::shim::contain;
 use crate::shim::control::{Control, Phase, Stop};
 use crate::shim::record::{self, Containment, Ended, Pid};
-use crate::shim::watch::SIGTERM;
 
 /// How often a rank is looked at between the barrier's opening and its start: nothing tells the agent of it.
 const START_POLL: Duration = Duration::from_millis(2);
@@ -116,9 +115,9 @@ impl Shims {
         }
     }
 
-    pub fn stop(&self, token: u64, grace_ms: u64) {
+    pub fn stop(&self, token: u64, signal: u8, grace_ms: u64) {
         for (_, shim) in self.of(token) {
-            shim.control.ask_stop(Stop { signal: SIGTERM, grace_ms });
+            shim.control.ask_stop(Stop { signal, grace_ms });
             shim.wake();
         }
     }

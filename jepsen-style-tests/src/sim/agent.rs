@@ -8,7 +8,7 @@ use gpu_agent::agent::fence::Live;
 use gpu_agent::agent::part::{Part, Rank};
 use gpu_agent::shim::control::Stop;
 use gpu_agent::shim::record::Outcome;
-use gpu_agent::shim::watch::{SIGTERM, Watch};
+use gpu_agent::shim::watch::Watch;
 use proto::v1;
 
 use super::event::{Answer, Event, Rpc, Site, Word};
@@ -219,11 +219,11 @@ impl World {
                     self.shim_looks(agent, key);
                 }
             }
-            Action::Stop { token, grace_ms } => {
+            Action::Stop { token, signal, grace_ms } => {
                 let keys: Vec<_> = machine.shims.range((token, 0)..=(token, u32::MAX)).map(|(key, _)| *key).collect();
                 for key in keys {
                     if let Some(shim) = self.machines[agent].shims.get_mut(&key) {
-                        shim.stop = Some(Stop { signal: SIGTERM, grace_ms });
+                        shim.stop = Some(Stop { signal, grace_ms });
                     }
                     self.shim_looks(agent, key);
                 }

@@ -142,6 +142,10 @@ impl World {
                 }
             }
             Change::ResultCommitted { task, result } => {
+                let record = self.replicas[at].state.tasks.get(task);
+                if result.outcome == TaskOutcome::Succeeded && record.is_some_and(|task| task.value.displaced > 0) {
+                    self.sometimes.hit("a preempted job ran to its end");
+                }
                 self.audit.jobs.insert(task.job, true);
                 let token = result.token.unwrap_or_default();
                 if self.audit.results.insert(task.job, token).is_some() {

@@ -565,13 +565,15 @@ impl World {
         planner.reached = made.reached.clone();
         planner.busy = true;
         planner.woken = false;
-        let (plans, unfinished) = (made.commands(), made.unfinished);
+        let placements = made.commands().into_iter().map(Command::Plan);
+        let plans = placements.chain(made.preempts.into_iter().map(Command::Preempt)).collect();
+        let unfinished = made.unfinished;
         // A plan takes its time: it meets the state as it has become since.
         let wait = self.rng.tail(1_500);
         self.after(wait, Event::Planned { replica: at, desk: id, plans, unfinished });
     }
 
-    pub fn planned(&mut self, at: usize, id: u64, plans: Vec<statemachine::command::Plan>, unfinished: bool) {
+    pub fn planned(&mut self, at: usize, id: u64, plans: Vec<Command>, unfinished: bool) {
         let Some(desk) = self.desk(at, id) else { return };
         desk.planner.proposed = plans.len();
         desk.planner.placed = 0;
@@ -580,16 +582,28 @@ impl World {
             return self.plan_over(at);
         }
         for plan in plans {
-            self.enter(at, cmd_of(duties::ACTOR, Command::Plan(plan)), Waiter::Plan { desk: id });
+            self.enter(at, cmd_of(duties::ACTOR, plan), Waiter::Plan { desk: id });
         }
     }
 
     fn plan_answered(&mut self, at: usize, id: u64, outcome: &Outcome) {
-        let Outcome::Done(Reply::Plan(answers)) = outcome else { return };
-        for refused in answers.iter().filter_map(|answer| answer.as_ref().err()) {
-            self.sometimes.hit_code("a placement was refused", refused.code.name());
-        }
-        let placed = answers.iter().filter(|answer| answer.is_ok()).count();
+        let placed = match outcome {
+            Outcome::Done(Reply::Plan(answers)) => {
+                for refused in answers.iter().filter_map(|answer| answer.as_ref().err()) {
+                    self.sometimes.hit_code("a placement was refused", refused.code.name());
+                }
+                answers.iter().filter(|answer| answer.is_ok()).count()
+            }
+            Outcome::Done(_) => {
+                self.sometimes.hit("a running attempt made room for an urgent job");
+                1
+            }
+            Outcome::Rejected(refused) => {
+                self.sometimes.hit_code("a preemption was refused", refused.code.name());
+                0
+            }
+            Outcome::Replayed(_) => return,
+        };
         let Some(desk) = self.desk(at, id) else { return };
         desk.planner.placed += placed;
         desk.planner.proposed -= 1;

@@ -167,7 +167,8 @@ pub enum Event {
     Planned {
         replica: usize,
         desk: u64,
-        plans: Vec<statemachine::command::Plan>,
+        /// Placements, then who ends for whom.
+        plans: Vec<statemachine::Command>,
         unfinished: bool,
     },
     AgentTick {

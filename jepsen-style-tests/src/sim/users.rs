@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use proto::retry::{Action, Event as Tried, Retry};
-use statemachine::command::{Code, Outcome, Reply, SubmitJob};
+use statemachine::command::{Code, Outcome, Reply, SetPriority, SubmitJob};
 use statemachine::record::{PartState, StoredReply};
 use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape};
 use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
@@ -19,6 +19,8 @@ use super::world::World;
 const CALL_MS: u64 = 15_000;
 const TRY_MS: u64 = 5_000;
 const LOCKERS: usize = 3;
+/// Jobs that are submitted before the named priorities exist.
+const FIRST: usize = 20;
 
 /// What a user wants at some time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -181,6 +183,9 @@ impl World {
                 if rng.chance(800) { rng.range(0, 40) } else { rng.range(0, until * 9 / self.setup.jobs as u64) };
             at_ms = (at_ms + wait).min(until);
             self.draw_job(&mut rng, n, at_ms);
+        }
+        for (at_ms, priority) in [(350, PREEMPTIBLE), (400, URGENT)] {
+            self.at_ms(at_ms, Wish::Operate(Box::new(Command::SetPriority(priority_of(priority)))));
         }
         for locker in 0..LOCKERS {
             self.users.sessions.push(None);
@@ -473,6 +478,17 @@ fn request_id(rng: &mut Rng, at_ms: u64) -> RequestId {
     RequestId(bytes)
 }
 
+/// A priority whose jobs make room for those of another one.
+const PREEMPTIBLE: &str = "preemptible";
+const URGENT: &str = "urgent";
+
+fn priority_of(name: &str) -> SetPriority {
+    let urgent = name == URGENT;
+    let (create, tenants) = (true, Vec::new());
+    let value = if urgent { 100 } else { 0 };
+    SetPriority { name: name.to_owned(), create, value, tenants, preempts: urgent, preemptible: !urgent }
+}
+
 /// A job of any kind, and whether it ends only when it is told to.
 fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) {
     let endless = rng.chance(120);
@@ -487,12 +503,15 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
         on_term: rng.chance(700).then(|| (rng.range(5, 4_000), rng.pick(&[143, 0]))),
         forks: rng.chance(150),
     };
+    // The first are there before the classes are: those come a moment later.
+    let classes = ["", "", PREEMPTIBLE, PREEMPTIBLE, PREEMPTIBLE, URGENT];
+    let priority_class = if n < FIRST { String::new() } else { rng.pick(&classes).to_owned() };
     let nodes = rng.pick(&[1, 1, 1, 1, 1, 1, 1, 2, 2, 3]);
     let ttl_ms = rng.pick(&setup.ttls_ms);
     let argv = if rng.chance(20) && !endless { vec!["missing".to_owned()] } else { script.argv() };
     let spec = JobSpec {
         name: format!("job-{n}").into(),
-        priority: rng.pick(&[0, 0, 0, 5]),
+        priority: if priority_class.is_empty() { rng.pick(&[0, 0, 0, 5]) } else { 0 },
         shape: Shape {
             nodes,
             ranks_per_node: rng.pick(&[1, 1, 2]),
@@ -524,7 +543,7 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
         spec,
         body,
         hold: false,
-        priority_class: String::new(),
+        priority_class,
     };
     (command, endless)
 }

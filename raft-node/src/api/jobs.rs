@@ -77,6 +77,17 @@ impl v1::jobs_server::Jobs for Api {
         self.steer(request, |job| Command::Requeue { job }).await
     }
 
+    async fn record_checkpoint(
+        &self,
+        request: Request<v1::RecordCheckpointRequest>,
+    ) -> Result<Response<v1::RecordCheckpointReply>, Status> {
+        self.admit(&request)?;
+        let v1::RecordCheckpointRequest { request_id, token, path, step } = request.into_inner();
+        let id = requests::request_id(&request_id)?;
+        self.commit(Some(id), String::new(), Command::Checkpoint { token: Token(token), path, step }).await?;
+        Ok(Response::new(v1::RecordCheckpointReply {}))
+    }
+
     async fn get_job(&self, request: Request<v1::GetJobRequest>) -> Result<Response<v1::Job>, Status> {
         self.admit(&request)?;
         let request = request.into_inner();

@@ -101,7 +101,14 @@ impl v1::tenants_server::Tenants for Api {
         let request = request.into_inner();
         let id = request_id(&request.request_id)?;
         let order = request.order.as_deref().map(order_by).transpose()?;
-        let set = SetPolicy { order, reservations: request.reservations, aged_after_ms: request.aged_after_ms };
+        let set = SetPolicy {
+            order,
+            reservations: request.reservations,
+            aged_after_ms: request.aged_after_ms,
+            min_run_ms: request.min_run_ms,
+            preemptions: request.preemptions,
+            claim_ms: request.claim_ms,
+        };
         self.commit(Some(id), ACTOR.to_owned(), Command::SetPolicy(set)).await?;
         Ok(Response::new(v1::SetPolicyReply {}))
     }
@@ -113,6 +120,9 @@ impl v1::tenants_server::Tenants for Api {
             order: planning.order.name().to_owned(),
             reservations: planning.reservations,
             aged_after_ms: planning.aged_after_ms,
+            min_run_ms: planning.min_run_ms,
+            preemptions: planning.preemptions,
+            claim_ms: planning.claim_ms,
         }))
     }
 }

@@ -93,9 +93,15 @@ fn shown(state: &State, id: JobId, job: &Versioned<Job>, body: Option<&Body>, ta
         retries_used: task.map(|task| u32::from(task.used.retries)).unwrap_or_default(),
         create_revision: job.create_rev.0,
         mod_revision: mod_revision.0,
+        checkpoint: task.and_then(|task| task.checkpoint.as_deref()).map(checkpoint),
+        made_room: task.map(|task| u32::from(task.displaced)).unwrap_or_default(),
         request_id: record.request.map(request_text).unwrap_or_default(),
         ..Default::default()
     }
+}
+
+fn checkpoint(it: &Checkpoint) -> v1::Checkpoint {
+    v1::Checkpoint { path: it.path.clone(), attempt: it.attempt, step: it.step, clock_ms: it.clock_ms }
 }
 
 fn request_text(id: RequestId) -> String {
@@ -166,6 +172,7 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             .map(|after| v1::After { kind: words::after(after.kind).to_owned(), job_id: after.job.0 })
             .collect(),
         image: String::new(),
+        checkpoint_signal: u32::from(spec.checkpoint_signal()),
     }
 }
 
@@ -181,6 +188,8 @@ fn attempt(state: &State, row: &AttemptRow) -> v1::Attempt {
         started_clock_ms: row.started_ms.unwrap_or_default(),
         ended_clock_ms: row.ended_ms,
         text: row.text.clone(),
+        preemptor_id: row.preemptor.unwrap_or_default().0,
+        lost_gpu_ms: row.lost_gpu_ms,
     }
 }
 

@@ -52,7 +52,15 @@ fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token, ending: b
         master_addr,
         master_port,
         job_name: spec.name.to_string(),
+        checkpoint_signal: u32::from(spec.checkpoint_signal()),
+        restore_from: restore_from(state, lease),
     })
+}
+
+/// Where the attempt can go on from: the newest checkpoint of those before it.
+fn restore_from(state: &State, lease: &Lease) -> String {
+    let checkpoint = state.tasks.get(&lease.task).and_then(|task| task.value.checkpoint.clone());
+    checkpoint.filter(|it| it.attempt < lease.attempt).map_or_else(String::new, |it| it.path)
 }
 
 /// A decided lease is to be ended, except that a success leaves nothing to stop.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use scheduling::plan::{Cache, Limits, plan};
+use statemachine::command::Preempt;
 use statemachine::{Cmd, Command};
 use tokio::sync::watch;
 
@@ -65,7 +66,8 @@ pub(super) async fn run(desk: Arc<Desk>) {
         cache = kept;
         settled = nothing_more;
         let unfinished = plan.unfinished;
-        let placed = propose(&desk, plan.commands()).await;
+        // What is free is given out first: that a victim is needed was found beside it.
+        let placed = propose(&desk, plan.commands()).await + preempt(&desk, plan.preempts).await;
         // A cycle that ran out of steps goes on behind its last look; one that placed something begins anew in front.
         limits.after = if unfinished && placed == 0 { plan.reached } else { None };
         if placed == 0 && !unfinished && !changed(&desk, &mut applied).await {
@@ -103,6 +105,22 @@ async fn changed(desk: &Desk, applied: &mut watch::Receiver<Applied>) -> bool {
         () = desk.heard.notified() => true,
         () = tokio::time::sleep(IDLE) => true,
     }
+}
+
+/// Ends those who make room for others; for how many tasks apply accepted it.
+async fn preempt(desk: &Desk, preempts: Vec<Preempt>) -> usize {
+    let mut made = 0;
+    for preempt in preempts {
+        let cmd = Cmd { request: None, actor: ACTOR.to_owned(), body: Command::Preempt(preempt) };
+        match desk.replica.propose_in(cmd, desk.office.term).await {
+            Ok((statemachine::Outcome::Rejected(refusal), _)) => {
+                tracing::debug!(code = refusal.code.name(), detail = refusal.detail, "a preemption was refused");
+            }
+            Ok(_) => made += 1,
+            Err(error) => tracing::debug!(%error, "a preemption was not committed"),
+        }
+    }
+    made
 }
 
 /// Proposes the commands one after the other; the number of placements that apply accepted.

@@ -41,9 +41,10 @@ impl First {
 }
 
 impl Settled {
-    /// `None` when the cycle was not complete, or placed something.
+    /// `None` when the cycle was not complete, or placed something, or somebody makes room or could soon.
     pub fn after(plan: &Plan, limits: &Limits, state: &State, unheard: BTreeSet<NodeId>) -> Option<Self> {
-        if plan.unfinished || limits.after.is_some() || !plan.places.is_empty() {
+        let under_way = !plan.preempts.is_empty() || plan.preempts_later || !state.claims.is_empty();
+        if plan.unfinished || limits.after.is_some() || !plan.places.is_empty() || under_way {
             return None;
         }
         let (mut waiting, mut barred) = (BTreeSet::new(), BTreeMap::new());
@@ -84,7 +85,10 @@ impl Settled {
         }
         let Ok(mut events) = state.events_since(self.seen) else { return false };
         let may_start = events.any(|event| match &event.what {
-            Change::Queued { place } => state.jobs.get(&place.task.job).is_some_and(|job| !self.knows(&job.value)),
+            Change::Queued { place } => state
+                .jobs
+                .get(&place.task.job)
+                .is_some_and(|job| !self.knows(&job.value) || state.may_preempt(&job.value)),
             // Whose reservation it was may have gone.
             Change::Dequeued { .. } => !self.barred.is_empty(),
             _ => false,
