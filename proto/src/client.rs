@@ -16,7 +16,7 @@ use tonic::{Code, Request, Response, Status};
 use crate::error::{Error, Failure};
 use crate::reason;
 use crate::retry::{Action, Event, Retry};
-use crate::v1;
+use crate::{v1, wire};
 
 /// Metadata of every call once the caller knows its cluster: the id in hex.
 pub const CLUSTER: &str = "ares-cluster";
@@ -284,12 +284,8 @@ fn connect_lazy(addr: &str) -> Result<Channel, Error> {
         message: format!("{addr:?} is no address: write host:port"),
         retry_after: None,
     })?;
-    Ok(endpoint
-        .connect_timeout(Duration::from_millis(1_000))
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(Duration::from_secs(5))
-        .keep_alive_timeout(Duration::from_secs(5))
-        .connect_lazy())
+    let endpoint = endpoint.http2_keep_alive_interval(Duration::from_secs(5)).keep_alive_timeout(Duration::from_secs(5));
+    Ok(wire::connect_lazy(&endpoint, Duration::from_millis(1_000)))
 }
 
 macro_rules! calls {
@@ -299,7 +295,7 @@ macro_rules! calls {
             pub async fn $method(&self, request: $request) -> Result<$reply, Error> {
                 self.$via(|transport| {
                     let request = request.clone();
-                    async move { <$client>::new(transport).max_decoding_message_size(MAX_MESSAGE).$method(request).await }
+                    Box::pin(async move { <$client>::new(transport).max_decoding_message_size(MAX_MESSAGE).$method(request).await })
                 }).await
             })*
         }

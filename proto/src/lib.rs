@@ -5,6 +5,7 @@ pub mod client;
 pub mod error;
 pub mod reason;
 pub mod retry;
+mod wire;
 
 /// Messages and services, as generated.
 pub mod v1 {
