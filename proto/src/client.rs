@@ -1,6 +1,7 @@
 //! The one typed client: it finds the leader through any replica's address, follows it, and repeats the same request id
 //! until the call is answered or its deadline passes. What is left to the caller: making the request, and its id.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::{Arc, Mutex};
@@ -284,17 +285,20 @@ fn connect_lazy(addr: &str) -> Result<Channel, Error> {
         message: format!("{addr:?} is no address: write host:port"),
         retry_after: None,
     })?;
-    let endpoint = endpoint.http2_keep_alive_interval(Duration::from_secs(5)).keep_alive_timeout(Duration::from_secs(5));
+    let endpoint =
+        endpoint.http2_keep_alive_interval(Duration::from_secs(5)).keep_alive_timeout(Duration::from_secs(5));
     Ok(wire::connect_lazy(&endpoint, Duration::from_millis(1_000)))
 }
 
+// A request that the caller keeps is passed by reference: each try has a copy of its own in any case. The future of a call has some
+// kilobytes and would be copied into each of those around it, so it gets a place of its own.
 macro_rules! calls {
     ($($(#[$doc:meta])* $via:ident $method:ident($client:path, $request:ty) -> $reply:ty;)*) => {
         impl Client {
             $($(#[$doc])*
-            pub async fn $method(&self, request: $request) -> Result<$reply, Error> {
+            pub async fn $method(&self, request: impl Borrow<$request>) -> Result<$reply, Error> {
                 self.$via(|transport| {
-                    let request = request.clone();
+                    let request = request.borrow().clone();
                     Box::pin(async move { <$client>::new(transport).max_decoding_message_size(MAX_MESSAGE).$method(request).await })
                 }).await
             })*

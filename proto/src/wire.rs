@@ -19,7 +19,8 @@ pub(crate) fn connect_lazy(endpoint: &Endpoint, patience: Duration) -> Channel {
     let mut tcp = HttpConnector::new();
     tcp.set_nodelay(true);
     tcp.set_connect_timeout(Some(patience));
-    let connector: MapResponse<_, _> = tcp.map_response(|io: TokioIo<TcpStream>| TokioIo::new(OneBuffer(io.into_inner())));
+    let connector: MapResponse<_, _> =
+        tcp.map_response(|io: TokioIo<TcpStream>| TokioIo::new(OneBuffer(io.into_inner())));
     endpoint.connect_with_connector_lazy(connector)
 }
 
@@ -44,5 +45,17 @@ impl AsyncWrite for OneBuffer {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_takes_one_buffer_at_a_time() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        assert!(stream.is_write_vectored() && !OneBuffer(stream).is_write_vectored());
     }
 }

@@ -255,7 +255,7 @@ async fn closed_loop(
         }
         request.request_id = proto::request_id();
         let began = Instant::now();
-        match client.submit_job(request.clone()).await {
+        match client.submit_job(&request).await {
             Ok(reply) => {
                 if share.is_some() {
                     waiting.push_back(reply.job_id);
