@@ -3,8 +3,8 @@
 //!
 //! A higher priority ends a lower one where the classes of both say so. A tenant within what is guaranteed to it ends
 //! those who borrow. Nobody is taken below what is guaranteed to him, an attempt may run for a least time, and a job makes
-//! room only so often. So nobody can end whom he made room for: not by priority, as that one's is higher, and not by a
-//! guarantee, as that one's tenant kept its own.
+//! room only so often. Nor may it end, for as long as its last attempts are remembered, the one for whom it made room: by priority it
+//! could not anyway, but that one's tenant may borrow by then.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -61,6 +61,8 @@ pub struct Rights<'a> {
     chain: Vec<TenantId>,
     /// One of them, within what is guaranteed to it with what the task asks for.
     reclaims_for: Option<TenantId>,
+    /// Jobs for which its last attempts ended.
+    made_room_for: Vec<JobId>,
     /// What each tenant is about to lose.
     leaving: BTreeMap<TenantId, Amounts>,
 }
@@ -87,8 +89,10 @@ impl<'a> Rights<'a> {
             return None;
         }
         let chain = state.tenant_chain(job.tenant).map(|(id, _)| id).collect();
-        let leaving = BTreeMap::new();
-        let mut rights = Self { state, priority: job.spec.priority, by_class, chain, reclaims_for, leaving };
+        let rows = state.tasks.get(&task).into_iter().flat_map(|task| &task.value.attempts);
+        let made_room_for = rows.filter_map(|row| row.preemptor).collect();
+        let (priority, leaving) = (job.spec.priority, BTreeMap::new());
+        let mut rights = Self { state, priority, by_class, chain, reclaims_for, made_room_for, leaving };
         let victims = state.claims.iter().flat_map(|(_, claim)| claim.victims.clone());
         victims.for_each(|victim| rights.count(victim));
         Some(rights)
@@ -110,6 +114,9 @@ impl<'a> Rights<'a> {
             Some(tenant) if !is_above(tenant) => Ground::Reclaim,
             _ => return Err(protected("neither its priority nor a guarantee lets this task end it")),
         };
+        if self.made_room_for.contains(&lease.task.job) {
+            return Err(protected("this task made room for it"));
+        }
         let keeps = below.iter().all(|(id, tenant)| self.keeps_guarantee(*id, tenant, &lease.amounts));
         if keeps { Ok(ground) } else { Err(protected("its tenant would fall below what is guaranteed to it")) }
     }

@@ -66,7 +66,7 @@ fn room_is_made_kept_and_taken_and_the_victim_waits_where_it_waited() {
     let beside = world.placement(small, &[node]);
     let mine = world.state.claims.get(&urgent.into()).unwrap().parts[0].gpu_order.clone();
     let others: Vec<u8> = (0..4).filter(|slot| !mine.contains(slot)).collect();
-    let part = PlacePart { gpu_order: others, ..beside.parts[0].clone() };
+    let part = PlacePart { gpu_order: others, cores_by_numa: vec![0, 8], ..beside.parts[0].clone() };
     assert!(world.plan(vec![Place { parts: vec![part], ..beside }])[0].is_ok());
     let mut place = world.placement(urgent, &[node]);
     place.parts[0].gpu_order = mine;
@@ -230,6 +230,25 @@ fn a_tenant_takes_its_guarantee_back_from_who_borrows_and_never_what_is_anothers
     let back = world.submit(of("b", "top"));
     let refused = world.preempt(back, &[token], &[node]);
     assert_eq!(World::code(&refused), Some(Code::VictimProtected), "{refused:?}");
+}
+
+#[test]
+fn who_made_room_does_not_take_it_back_from_a_tenant_that_borrows_by_then() {
+    let (mut world, node) = site();
+    tenant(&mut world, "a", 2);
+    let of = |tenant: &str, class: &str, gpus| SubmitJob { tenant: tenant.into(), ..of(class, gpus) };
+    let (top, token) = start(&mut world, node, of("default", "top", 1));
+    let (filler, rest) = start(&mut world, node, of("default", "", 3));
+    let own = world.submit(of("a", "low", 1));
+    // A class that is not preemptible protects nobody who borrows.
+    assert!(matches!(world.preempt(own, &[token], &[node]), Outcome::Done(_)));
+    drain(&mut world, node, token);
+    let token = world.place(own, &[node]).unwrap();
+    world.run(Command::Cancel { job: filler });
+    drain(&mut world, node, rest);
+    start(&mut world, node, of("a", "low", 3));
+    let back = world.preempt(top, &[token], &[node]);
+    assert!(format!("{back:?}").contains("this task made room for it"), "{back:?}");
 }
 
 proptest! {

@@ -195,6 +195,13 @@ struct Slots {
     gpus: Vec<SlotGpu>,
 }
 
+/// The registration lists other GPUs than before, and a lease that drains elsewhere still names some of them.
+fn renames_a_lease(state: &State, id: NodeId, register: &RegisterNode) -> bool {
+    let old = state.nodes.get(&id).map(|node| node.value.gpus.as_slice()).unwrap_or_default();
+    let kept = old.iter().map(|gpu| gpu.uuid).eq(register.gpus.iter().take(old.len()).map(|gpu| gpu.uuid));
+    !kept && state.leases.iter().any(|(_, lease)| lease.value.parts.iter().any(|part| part.node == id))
+}
+
 /// A GPU of the registration by its place there, or one that vanished.
 enum SlotGpu {
     Listed { place: usize, facts: GpuFacts, quarantine: Option<Gpu> },
@@ -206,7 +213,8 @@ impl Slots {
         let node = known.and_then(|id| state.nodes.get(&id)).map(|node| &node.value);
         let old: &[Gpu] = node.map_or(&[], |node| &node.gpus);
         let alloc = known.and_then(|id| state.allocs.get(&id));
-        let held = alloc.is_some_and(|alloc| !alloc.leases.is_empty());
+        let held = alloc.is_some_and(|alloc| !alloc.leases.is_empty())
+            || known.is_some_and(|id| renames_a_lease(state, id, register));
         let same_boot = node.is_some_and(|node| node.boot_id == register.boot_id);
         let listed = |place: usize| {
             let facts = register.gpus[place].clone();
