@@ -31,15 +31,18 @@ pub struct Plan {
     /// Damages that took effect.
     pub times: usize,
     pub seed: u64,
+    /// A planted bug, for a binary that was built with them.
+    pub planted: Option<String>,
 }
 
 pub async fn run(plan: &Plan) -> Verdict {
     let mut verdict = Verdict::default();
     let began = Instant::now();
     let mut seen: BTreeMap<Damage, BTreeMap<&'static str, usize>> = BTreeMap::new();
-    let (mut acks, mut digests, mut took) = (Vec::new(), Digests::default(), 0);
+    let (mut acks, mut digests, mut token, mut took) = (Vec::new(), Digests::default(), 0, 0);
     let flags = ["--snapshot-entries", SNAPSHOT_ENTRIES].map(str::to_owned).to_vec();
-    match Cluster::with(Setup { flags, ..Setup::of(REPLICAS) }).await {
+    let env = plan.planted.iter().map(|bug| ("ARES_PLANTED".to_owned(), bug.clone())).collect();
+    match Cluster::with(Setup { env, flags, ..Setup::of(REPLICAS) }).await {
         Err(error) => verdict.empty.push(format!("the cluster did not start: {error}")),
         Ok(mut cluster) => {
             let mut rng = StdRng::seed_from_u64(plan.seed);
@@ -53,7 +56,7 @@ pub async fn run(plan: &Plan) -> Verdict {
                     Ok(outcome) => {
                         took += usize::from(!matches!(outcome, None | Some(Outcome::Unnoticed)));
                         *seen.entry(damage).or_default().entry(word(&outcome)).or_default() += 1;
-                        let held = afterwards(&cluster, &acks, &mut digests).await;
+                        let held = afterwards(&cluster, &acks, &mut token, &mut digests).await;
                         verdict.check(
                             held.map_err(|error| format!("after {} (time {}): {error}", damage.name(), nth + 1)),
                         );
@@ -99,9 +102,14 @@ async fn one_time(
     mended
 }
 
-async fn afterwards(cluster: &Cluster, acks: &[Ack], digests: &mut Digests) -> Result<(), String> {
+async fn afterwards(cluster: &Cluster, acks: &[Ack], token: &mut u64, digests: &mut Digests) -> Result<(), String> {
     cluster.try_until("a replica leads", SOON, async |cluster| cluster.leader().await.is_some()).await?;
     checks::nothing_lost(cluster, acks).await?;
     checks::request_once(&cluster.client(), &acks[acks.len().saturating_sub(SENT_AGAIN)..]).await?;
+    let minted = checks::mint_token(&cluster.client()).await.map_err(|error| error.to_string())?;
+    if minted <= *token {
+        return Err(format!("token_grows: token {minted} was given after {token} had been"));
+    }
+    *token = minted;
     checks::replicas_equal(cluster, digests).await
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use crate::process;
 
+/// Beats by which a machine's next rank goes on longer.
+const STAGGER: u32 = 8;
 /// Of each attempt that ran to its end.
 const EFFECTS: usize = 2;
 /// From one beat of a rank to the next.
@@ -36,15 +38,15 @@ impl Sink {
         Ok(sink)
     }
 
-    /// A shell script that writes to it for `beats` x 200 ms; its first rank has an effect at the start and one at the end, and ends
+    /// A shell script that writes to it for `beats` x 200 ms, the second rank of a machine for longer than the first; its first rank has an effect at the start and one at the end, and ends
     /// with the code of a refusal if a later attempt came. One line is one append, below the size up to which appends don't mix.
     pub fn script(&self, beats: u32) -> String {
         format!(
             "f='{}'; e='{}'/$ARES_JOB_ID; say() {{ read -r up _ < /proc/uptime; \
-             echo \"$1 $ARES_JOB_ID $ARES_ATTEMPT $RANK $ARES_FENCING_TOKEN $up\" >> \"$f\"; }}; \
+             echo \"$1 $ARES_JOB_ID $ARES_ATTEMPT $RANK $ARES_FENCING_TOKEN $up $ARES_NODE:$CUDA_VISIBLE_DEVICES\" >> \"$f\"; }}; \
              act() {{ [ $RANK != 0 ] || '{}' fence run \"$e\" -- \
              sh -c \"echo $1 $ARES_ATTEMPT $ARES_FENCING_TOKEN >> '$e'\" || exit $?; }}; \
-             say start; act 1; i=0; while [ $i -lt {beats} ]; do sleep 0.2; say beat; i=$((i+1)); done; act 2; say end",
+             say start; act 1; i=0; while [ $i -lt $(({beats} + {STAGGER} * LOCAL_RANK)) ]; do sleep 0.2; say beat; i=$((i+1)); done; act 2; say end",
             self.ledger.display(),
             self.effects.display(),
             process::ares().display(),
@@ -78,7 +80,7 @@ pub enum What {
 }
 
 /// One line of a rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
     pub what: What,
     pub job: u64,
@@ -87,6 +89,8 @@ pub struct Line {
     pub token: u64,
     /// Of the machine's uptime, read just before the line was written.
     pub at_ms: u64,
+    /// Each with its node's name before it.
+    pub gpus: Vec<String>,
 }
 
 /// One attempt of a job, over all its ranks.
@@ -117,6 +121,8 @@ pub struct Effect {
 /// All lines of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
+    /// First and last line of each rank that had a GPU, by GPU and then by (job, attempt, rank).
+    held: BTreeMap<String, BTreeMap<(u64, u32, u32), (u64, u64)>>,
     /// By job, in the order in which they passed.
     effects: BTreeMap<u64, Vec<Effect>>,
     lives: BTreeMap<u64, BTreeMap<u32, Life>>,
@@ -139,6 +145,11 @@ impl Ledger {
             life.first_ms = life.first_ms.min(line.at_ms);
             life.last_ms = life.last_ms.max(line.at_ms);
             life.ends += u32::from(line.what == What::End);
+            for gpu in &line.gpus {
+                let ranks = ledger.held.entry(gpu.clone()).or_default();
+                let held = ranks.entry((line.job, line.attempt, line.rank)).or_insert((line.at_ms, line.at_ms));
+                *held = (held.0.min(line.at_ms), held.1.max(line.at_ms));
+            }
         }
         ledger
     }
@@ -181,6 +192,29 @@ impl Ledger {
                 )
             })
         })
+    }
+
+    /// GPUs that any rank had.
+    pub fn gpus(&self) -> usize {
+        self.held.len()
+    }
+
+    /// `gpu_in_one_lease`: no two ranks had one GPU at one time.
+    pub fn gpu_in_one_lease(&self) -> Result<(), String> {
+        for (gpu, ranks) in &self.held {
+            let mut spans: Vec<_> = ranks.iter().map(|(who, span)| (*span, *who)).collect();
+            spans.sort_unstable();
+            for two in spans.windows(2) {
+                let (((_, until), old), ((from, _), new)) = (two[0], two[1]);
+                if from < until {
+                    return Err(format!(
+                        "gpu_in_one_lease: {gpu} was of rank {} of job {} (attempt {}) until {until} ms and of rank {} of job {} (attempt {}) from {from} ms",
+                        old.2, old.0, old.1, new.2, new.0, new.1
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// `token_grows`: a later attempt has a higher token, an attempt has one token, and no two attempts share one.
@@ -259,7 +293,7 @@ impl Ledger {
 fn parse(line: &str) -> Result<Line, String> {
     let wrong = || format!("a line of the ledger is no line: {line:?}");
     let words: Vec<&str> = line.split(' ').collect();
-    let &[what, job, attempt, rank, token, at] = words.as_slice() else { return Err(wrong()) };
+    let &[what, job, attempt, rank, token, at, place] = words.as_slice() else { return Err(wrong()) };
     let what = match what {
         "start" => What::Start,
         "beat" => What::Beat,
@@ -267,6 +301,8 @@ fn parse(line: &str) -> Result<Line, String> {
         _ => return Err(wrong()),
     };
     let (seconds, hundredths) = at.split_once('.').ok_or_else(wrong)?;
+    let (node, gpus) = place.split_once(':').ok_or_else(wrong)?;
+    let gpus = gpus.split(',').filter(|gpu| !gpu.is_empty()).map(|gpu| format!("{node}:{gpu}")).collect();
     let number = |text: &str| text.parse::<u64>().map_err(|_| wrong());
     let small = |text: &str| text.parse::<u32>().map_err(|_| wrong());
     Ok(Line {
@@ -276,6 +312,7 @@ fn parse(line: &str) -> Result<Line, String> {
         rank: small(rank)?,
         token: number(token)?,
         at_ms: number(seconds)? * 1_000 + number(hundredths)? * 10,
+        gpus,
     })
 }
 
@@ -294,7 +331,8 @@ mod tests {
     use super::*;
 
     fn life(job: u64, attempt: u32, token: u64, times_ms: std::ops::RangeInclusive<u64>, end: bool) -> Vec<Line> {
-        let line = |what, at_ms| Line { what, job, attempt, rank: 0, token, at_ms };
+        let gpus = vec!["n1:0".to_owned()];
+        let line = |what, at_ms| Line { what, job, attempt, rank: 0, token, at_ms, gpus: gpus.clone() };
         let mut lines = vec![line(What::Start, *times_ms.start())];
         lines.extend(times_ms.clone().step_by(200).map(|at| line(What::Beat, at)));
         lines.push(line(if end { What::End } else { What::Beat }, *times_ms.end()));
@@ -359,6 +397,14 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_of_two_ranks_at_once_is_found() {
+        let apart = [life(1, 1, 10, 1_000..=3_000, true), life(2, 1, 11, 3_000..=4_000, true)].concat();
+        Ledger::of(&apart).gpu_in_one_lease().expect("one after the other");
+        let found = Ledger::of(&good()).gpu_in_one_lease().expect_err("jobs 1 and 2");
+        assert!(found.contains("n1:0 was of rank 0 of job 1"), "{found}");
+    }
+
+    #[test]
     fn a_token_that_does_not_grow_or_is_used_twice_is_found() {
         let with = |more: Vec<Line>| Ledger::of(&[good(), more].concat()).token_grows();
         with(life(2, 2, 9, 4_000..=4_100, true)).expect_err("lower than before");
@@ -382,10 +428,11 @@ mod tests {
 
     #[test]
     fn lines_are_read_as_the_script_writes_them() {
-        let line = parse("beat 7 2 1 99 123.45").expect("a line");
-        let wanted = Line { what: What::Beat, job: 7, attempt: 2, rank: 1, token: 99, at_ms: 123_450 };
+        let line = parse("beat 7 2 1 99 123.45 n1:a,b").expect("a line");
+        let gpus = ["n1:a", "n1:b"].map(str::to_owned).to_vec();
+        let wanted = Line { what: What::Beat, job: 7, attempt: 2, rank: 1, token: 99, at_ms: 123_450, gpus };
         assert_eq!(line, wanted);
-        for wrong in ["", "beat 7 2 1 99", "beat 7 2 1 99 123", "stop 7 2 1 99 1.00", "beat 7 2 1 99 1.00 x"] {
+        for wrong in ["", "beat 7 2 1 99", "beat 7 2 1 99 123 n1:", "stop 7 2 1 99 1.00 n1:", "beat 7 2 1 99 1.00 x"] {
             parse(wrong).expect_err("no line");
         }
     }

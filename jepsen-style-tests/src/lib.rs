@@ -9,6 +9,7 @@ pub mod damage;
 pub mod disk;
 pub mod faults;
 pub mod history;
+pub mod hunt;
 pub mod ledger;
 pub mod linear;
 pub mod load;

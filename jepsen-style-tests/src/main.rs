@@ -10,7 +10,7 @@ use jepsen_style_tests::faults::{Fault, Need};
 use jepsen_style_tests::network::Network;
 use jepsen_style_tests::sim::{campaign, fault};
 use jepsen_style_tests::verdict::Verdict;
-use jepsen_style_tests::{cluster, corrupt, nemesis, powercut, reads, replays, soak};
+use jepsen_style_tests::{cluster, corrupt, hunt, nemesis, powercut, reads, replays, soak};
 
 /// Fault-injection runs against real `ares` processes
 ///
@@ -53,7 +53,7 @@ enum Run {
     /// Each seed is a cluster of 3 to 5 replicas and 20 agents with 200 jobs under its own faults for 60 s or more, and then
     /// without faults until everything has ended. The last line is the hash of all traces: the same seeds give the same hash.
     Sim(Sim),
-    /// Switch on planted bugs one by one: the simulation must catch each, by an invariant that it breaks
+    /// Switch on planted bugs one by one: the simulation (with --real: runs of real processes) must catch each, by an invariant that it breaks
     Planted(Planted),
     /// Kill, freeze, restart and part replicas, agents and clients while real jobs run, then check what they wrote
     ///
@@ -158,13 +158,16 @@ struct Planted {
     #[arg(long, default_value_t = 500)]
     seeds: u64,
     /// These bugs alone, comma-separated [default: all that this tier can reach]
-    #[arg(long, value_name = "BUGS", value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(planted::Bug::ALL.iter().map(|bug| bug.name())))]
+    #[arg(long, value_name = "BUGS", value_delimiter = ',', value_parser = planted_bug)]
     only: Vec<String>,
     /// So many of them only, counted on from the one with number `--from` in the list
     #[arg(long, value_name = "COUNT")]
     some: Option<usize>,
     #[arg(long, default_value_t = 0, requires = "some", value_name = "NUMBER")]
     from: usize,
+    /// In runs of real processes, each within 10 minutes (root); their names: ack_without_fsync, and those of `--only`
+    #[arg(long, conflicts_with_all = ["some", "seeds"])]
+    real: bool,
     /// What the plain build says of the first seeds: `run` asks it
     #[arg(long, value_name = "HASH", hide = true)]
     plain: Option<String>,
@@ -182,6 +185,7 @@ fn main() -> ExitCode {
         }
         Run::Corrupt { times, seed } => vec![corrupted(times, seed)],
         Run::Sim(options) => return simulate(options),
+        Run::Planted(options) if options.real => return hunt_in_real_runs(&options.only),
         Run::Planted(options) => return hunt(&options),
         Run::Nemesis { minutes, seed, faults, pairs, allow_skip, planted, out } => {
             let faults = if faults.is_empty() { Fault::all() } else { faults };
@@ -191,7 +195,7 @@ fn main() -> ExitCode {
             vec![under_faults(nemesis::Plan { duration, seed, faults, pairs, planted, network: None, out })]
         }
         Run::Replays { ids, times, seed } => {
-            vec![replayed(replays::Plan { ids, times, seed })]
+            vec![replayed(replays::Plan { ids, times, seed, planted: None })]
         }
         Run::Soak { hours, dir, seed } => return soaked(hours, dir, seed),
         Run::Recheck { dir } => vec![told(&format!("recheck {}", dir.display()), nemesis::recheck(&dir))],
@@ -281,6 +285,40 @@ fn hunt(options: &Planted) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// The table bug -> invariant -> runs and time, of real processes.
+fn hunt_in_real_runs(only: &[String]) -> ExitCode {
+    let wanted: Vec<_> =
+        hunt::ALL.iter().filter(|one| only.is_empty() || only.iter().any(|name| name == one.bug)).collect();
+    let unknown = only.iter().find(|name| hunt::ALL.iter().all(|one| one.bug != name.as_str()));
+    if let Some(name) = unknown {
+        let known: Vec<&str> = hunt::ALL.iter().map(|one| one.bug).collect();
+        eprintln!("--only {name}: no real run is known that must show it; there is one for {}", known.join(", "));
+        return ExitCode::from(2);
+    }
+    let out = fault_runs().join("planted");
+    println!("{:<22} {:<22} {:>5} {:>7}  said otherwise", "bug", "caught by", "runs", "seconds");
+    let mut good = true;
+    for one in wanted {
+        let caught = one.run(&out);
+        good &= caught.by.is_some();
+        let by = caught.by.as_deref().unwrap_or("NOT CAUGHT");
+        println!(
+            "{:<22} {by:<22} {:>5} {:>7}  {}",
+            one.bug,
+            caught.runs,
+            caught.took.as_secs(),
+            first_words(&caught.others)
+        );
+    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn first_words(said: &[String]) -> String {
+    let short =
+        said.iter().take(2).map(|text| text.lines().next().unwrap_or_default().chars().take(90).collect::<String>());
+    short.collect::<Vec<_>>().join("; ")
+}
+
 #[cfg(not(feature = "planted"))]
 fn hunt(_: &Planted) -> ExitCode {
     eprintln!("this build has no planted bugs: jepsen-style-tests/run planted makes one that has");
@@ -321,7 +359,7 @@ fn power_cuts(cuts: usize, replicas: usize, seed: u64, planted: Option<String>) 
 
 fn corrupted(times: usize, seed: u64) -> Verdict {
     let title = format!("corrupt --times {times} --seed {seed}");
-    told(&title, cluster::block_on(corrupt::run(&corrupt::Plan { times, seed })))
+    told(&title, cluster::block_on(corrupt::run(&corrupt::Plan { times, seed, planted: None })))
 }
 
 /// The faults without those that can't be made here; `None` if one of these may not be skipped.
@@ -367,7 +405,7 @@ fn soaked(hours: f64, dir: Option<PathBuf>, seed: u64) -> ExitCode {
     let dir = dir.unwrap_or_else(|| fault_runs().join("soak"));
     let round = |kind, seed, out: &Path| match kind {
         soak::Kind::PowerCuts => power_cuts(20, 3, seed, None),
-        soak::Kind::Replays => replayed(replays::Plan { ids: 10_000, times: 10, seed }),
+        soak::Kind::Replays => replayed(replays::Plan { ids: 10_000, times: 10, seed, planted: None }),
         soak::Kind::Nemesis | soak::Kind::Pairs => {
             let (duration, pairs, out) = (Duration::from_secs(300), kind == soak::Kind::Pairs, out.to_owned());
             under_faults(nemesis::Plan {

@@ -194,6 +194,8 @@ fn judge_ledger(ledger: &Ledger, verdict: &mut Verdict) {
     verdict.check(ledger.one_attempt_alive());
     verdict.check(ledger.token_grows());
     verdict.check(ledger.effects_fenced());
+    verdict.check(ledger.gpu_in_one_lease());
+    verdict.figure("GPUs in use", ledger.gpus());
     if ledger.effects() == 0 {
         verdict.empty.push("no job wrote behind its fence".to_owned());
     }

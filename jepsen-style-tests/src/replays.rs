@@ -13,7 +13,7 @@ use rand::{RngExt, SeedableRng};
 use tokio::task::JoinSet;
 
 use crate::checks;
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::{Cluster, SOON, Setup};
 use crate::load::submission;
 use crate::verdict::Verdict;
 
@@ -29,6 +29,8 @@ pub struct Plan {
     /// How often each is sent.
     pub times: usize,
     pub seed: u64,
+    /// A planted bug, for a binary that was built with them.
+    pub planted: Option<String>,
 }
 
 /// What one sending of an id was answered.
@@ -41,7 +43,14 @@ struct Answer {
 pub async fn run(plan: &Plan) -> Verdict {
     let mut verdict = Verdict::default();
     let began = Instant::now();
-    let mut cluster = Cluster::start(3).await;
+    let env = plan.planted.iter().map(|bug| ("ARES_PLANTED".to_owned(), bug.clone())).collect();
+    let mut cluster = match Cluster::with(Setup { env, ..Setup::of(3) }).await {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            verdict.empty.push(format!("the cluster did not start: {error}"));
+            return verdict;
+        }
+    };
     let mut rng = StdRng::seed_from_u64(plan.seed);
     let (sendings, requests) = (sendings(plan, &mut rng), (0..plan.ids).map(|_| submission()).collect::<Vec<_>>());
     let mut load = Senders::start(&cluster, sendings, requests);
@@ -189,7 +198,7 @@ mod tests {
 
     #[test]
     fn doubles_are_told() {
-        let plan = Plan { ids: 2, times: 2, seed: 1 };
+        let plan = Plan { ids: 2, times: 2, seed: 1, planted: None };
         let answers = |all: &[(usize, u64, bool)]| -> Vec<Answer> {
             all.iter().map(|&(id, job, replayed)| Answer { id, job, replayed }).collect()
         };
@@ -202,7 +211,7 @@ mod tests {
 
     #[test]
     fn each_id_is_sent_as_often_as_planned_and_meets_itself() {
-        let plan = Plan { ids: 40, times: 3, seed: 1 };
+        let plan = Plan { ids: 40, times: 3, seed: 1, planted: None };
         let mut sent = sendings(&plan, &mut StdRng::seed_from_u64(1));
         assert_ne!(sent[..3], [0, 0, 0], "in another order than by id");
         sent.sort_unstable();

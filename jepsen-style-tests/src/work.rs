@@ -98,6 +98,8 @@ struct Submitter {
 struct Planned {
     beats: u32,
     nodes: u32,
+    ranks_per_node: u32,
+    gpus_per_rank: u32,
     cancel: bool,
 }
 
@@ -110,7 +112,7 @@ impl Submitter {
                 continue;
             };
             let (job, cancelled) = (ack.job_id, planned.cancel);
-            accepted.lock().await.push(Accepted { ack, ranks: planned.nodes, cancelled });
+            accepted.lock().await.push(Accepted { ack, ranks: planned.nodes * planned.ranks_per_node, cancelled });
             if planned.cancel {
                 let around = Duration::from_millis(self.rng.random_range(0..AROUND_THE_END_MS));
                 tokio::time::sleep(BEAT * planned.beats + around).await;
@@ -124,21 +126,34 @@ impl Submitter {
         }
     }
 
-    /// Most jobs are short; one in three outlives a lease, one in five is a gang over two machines, one in six is cancelled.
+    /// Most jobs are short; one in three outlives a lease, one in five is a gang over two machines, one in three has two ranks on each machine, of which
+    /// one ends later, one in six is cancelled. Those with GPUs compete for them.
     fn plan(&mut self) -> Planned {
         let cancel = self.rng.random_range(0..6) == 0;
         let long = self.rng.random_range(0..3) == 0 && !cancel;
         let beats = if long { 70 } else { self.rng.random_range(3..15) };
         let nodes = if self.rng.random_range(0..5) == 0 { 2 } else { 1 };
-        Planned { beats, nodes, cancel }
+        let ranks_per_node = if self.rng.random_range(0..3) == 0 { 2 } else { 1 };
+        let gpus_per_rank = [0, 2, 4, 4][self.rng.random_range(0..4)];
+        Planned { beats, nodes, ranks_per_node, gpus_per_rank, cancel }
     }
 
     async fn submit(&self, planned: &Planned) -> Option<Ack> {
         let mut job = shell_job(&self.sink.script(planned.beats));
-        job.shape = Some(v1::Shape { nodes: planned.nodes, ..Default::default() });
+        let Planned { nodes, ranks_per_node, gpus_per_rank, .. } = *planned;
+        // What machines have beside their GPUs is shared by jobs without any.
+        let (cores_per_rank, mem_mib_per_rank) = (1, 64);
+        job.shape = Some(v1::Shape {
+            nodes,
+            ranks_per_node,
+            gpus_per_rank,
+            cores_per_rank,
+            mem_mib_per_rank,
+            ..Default::default()
+        });
         let request = v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job), user: USER.into() };
         let key = request.request_id.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let told = json!({ "nodes": planned.nodes, "beats": planned.beats });
+        let told = json!({ "nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_rank, "beats": planned.beats });
         self.history.add(self.process, "invoke", "submit", &key, told);
         match self.client.submit_job(request.clone()).await {
             Ok(reply) => {

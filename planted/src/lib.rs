@@ -55,6 +55,10 @@ bugs! {
     DedupInLeader "dedup_in_leader";
     /// A known request id answers whatever the body is.
     DedupIgnoresBody "dedup_ignores_body";
+    /// A watch goes on behind what is newest by now, not behind what it has told.
+    WatchSkips "watch_skips";
+    /// The token counter is not in a snapshot: a replica that loads one counts from the beginning.
+    TokenNotInSnapshot "token_not_in_snapshot";
     /// Reads are answered by any replica without asking the leader's quorum.
     ReadWithoutQuorum "read_without_quorum";
     /// Apply trusts the plan and checks no placement again.

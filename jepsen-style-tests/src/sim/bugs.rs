@@ -24,6 +24,8 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
         | Bug::ShimTrustsAgent
         | Bug::MonotonicClock
         | Bug::AckAfterEnd => &["one_attempt_alive"],
+        Bug::WatchSkips => &["watch"],
+        Bug::TokenNotInSnapshot => &["token_grows", "replicas_equal"],
         Bug::ForgottenTooEarly | Bug::DedupInLeader | Bug::DedupIgnoresBody => &["request_once"],
         Bug::ReadWithoutQuorum => &["clients_linearizable"],
         Bug::TrustedPlan => &["gpu_in_one_lease"],
@@ -43,6 +45,7 @@ pub fn out_of_reach(bug: Bug) -> Option<&'static str> {
         Bug::AckAfterEnd => {
             Some("an agent must be heard between the proposal of an end and its commit: not hit so far")
         }
+        Bug::WatchSkips | Bug::TokenNotInSnapshot => Some("watches and stored snapshots are of real runs alone"),
         _ => None,
     }
 }
