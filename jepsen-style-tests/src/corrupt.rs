@@ -104,6 +104,8 @@ async fn one_time(
 
 async fn afterwards(cluster: &Cluster, acks: &[Ack], token: &mut u64, digests: &mut Digests) -> Result<(), String> {
     cluster.try_until("a replica leads", SOON, async |cluster| cluster.leader().await.is_some()).await?;
+    // Whoever was just mended may be behind for a while.
+    cluster.try_settle().await?;
     checks::nothing_lost(cluster, acks).await?;
     checks::request_once(&cluster.client(), &acks[acks.len().saturating_sub(SENT_AGAIN)..]).await?;
     let minted = checks::mint_token(&cluster.client()).await.map_err(|error| error.to_string())?;

@@ -118,11 +118,14 @@ pub struct Effect {
     pub token: u64,
 }
 
+/// Job, attempt and rank.
+type Who = (u64, u32, u32);
+
 /// All lines of a run.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
     /// First and last line of each rank that had a GPU, by GPU and then by (job, attempt, rank).
-    held: BTreeMap<String, BTreeMap<(u64, u32, u32), (u64, u64)>>,
+    held: BTreeMap<String, BTreeMap<Who, (u64, u64)>>,
     /// By job, in the order in which they passed.
     effects: BTreeMap<u64, Vec<Effect>>,
     lives: BTreeMap<u64, BTreeMap<u32, Life>>,

@@ -21,6 +21,7 @@ pub mod powercut;
 pub mod process;
 pub mod reads;
 pub mod replays;
+pub mod report;
 pub mod resources;
 pub mod sim;
 pub mod soak;

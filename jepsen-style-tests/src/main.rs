@@ -10,7 +10,7 @@ use jepsen_style_tests::faults::{Fault, Need};
 use jepsen_style_tests::network::Network;
 use jepsen_style_tests::sim::{campaign, fault};
 use jepsen_style_tests::verdict::Verdict;
-use jepsen_style_tests::{cluster, corrupt, hunt, nemesis, powercut, reads, replays, soak};
+use jepsen_style_tests::{cluster, corrupt, hunt, nemesis, powercut, reads, replays, report, soak};
 
 /// Fault-injection runs against real `ares` processes
 ///
@@ -198,7 +198,7 @@ fn main() -> ExitCode {
             vec![replayed(replays::Plan { ids, times, seed, planted: None })]
         }
         Run::Soak { hours, dir, seed } => return soaked(hours, dir, seed),
-        Run::Recheck { dir } => vec![told(&format!("recheck {}", dir.display()), nemesis::recheck(&dir))],
+        Run::Recheck { dir } => vec![rechecked(&dir)],
         Run::Edn { dir } => match reads::load(&dir.join("history.jsonl")) {
             Ok(events) => {
                 print!("{}", reads::edn(&events));
@@ -455,7 +455,21 @@ fn under_faults(mut plan: nemesis::Plan) -> Verdict {
             Err(why) => return told(&title, Verdict { empty: vec![why], ..Verdict::default() }),
         }
     }
-    told(&title, cluster::block_on(nemesis::run(&plan)))
+    let mut verdict = cluster::block_on(nemesis::run(&plan));
+    match report::write(&plan.out, &title, &verdict) {
+        Ok(path) => verdict.figure("page", path.display()),
+        Err(error) => verdict.empty.push(error),
+    }
+    told(&title, verdict)
+}
+
+fn rechecked(dir: &Path) -> Verdict {
+    let (title, mut verdict) = (format!("recheck {}", dir.display()), nemesis::recheck(dir));
+    match report::write(dir, &title, &verdict) {
+        Ok(path) => verdict.figure("page", path.display()),
+        Err(error) => verdict.empty.push(error),
+    }
+    told(&title, verdict)
 }
 
 fn told(title: &str, verdict: Verdict) -> Verdict {

@@ -55,7 +55,7 @@ bugs! {
     DedupInLeader "dedup_in_leader";
     /// A known request id answers whatever the body is.
     DedupIgnoresBody "dedup_ignores_body";
-    /// A watch goes on behind what is newest by now, not behind what it has told.
+    /// A watch from a revision on begins behind what is newest when it is opened.
     WatchSkips "watch_skips";
     /// The token counter is not in a snapshot: a replica that loads one counts from the beginning.
     TokenNotInSnapshot "token_not_in_snapshot";

@@ -59,6 +59,7 @@ impl v1::keyspace_server::Keyspace for Api {
                 let what = format!("revision {from} does not exist yet: the newest is {newest}");
                 return Err(error::refusal(reason::FUTURE_REVISION, what));
             }
+            _ if planted(Bug::WatchSkips) => newest,
             from => from - 1,
         };
         check_floor(&state, Revision(seen))?;
@@ -166,7 +167,7 @@ async fn watch(
                 return;
             }
         }
-        seen = if planted(Bug::WatchSkips) { api.replica.state().meta.rev } else { state.meta.rev };
+        seen = state.meta.rev;
         drop(state);
         tokio::select! {
             changed = applied.changed() => if changed.is_err() { return },
