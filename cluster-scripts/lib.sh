@@ -343,6 +343,131 @@ registered_or_gone() {
   (($(node_epoch "$2") > $3))
 }
 
+# ------------------------------------------------------------------------------------------------------ starting replicas
+
+# The port of replica $2 for clients (api) or replicas (peer).
+port_of() {
+  sed -n "s/.*\"$1\":\"[^\"]*:\([0-9]*\)\".*/\1/p" < <(cat -- "$DIR/$2/data/addresses.json" && echo)
+}
+
+# Names of the replicas that are spoken of, and how much of their logs was there before they were started.
+REPLICAS=()
+STARTED=()
+declare -A OFFSET=()
+
+# Two ports that nobody listens on.
+free_ports() {
+  python3 -c '
+import random, socket, sys
+first, last = int(sys.argv[1]), int(sys.argv[2])
+found = []
+for port in random.sample(range(first, last + 1), 200):
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+    found.append(port)
+    if len(found) == 2:
+        break
+print(*found)
+' "$FIRST_PORT" "$LAST_PORT"
+}
+
+# Starts replica $1; more arguments go to ares server.
+start_replica() {
+  local home=$DIR/$1 ports
+  local -a listen=() own_group=()
+  if [[ ! -e $home/data/addresses.json ]]; then
+    ports=$(free_ports)
+    listen=(--listen "127.0.0.1:${ports% *}" --peer-listen "127.0.0.1:${ports#* }")
+  else
+    ports="$(port_of api "$1") $(port_of peer "$1")"
+  fi
+  # What it sends can then be told from what others send, by its port's number: `partition` drops it.
+  if ((EUID == 0)) && command -v setpriv >/dev/null; then own_group=(setpriv --regid "${ports#* }" --keep-groups); fi
+  OFFSET[$1]=$(log_size "$home")
+  spawn "$home" "${own_group[@]}" "$ARES" server --dir "$home/data" "${listen[@]}" "${@:2}"
+  STARTED+=("$1")
+}
+
+# Each replica says in one line that it serves.
+await_serving() {
+  local name
+  for name in "$@"; do
+    if within 30 serves_or_gone "$name" && is_running "$DIR/$name/pid"; then continue; fi
+    say "Replica $name did not start; the end of $DIR/$name/log:"
+    log_since "$DIR/$name" "${OFFSET[$name]}" | tail -n 5 >&2
+    exit 1
+  done
+}
+
+serves_or_gone() {
+  is_running "$DIR/$1/pid" || return 0
+  log_since "$DIR/$1" "${OFFSET[$1]}" | grep -q '^replica [0-9]* of cluster'
+}
+
+# All of REPLICAS are voters that answer.
+all_vote() {
+  local -a seen
+  read -r -a seen <<<"$(group)"
+  local name
+  for name in "${REPLICAS[@]}"; do
+    [[ " ${seen[*]:1} " == *" $(api_address "$name") "* ]] || return 1
+  done
+}
+
+# What a shell sources. ARES_DIR makes the other scripts speak of this cluster, and DIR/bin has the binary under its own name.
+write_env() {
+  local name group=''
+  for name in "${REPLICAS[@]}"; do
+    if [[ -r $DIR/$name/data/env ]]; then
+      group=$(grep -E '^export ARES_(CLUSTER|JOIN_TOKEN)=' "$DIR/$name/data/env")
+      break
+    fi
+  done
+  mkdir -p -- "$DIR/bin"
+  ln -sfn -- "$ARES" "$DIR/bin/ares"
+  (
+    umask 077
+    {
+      echo "export ARES_SERVER=$(api_addresses)"
+      echo "$group"
+      echo "export ARES_DIR=$(quoted "$DIR")"
+      if [[ -n ${ARES_BIN:-} ]]; then echo "export ARES_BIN=$(quoted "$ARES")"; fi
+      echo "case :\$PATH: in *:$(quoted "$DIR/bin"):*) ;; *) export PATH=$(quoted "$DIR/bin"):\$PATH ;; esac"
+    } >"$DIR/env.new"
+  )
+  mv -- "$DIR/env.new" "$DIR/env"
+}
+
+# ----------------------------------------------------------------------------------------------------------------- links
+
+# Rules of this cluster carry its directory's mark.
+links_mark() { printf 'ares:%s' "$(printf '%s' "$DIR" | cksum | cut -d' ' -f1)"; }
+
+# Rules of broken links, as iptables writes them; none without iptables.
+broken_links() {
+  local mark
+  mark=$(links_mark)
+  { iptables -w -S OUTPUT || true; } 2>/dev/null | grep -F -e "--comment \"$mark\"" -e "--comment $mark " || true
+}
+
+# Makes all links of this cluster whole; tells how many rules were in the way.
+heal_links() {
+  local rule count=0
+  local -a words
+  HEALED=0
+  ((EUID == 0)) || return 0
+  while IFS= read -r rule; do
+    [[ -n $rule ]] || continue
+    read -r -a words <<<"${rule//\"/}"
+    iptables -w -D "${words[@]:1}"
+    count=$((count + 1))
+  done < <(broken_links)
+  HEALED=$count
+}
+
 # --------------------------------------------------------------------------------------------------- scripts with a target
 
 # The command line `TARGET [--dir DIR]`; sets TARGET and TARGET_HOME. $1 prints the help.

@@ -17,6 +17,8 @@ use crate::process::{self, Process};
 
 /// How long anything may take to become true on a busy machine.
 pub const SOON: Duration = Duration::from_secs(40);
+/// How long the whole state may take to another replica, over a slow link too.
+const WHOLE_STATE: Duration = Duration::from_secs(120);
 /// Between two looks at something that must become true.
 const LOOK: Duration = Duration::from_millis(20);
 /// Clusters that run at once in one test program: more would starve each other.
@@ -156,7 +158,7 @@ impl Cluster {
         let flags = ["--listen", api, "--peer-listen", peer, "--join", &others, "--join-token", &token];
         self.start_replica(at, &flags, &[]);
         self.env_of(at).await?;
-        let votes = self.try_until("the new replica is a voter", SOON, async |cluster| {
+        let votes = self.try_until("the new replica is a voter", WHOLE_STATE, async |cluster| {
             cluster.member(at).await.is_some_and(|member| member.voter)
         });
         votes

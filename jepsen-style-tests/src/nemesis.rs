@@ -151,7 +151,12 @@ async fn strike_in_turns(plan: &Plan, cluster: &mut Cluster, history: &History) 
             let replicas: Vec<&str> = replicas.iter().map(String::as_str).collect();
             network.set(&replicas, &replicas, link);
         }
-        let struck = strike(cluster, fault, &mut rng).await.map_err(|error| format!("{name}: {error}"))?;
+        let struck = strike(cluster, fault, &mut rng).await;
+        if let (Err(_), Some(network)) = (&struck, cluster.network()) {
+            // What is judged yet needs whole links.
+            network.heal();
+        }
+        let struck = struck.map_err(|error| format!("{name}: {error}"))?;
         history.add("nemesis", "info", &name, &struck.target, json!({ "took_effect": struck.took_effect }));
         eprintln!("{name} of {}{}", struck.target, if struck.took_effect { "" } else { ": without effect" });
         let (strikes, took) = effects.entry(fault).or_default();

@@ -13,10 +13,12 @@ use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt;
 
+use crate::checks;
 use crate::cluster::Cluster;
 use crate::verdict::Verdict;
 
 pub const WATCHERS: usize = 2;
+const FILE: &str = "watched.json";
 /// Longer without any message and the stream is taken for dead: progress comes each 5 s.
 const SILENT: Duration = Duration::from_secs(10);
 /// How long the watchers may take to see what the replicas have, in the end.
@@ -35,6 +37,13 @@ pub struct Told {
 pub struct Seen {
     pub told: Vec<Told>,
     pub streams: u64,
+}
+
+/// What is judged in the end: what watchers saw and replicas tell, by name, and the keys that are there with their newest revisions.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Watched {
+    seen: BTreeMap<String, Seen>,
+    keys: BTreeMap<String, u64>,
 }
 
 pub struct Watchers {
@@ -57,25 +66,34 @@ impl Watchers {
 
     /// Lets them see up to the newest revision, and compares them with what each replica tells from its beginning.
     pub async fn finish(mut self, cluster: &Cluster, out: &Path, verdict: &mut Verdict) {
-        let mut files = BTreeMap::new();
+        let mut watched = Watched::default();
         for at in cluster.running_replicas() {
             match truth(&cluster.client_at(at)).await {
-                Ok(seen) => drop(files.insert(format!("replica-{at}"), seen)),
-                Err(error) => verdict.empty.push(format!("replica {at} can't be watched: {error}")),
+                Ok(seen) => drop(watched.seen.insert(format!("replica-{at}"), seen)),
+                Err(error) => {
+                    verdict.violations.push(format!("watch: replica {at} does not tell what it has: {error}"))
+                }
             }
         }
-        let newest = files.values().filter_map(|seen| Some(seen.told.last()?.revision)).max().unwrap_or_default();
+        match checks::keys(&cluster.client(), "/", false, v1::ReadMode::Linearizable).await {
+            // Shown as create revision, newest revision, value.
+            Ok(found) => watched.keys.extend(
+                found.pairs.into_iter().filter_map(|(key, shown)| Some((key, shown.split(' ').nth(1)?.parse().ok()?))),
+            ),
+            Err(error) => verdict.empty.push(error),
+        }
+        let newest = watched.keys.values().max().copied().unwrap_or_default();
         self.stop.store(true, Ordering::Relaxed);
         let mut number = 0;
         while let Some(seen) = self.clients.join_next().await {
-            files.insert(format!("watcher-{number}"), seen.expect("it does not panic"));
+            watched.seen.insert(format!("watcher-{number}"), seen.expect("it does not panic"));
             number += 1;
         }
-        let saved = serde_json::to_vec(&files).map_err(|error| error.to_string());
-        let saved = saved.and_then(|text| fs::write(out.join("watched.json"), text).map_err(|error| error.to_string()));
-        verdict.empty.extend(saved.err().map(|error| format!("watched.json: {error}")));
+        let saved = serde_json::to_vec(&watched).map_err(|error| error.to_string());
+        let saved = saved.and_then(|text| fs::write(out.join(FILE), text).map_err(|error| error.to_string()));
+        verdict.empty.extend(saved.err().map(|error| format!("{FILE}: {error}")));
         // Who never caught up has a gap at its end, which the comparison can't see.
-        for (name, seen) in files.iter().filter(|(name, _)| name.starts_with("watcher")) {
+        for (name, seen) in watched.seen.iter().filter(|(name, _)| name.starts_with("watcher")) {
             let last = seen.told.last().map_or(0, |told| told.revision);
             if last < newest {
                 verdict
@@ -83,32 +101,33 @@ impl Watchers {
                     .push(format!("watch: {name} saw nothing behind revision {last}, the newest is {newest}"));
             }
         }
-        judge_all(&files, verdict);
+        judge_all(&watched, verdict);
     }
 }
 
 /// Judges what an earlier run's watchers saw.
 pub fn judge(out: &Path, verdict: &mut Verdict) {
-    let path = out.join("watched.json");
-    let files = fs::read(&path).map_err(|error| error.to_string());
-    match files.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string())) {
-        Ok(files) => judge_all(&files, verdict),
+    let path = out.join(FILE);
+    let watched = fs::read(&path).map_err(|error| error.to_string());
+    match watched.and_then(|text| serde_json::from_slice(&text).map_err(|error| error.to_string())) {
+        Ok(watched) => judge_all(&watched, verdict),
         Err(error) => verdict.empty.push(format!("{}: {error}", path.display())),
     }
 }
 
-fn judge_all(files: &BTreeMap<String, Seen>, verdict: &mut Verdict) {
-    let (watchers, replicas): (Vec<_>, Vec<_>) = files.iter().partition(|(name, _)| name.starts_with("watcher"));
+fn judge_all(watched: &Watched, verdict: &mut Verdict) {
+    let (watchers, replicas): (Vec<_>, Vec<_>) = watched.seen.iter().partition(|(name, _)| name.starts_with("watcher"));
     let events: usize = watchers.iter().map(|(_, seen)| seen.told.len()).sum();
     let streams: u64 = watchers.iter().map(|(_, seen)| seen.streams).sum();
     verdict.figure("watched revisions", format!("{events} in {streams} streams of {} watchers", watchers.len()));
     if events == 0 {
         verdict.empty.push("the watchers saw nothing".to_owned());
     }
-    for (name, seen) in files {
+    for (name, seen) in &watched.seen {
         verdict.check(in_order(name, &seen.told));
     }
     for (name, seen) in &watchers {
+        verdict.check(saw_newest(name, &seen.told, &watched.keys));
         for (replica, truth) in &replicas {
             verdict.check(same(name, &seen.told, replica, &truth.told));
         }
@@ -121,6 +140,19 @@ fn in_order(name: &str, told: &[Told]) -> Result<(), String> {
         Some(two) => Err(format!("watch: {name} was told revision {} after {}", two[1].revision, two[0].revision)),
         None => Ok(()),
     }
+}
+
+/// Each key that is there was told with its newest revision: reads and watches agree.
+fn saw_newest(name: &str, told: &[Told], keys: &BTreeMap<String, u64>) -> Result<(), String> {
+    let by_revision: BTreeMap<u64, &Told> = told.iter().map(|told| (told.revision, told)).collect();
+    for (key, revision) in keys {
+        let told =
+            by_revision.get(revision).is_some_and(|told| told.keys.iter().any(|(other, gone)| other == key && !gone));
+        if !told {
+            return Err(format!("watch: {name} was not told that {key} changed at revision {revision}"));
+        }
+    }
+    Ok(())
 }
 
 /// Where both looked, both saw the same.
@@ -239,11 +271,12 @@ mod tests {
     }
 
     fn judged(watcher: Vec<Told>) -> Vec<String> {
+        let keys = BTreeMap::from([("/b".to_owned(), 3)]);
         let truth = vec![told(2, &["/a"]), told(3, &["/a", "/b"]), told(5, &["/c"]), told(6, &["/a"])];
         let seen = |told| Seen { told, streams: 1 };
-        let files = BTreeMap::from([("watcher-0".to_owned(), seen(watcher)), ("replica-0".to_owned(), seen(truth))]);
+        let seen = BTreeMap::from([("watcher-0".to_owned(), seen(watcher)), ("replica-0".to_owned(), seen(truth))]);
         let mut verdict = Verdict::default();
-        judge_all(&files, &mut verdict);
+        judge_all(&Watched { seen, keys }, &mut verdict);
         verdict.violations
     }
 
@@ -254,11 +287,23 @@ mod tests {
     }
 
     #[test]
+    fn a_change_that_reads_show_and_nobody_told_is_found() {
+        let found = judged(vec![told(2, &["/a"])]);
+        assert!(found.iter().any(|said| said.contains("not told that /b changed at revision 3")), "{found:?}");
+    }
+
+    #[test]
     fn a_gap_a_repeat_a_torn_revision_and_an_event_of_nobody_are_found() {
-        assert!(judged(vec![told(3, &["/a", "/b"]), told(5, &["/c"])])[0].contains("missed revision 2"));
-        assert!(judged(vec![told(2, &["/a"]), told(5, &["/c"])])[0].contains("missed revision 3"));
-        assert!(judged(vec![told(2, &["/a"]), told(2, &["/a"])])[0].contains("revision 2 after 2"));
-        assert!(judged(vec![told(2, &["/a"]), told(3, &["/a"])])[0].contains("at revision 3"));
+        assert!(
+            judged(vec![told(3, &["/a", "/b"]), told(5, &["/c"])])
+                .iter()
+                .any(|said| said.contains("missed revision 2"))
+        );
+        assert!(judged(vec![told(2, &["/a"]), told(5, &["/c"])]).iter().any(|said| said.contains("missed revision 3")));
+        assert!(
+            judged(vec![told(2, &["/a"]), told(2, &["/a"])]).iter().any(|said| said.contains("revision 2 after 2"))
+        );
+        assert!(judged(vec![told(2, &["/a"]), told(3, &["/a"])]).iter().any(|said| said.contains("at revision 3")));
         assert!(!judged(vec![told(2, &["/a"]), told(3, &["/a", "/b"]), told(4, &["/d"]), told(5, &["/c"])]).is_empty());
     }
 }
