@@ -19,6 +19,8 @@ pub mod nemesis;
 pub mod network;
 pub mod powercut;
 pub mod process;
+#[cfg(feature = "simulated")]
+pub mod raft_sim;
 pub mod reads;
 pub mod replays;
 pub mod report;

@@ -52,7 +52,14 @@ enum Run {
     ///
     /// Each seed is a cluster of 3 to 5 replicas and 20 agents with 200 jobs under its own faults for 60 s or more, and then
     /// without faults until everything has ended. The last line is the hash of all traces: the same seeds give the same hash.
+    ///
+    /// With --tier raft each seed is a group of 3 to 7 real replicas with the real openraft, log and snapshots on a simulated
+    /// network and simulated disks, under its own faults for 20 s.
     Sim(Sim),
+    /// One seed of the Raft tier, for `sim` to start
+    #[cfg(feature = "simulated")]
+    #[command(hide = true)]
+    RaftSeed(RaftSeed),
     /// Switch on planted bugs one by one: the simulation (with --real: runs of real processes) must catch each, by an invariant that it breaks
     Planted(Planted),
     /// Kill, freeze, restart and part replicas, agents and clients while real jobs run, then check what they wrote
@@ -120,6 +127,9 @@ struct Sim {
     /// The first seed
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// What is simulated: `core`, everything but Raft; `raft`, the replicas with openraft, log and snapshots
+    #[arg(long, value_enum, default_value_t = Tier::Core)]
+    tier: Tier,
     /// How many seeds, counted up from the first [default: 1, or as many as the other limits let]
     #[arg(long, value_name = "COUNT")]
     seeds: Option<u64>,
@@ -129,13 +139,13 @@ struct Sim {
     /// Begin no further seed after so much real time
     #[arg(long, value_name = "SECONDS")]
     wall_seconds: Option<u64>,
-    /// These kinds of fault alone, comma-separated
-    #[arg(long, value_name = "FAULTS", value_delimiter = ',', value_parser = clap::builder::PossibleValuesParser::new(fault::KINDS))]
+    /// These kinds of fault alone, comma-separated; another word is answered with all of them
+    #[arg(long, value_name = "FAULTS", value_delimiter = ',')]
     only: Vec<String>,
     /// Print each event
     #[arg(long)]
     trace: bool,
-    /// Threads
+    /// Threads, or processes
     #[arg(long, default_value_t = 1)]
     jobs: usize,
     /// Go on after a failure
@@ -146,6 +156,25 @@ struct Sim {
     corpus: Option<PathBuf>,
     /// Run with this planted bug, in a build that has them
     #[arg(long, value_name = "BUG")]
+    planted: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Tier {
+    Core,
+    Raft,
+}
+
+#[cfg(feature = "simulated")]
+#[derive(Debug, clap::Args)]
+struct RaftSeed {
+    #[arg(long)]
+    seed: u64,
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    #[arg(long)]
+    trace: bool,
+    #[arg(long)]
     planted: Option<String>,
 }
 
@@ -185,6 +214,8 @@ fn main() -> ExitCode {
         }
         Run::Corrupt { times, seed } => vec![corrupted(times, seed)],
         Run::Sim(options) => return simulate(options),
+        #[cfg(feature = "simulated")]
+        Run::RaftSeed(options) => return one_raft_seed(&options),
         Run::Planted(options) if options.real => return hunt_in_real_runs(&options.only),
         Run::Planted(options) => return hunt(&options),
         Run::Nemesis { minutes, seed, faults, pairs, allow_skip, planted, out } => {
@@ -215,9 +246,13 @@ fn main() -> ExitCode {
 }
 
 fn simulate(options: Sim) -> ExitCode {
-    if let Err(why) = options.planted.as_deref().map_or(Ok(()), plant) {
+    let checked = known_kinds(&options).and_then(|()| options.planted.as_deref().map_or(Ok(()), plant));
+    if let Err(why) = checked {
         eprintln!("{why}");
         return ExitCode::from(2);
+    }
+    if options.tier == Tier::Raft {
+        return simulate_raft(options);
     }
     let limited = options.minutes_simulated.is_some() || options.wall_seconds.is_some();
     let plan = campaign::Plan {
@@ -235,6 +270,71 @@ fn simulate(options: Sim) -> ExitCode {
     let (text, valid) = campaign::conclude(&plan, &sum);
     println!("{text}");
     if valid { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Whether the tier has such faults.
+fn known_kinds(options: &Sim) -> Result<(), String> {
+    let kinds: Vec<&str> = match options.tier {
+        Tier::Core => fault::KINDS.to_vec(),
+        #[cfg(feature = "simulated")]
+        Tier::Raft => jepsen_style_tests::raft_sim::fault::Kind::ALL.iter().map(|kind| kind.name()).collect(),
+        #[cfg(not(feature = "simulated"))]
+        Tier::Raft => return Ok(()),
+    };
+    match options.only.iter().find(|only| !kinds.contains(&only.as_str())) {
+        Some(unknown) => Err(format!("--only {unknown:?} is none of {}", kinds.join(", "))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(feature = "simulated")]
+fn simulate_raft(options: Sim) -> ExitCode {
+    use jepsen_style_tests::raft_sim::campaign;
+    if options.minutes_simulated.is_some() || options.corpus.is_some() {
+        eprintln!("--minutes-simulated and --corpus are for the core tier");
+        return ExitCode::from(2);
+    }
+    let plan = campaign::Plan {
+        first: options.seed,
+        count: options.seeds.unwrap_or(if options.wall_seconds.is_some() { u64::MAX } else { 1 }),
+        wall: options.wall_seconds.map(Duration::from_secs),
+        only: options.only,
+        jobs: options.jobs,
+        trace: options.trace,
+        keep_going: options.keep_going,
+        planted: options.planted,
+        quiet: false,
+    };
+    let (text, valid) = campaign::conclude(&plan, &campaign::run(&plan));
+    println!("{text}");
+    if valid { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(not(feature = "simulated"))]
+fn simulate_raft(_: Sim) -> ExitCode {
+    eprintln!("this build has no Raft tier: jepsen-style-tests/run sim makes one that has");
+    ExitCode::from(2)
+}
+
+/// The disks are in memory where the machine has a place for that.
+#[cfg(feature = "simulated")]
+fn one_raft_seed(options: &RaftSeed) -> ExitCode {
+    if let Err(why) = options.planted.as_deref().map_or(Ok(()), plant) {
+        eprintln!("{why}");
+        return ExitCode::from(2);
+    }
+    let memory = Path::new("/dev/shm");
+    let disks = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+    let disks = match disks {
+        Ok(disks) => disks,
+        Err(error) => {
+            eprintln!("no directory for the simulated disks: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let report = jepsen_style_tests::raft_sim::run(options.seed, disks.path(), &options.only, options.trace);
+    println!("{}", serde_json::to_string(&report).expect("plain fields always encode"));
+    ExitCode::SUCCESS
 }
 
 #[cfg(feature = "planted")]
@@ -265,19 +365,25 @@ fn hunt(options: &Planted) -> ExitCode {
     }
     println!("{:<22} {:<22} {:>5}  checks that failed before", "bug", "caught by", "seeds");
     let wanted = |bug: &&planted::Bug| match options.only.is_empty() {
-        true => bugs::out_of_reach(**bug).is_none(),
+        true => bugs::out_of_reach(**bug).is_none() || cfg!(feature = "simulated") && bugs::in_raft(**bug),
         false => options.only.iter().any(|name| name == bug.name()),
     };
     let bugs: Vec<_> = planted::Bug::ALL.iter().filter(wanted).collect();
     let some = options.some.unwrap_or(bugs.len()).min(bugs.len());
     for bug in bugs.iter().cycle().skip(options.from % bugs.len()).take(some) {
+        #[cfg(feature = "simulated")]
+        let caught = match bugs::in_raft(**bug) {
+            true => jepsen_style_tests::raft_sim::campaign::hunt(**bug, options.seed, options.seeds),
+            false => bugs::hunt(**bug, options.seed, options.seeds),
+        };
+        #[cfg(not(feature = "simulated"))]
         let caught = bugs::hunt(**bug, options.seed, options.seeds);
         good &= caught.by.is_some();
         let (by, seeds) = caught.by.unwrap_or_else(|| ("NOT CAUGHT".to_owned(), options.seeds));
         let others: Vec<String> = caught.others.iter().map(|(name, times)| format!("{name} {times}")).collect();
         println!("{:<22} {by:<22} {seeds:>5}  {}", bug.name(), others.join(", "));
     }
-    for bug in planted::Bug::ALL.iter().filter(|_| options.only.is_empty()) {
+    for bug in planted::Bug::ALL.iter().filter(|bug| options.only.is_empty() && !wanted(bug)) {
         if let Some(why) = bugs::out_of_reach(*bug) {
             println!("{:<22} not looked for: {why}", bug.name());
         }
@@ -344,8 +450,7 @@ fn short(seed: u64) -> Vec<Verdict> {
 
 /// A mistyped name would run without any bug.
 fn planted_bug(name: &str) -> Result<String, String> {
-    let known: Vec<&str> =
-        ["ack_without_fsync"].into_iter().chain(planted::Bug::ALL.iter().map(|bug| bug.name())).collect();
+    let known: Vec<&str> = planted::Bug::ALL.iter().map(|bug| bug.name()).collect();
     if known.contains(&name) { Ok(name.to_owned()) } else { Err(format!("it is one of {}", known.join(", "))) }
 }
 

@@ -75,6 +75,16 @@ bugs! {
     LostBurnsRetry "lost_burns_retry";
     /// A heartbeat is acknowledged after the end of its lease was proposed.
     AckAfterEnd "ack_after_end";
+    /// The log is not synced before an append is answered.
+    AckWithoutFsync "ack_without_fsync";
+    /// The log goes on after a sync that failed.
+    FsyncErrorIgnored "fsync_error_ignored";
+    /// A vote is answered, and never written.
+    VoteNotKept "vote_not_kept";
+    /// An append that was sent counts as stored by the follower.
+    AckBeforeQuorum "ack_before_quorum";
+    /// A leader that restarts goes on with its term instead of being elected again.
+    LeaderRestored "leader_restored";
 }
 
 #[cfg(feature = "on")]

@@ -1,5 +1,7 @@
 //! A scheduler replica: openraft, the log, the APIs, and the loops that only the leader runs.
 
+#![cfg_attr(feature = "simulated", allow(dead_code, reason = "the threads are the simulator's"))]
+
 pub mod api;
 pub mod backup;
 pub mod door;
@@ -15,3 +17,9 @@ mod recovery;
 pub mod replica;
 mod runtime;
 pub mod server;
+#[cfg(feature = "simulated")]
+pub mod simulated;
+#[cfg(not(feature = "simulated"))]
+mod sockets;
+#[cfg(feature = "simulated")]
+use simulated::sockets;

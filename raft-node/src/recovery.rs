@@ -15,6 +15,7 @@ use crate::raft::fetch;
 use crate::raft::machine::Shared;
 use crate::raft::network::Pool;
 use crate::replica::{Mode, Options, Peer, StartError, group, internal};
+use crate::runtime::blocking;
 
 /// Log and vote first, then image and snapshots, then the other replicas: the order of the recovery.
 pub async fn recover(
@@ -34,7 +35,7 @@ pub async fn recover(
     }
     tracing::info!(source = %recovered.source, applied = recovered.state.meta.applied.index, "the state is recovered");
     let dir = options.dir.clone();
-    let shared = tokio::task::spawn_blocking(move || Shared::new(&dir, identity.cluster.0, recovered)).await;
+    let shared = blocking(move || Shared::new(&dir, identity.cluster.0, recovered)).await;
     let shared = shared.map_err(|err| internal("recover")(err.to_string()))?;
     let shared = shared.map_err(|err| internal("recover the state")(err.to_string()))?;
     Ok((log, Arc::new(shared)))
@@ -52,7 +53,7 @@ async fn recover_alone(options: &Options, identity: Identity) -> Result<(Arc<Log
         let bounds = LogBounds { purged: state.purged.map(to_position), last: state.last.map(to_position) };
         Ok((Arc::new(log), storage::open(&dir, bounds)?))
     };
-    tokio::task::spawn_blocking(work).await.map_err(|err| internal("recover")(err.to_string()))?
+    blocking(work).await.map_err(|err| internal("recover")(err.to_string()))?
 }
 
 /// Who may have what this replica lost: the members that it noted, and those that the replica behind `--join` knows of.

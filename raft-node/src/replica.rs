@@ -8,15 +8,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures::StreamExt;
 use proto::v1;
 use proto::v1::peer_server::PeerServer;
 use statemachine::storage::Image;
 use statemachine::{Cmd, Outcome, State};
-use tokio::net::TcpListener;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{oneshot, watch};
-use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::door::{self, Door, Obstacles, ProposeError};
 use crate::identity::{ClusterId, Home, Identity, IdentityError, Stage};
@@ -35,6 +32,7 @@ use crate::raft::{settings, upkeep};
 use crate::read::{ReadError, Reads};
 use crate::recovery;
 use crate::runtime::{RuntimeGuard, end};
+use crate::sockets::{self, TcpListener};
 
 pub use crate::raft::machine::{Applied, Digest};
 pub use crate::raft::types::Peer;
@@ -299,6 +297,11 @@ impl Replica {
         &self.inner.shared
     }
 
+    #[cfg(feature = "simulated")]
+    pub(crate) fn log(&self) -> &Log {
+        &self.inner.log
+    }
+
     pub(crate) fn raft(&self) -> &Raft {
         &self.inner.raft
     }
@@ -492,8 +495,19 @@ struct Assembled {
     stop_server: oneshot::Sender<()>,
 }
 
+/// What must live as long as the replica and is no handle to it.
+pub(crate) struct Rest {
+    pub(crate) image_writer: Writer,
+    pub(crate) stop_server: oneshot::Sender<()>,
+    pub(crate) home: Arc<Home>,
+}
+
 impl Assembled {
     fn into_replica(self, runtime: Runtime) -> Replica {
+        self.split(|Rest { image_writer, stop_server, home }| Some(Parts { image_writer, stop_server, runtime, home }))
+    }
+
+    fn split(self, parts: impl FnOnce(Rest) -> Option<Parts>) -> Replica {
         let Assembled {
             home,
             identity,
@@ -510,8 +524,7 @@ impl Assembled {
             image_writer,
             stop_server,
         } = self;
-        let parts = Parts { image_writer, stop_server, runtime, home };
-        let parts = Mutex::new(Some(parts));
+        let parts = Mutex::new(parts(Rest { image_writer, stop_server, home }));
         Replica {
             inner: Arc::new(Inner {
                 identity,
@@ -529,6 +542,20 @@ impl Assembled {
             }),
         }
     }
+}
+
+/// A replica in the runtime of the caller, who keeps the rest of it: dropping both ends it as a power cut does.
+#[cfg(feature = "simulated")]
+pub(crate) async fn start_here(options: Options) -> Result<(Replica, Rest), StartError> {
+    let (listener, peer) = listen(&options).await?;
+    let (home, identity) = whose(&options).await?;
+    let assembled = assemble(options, Arc::new(home), identity, peer, listener, Handle::current()).await?;
+    let mut kept = None;
+    let replica = assembled.split(|rest| {
+        kept = Some(rest);
+        None
+    });
+    Ok((replica, kept.expect("handed over by the line before")))
 }
 
 /// Builds the replica from its directory, in the order of recovery, and starts its tasks. Runs on Raft's runtime; `callers` is that of
@@ -639,16 +666,8 @@ fn start_server(service: PeerService, listener: TcpListener) -> oneshot::Sender<
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20);
-    // The builder's own setting is not for connections that are handed to it; without this, answers wait for the peer's ACKs.
-    let incoming = TcpListenerStream::new(listener).inspect(|stream| {
-        if let Ok(stream) = stream
-            && let Err(err) = stream.set_nodelay(true)
-        {
-            tracing::debug!(%err, "a connection keeps its delay");
-        }
-    });
     tokio::spawn(async move {
-        let serve = server.serve_with_incoming(service, incoming);
+        let serve = server.serve_with_incoming(service, sockets::incoming(listener));
         tokio::select! {
             served = serve => if let Err(err) = served { tracing::error!(%err, "the peer server ended") },
             _ = stopped => {}

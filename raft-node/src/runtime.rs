@@ -1,9 +1,10 @@
-//! Raft's own runtime: how wide it is, and how it ends where a runtime must not be dropped.
+//! Raft's own runtime: how wide it is, how it ends where a runtime must not be dropped, and where what blocks runs.
 
 use std::io;
 
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::oneshot;
+use tokio::task::JoinError;
 
 /// Threads of Raft's own runtime, so that its core and its server are never kept waiting by the APIs. It is one task after the other: a
 /// second thread pays only where cores are idle, for else the two wake each other in turn.
@@ -19,6 +20,14 @@ pub async fn end(work: impl FnOnce() + Send + 'static) {
         let _ = done.send(());
     });
     let _ = ended.await;
+}
+
+/// Runs what blocks where it keeps no task waiting. A simulation has one thread and simulated time, in which it takes no time at all.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, JoinError> {
+    #[cfg(not(feature = "simulated"))]
+    return tokio::task::spawn_blocking(work).await;
+    #[cfg(feature = "simulated")]
+    Ok(work())
 }
 
 /// Keeps a runtime from being dropped where that is not allowed, until it has found its owner.

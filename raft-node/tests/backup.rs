@@ -9,8 +9,10 @@ use proto::v1;
 use proto::v1::audit_server::{Audit, AuditServer};
 use proto::v1::cluster_server::ClusterServer;
 use proto::v1::jobs_server::Jobs;
+use proto::v1::peer_client::PeerClient;
 use raft_node::api::Api;
 use raft_node::backup::{self, BackupError, Restore};
+use raft_node::identity::{ClusterId, Home, Identity, Stage};
 use raft_node::leader::Board;
 use raft_node::replica::{Mode, Options, Peer, Replica};
 use statemachine::State;
@@ -178,4 +180,24 @@ async fn replicas_are_judged_at_one_entry() {
     }
     drop(leading);
     group.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_without_a_state_gives_no_snapshot_and_goes_on() {
+    let place = tempfile::tempdir().expect("a directory");
+    let identity = Identity::new(ClusterId([7; 16]), Stage::Joining);
+    Home::lock(place.path()).expect("locked").write(&identity).expect("written");
+    let mut options = Options::new(place.path().to_owned(), "127.0.0.1:0", "localhost:1", Mode::Resume);
+    options.log.reserve_bytes = 1 << 20;
+    let replica = Replica::start(options).await.expect("it waits to be taken in");
+    let mut client = PeerClient::connect(format!("http://{}", replica.peer().peer_addr)).await.expect("connected");
+    let mut request = Request::new(v1::FetchSnapshotRequest { at_least: 0 });
+    let whose = [("ares-cluster", identity.cluster.to_string()), ("ares-replica", identity.replica.to_string())];
+    for (key, value) in whose {
+        request.metadata_mut().insert(key, value.parse().expect("plain text"));
+    }
+    let refused = tokio::time::timeout(SOON, client.fetch_snapshot(request)).await.expect("answered");
+    assert!(refused.is_err_and(|status| status.code() == tonic::Code::Unavailable));
+    assert_eq!(*replica.failed().borrow(), None);
+    replica.shutdown().await;
 }

@@ -34,6 +34,10 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
         Bug::RandomInApply => &["replicas_equal", "replay_equal"],
         Bug::LockAfterSession => &["lock_held"],
         Bug::LostBurnsRetry => &["retries_bounded"],
+        // Of the Raft tier: a replica that refuses its own log has lost what it acknowledged, too.
+        Bug::AckWithoutFsync | Bug::FsyncErrorIgnored | Bug::AckBeforeQuorum => &["nothing_lost", "committed_stays"],
+        Bug::VoteNotKept => &["vote_kept"],
+        Bug::LeaderRestored => &["nothing_lost", "log_matching", "committed_stays"],
     }
 }
 
@@ -46,8 +50,17 @@ pub fn out_of_reach(bug: Bug) -> Option<&'static str> {
             Some("an agent must be heard between the proposal of an end and its commit: not hit so far")
         }
         Bug::WatchSkips | Bug::TokenNotInSnapshot => Some("watches and stored snapshots are of real runs alone"),
+        bug if in_raft(bug) => Some("log, votes and elections are the Raft tier's"),
         _ => None,
     }
+}
+
+/// Whether the bug stands in what only the Raft tier runs.
+pub fn in_raft(bug: Bug) -> bool {
+    matches!(
+        bug,
+        Bug::AckWithoutFsync | Bug::FsyncErrorIgnored | Bug::VoteNotKept | Bug::AckBeforeQuorum | Bug::LeaderRestored
+    )
 }
 
 /// How one bug fared.

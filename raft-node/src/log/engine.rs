@@ -54,7 +54,7 @@ pub(super) struct Shared {
     pub give_up_waiting: AtomicBool,
     durable: watch::Sender<Option<u64>>,
     full: watch::Sender<bool>,
-    #[cfg(test)]
+    #[cfg(any(test, feature = "simulated"))]
     pub fail_next_sync: AtomicBool,
 }
 
@@ -66,7 +66,7 @@ impl Shared {
             give_up_waiting: AtomicBool::new(false),
             durable: watch::Sender::new(None),
             full: watch::Sender::new(false),
-            #[cfg(test)]
+            #[cfg(any(test, feature = "simulated"))]
             fail_next_sync: AtomicBool::new(false),
         }
     }
@@ -104,12 +104,17 @@ impl Shared {
         cause.clone()
     }
 
+    #[cfg(feature = "simulated")]
+    pub(super) fn runs(&self) -> bool {
+        self.stopped.get().is_none()
+    }
+
     fn check_running(&self) -> Result<(), LogError> {
         self.stopped.get().map_or(Ok(()), |cause| Err(LogError::Stopped(cause.clone())))
     }
 
     pub(super) fn sync_data(&self, file: &File) -> io::Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "simulated"))]
         if self.fail_next_sync.swap(false, Ordering::AcqRel) {
             return Err(io::Error::from_raw_os_error(5));
         }
@@ -133,11 +138,19 @@ impl Log {
         let shared = Arc::new(Shared::new());
         let (queue, requests) = channel();
         let writer = Writer::new(dir.to_owned(), options, shared.clone(), requests, recovered);
-        let io_thread = std::thread::Builder::new()
-            .name("ares-log".to_owned())
-            .spawn(move || writer.run())
-            .map_err(LogError::io("start the IO thread for", dir))?;
-        Ok(Log { shared, queue: Some(queue), io_thread: Some(io_thread) })
+        #[cfg(feature = "simulated")]
+        let io_thread = {
+            crate::simulated::disk::mount(dir, ByHand { writer, shared: shared.clone() });
+            None
+        };
+        #[cfg(not(feature = "simulated"))]
+        let io_thread = Some(
+            std::thread::Builder::new()
+                .name("ares-log".to_owned())
+                .spawn(move || writer.run())
+                .map_err(LogError::io("start the IO thread for", dir))?,
+        );
+        Ok(Log { shared, queue: Some(queue), io_thread })
     }
 
     pub fn reader(&self) -> LogReader {
@@ -230,6 +243,36 @@ impl Drop for Log {
         {
             tracing::error!("the log's IO thread panicked");
         }
+    }
+}
+
+/// The IO thread's work, for a simulated disk to do when it has come so far.
+#[cfg(feature = "simulated")]
+pub(crate) struct ByHand {
+    writer: Writer,
+    shared: Arc<Shared>,
+}
+
+#[cfg(feature = "simulated")]
+impl ByHand {
+    /// Makes durable what waits, and answers it; false if nothing does. After an error the log has stopped.
+    pub(crate) fn step(&mut self) -> Result<bool, LogError> {
+        self.writer.step()
+    }
+
+    /// The next sync fails, and what it should have made durable is at the mercy of the next power cut.
+    pub(crate) fn fail_next_sync(&self) {
+        self.shared.fail_next_sync.store(true, Ordering::Release);
+    }
+
+    /// Says that the disk is full, or that it is not any more.
+    pub(crate) fn say_full(&self, full: bool) {
+        self.shared.disk_full(full);
+    }
+
+    /// The power fails: of what was written but not synced, each sector is on disk only where `kept` says so. How many bytes were lost.
+    pub(crate) fn cut_power(self, kept: impl FnMut() -> bool) -> Result<u64, LogError> {
+        self.writer.cut_power(kept)
     }
 }
 

@@ -13,9 +13,10 @@
 //! Promises: an acknowledgement comes after `fdatasync`; what was acknowledged is found again or the log refuses to
 //! open, with file and offset; entries can be read as soon as `append` returns; a failed sync stops the log for good.
 
+#[cfg(feature = "simulated")]
+mod cut;
 mod engine;
 mod frame;
-mod planted;
 mod recovery;
 mod reserve;
 mod segment;
@@ -34,6 +35,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+#[cfg(feature = "simulated")]
+pub(crate) use engine::ByHand;
 pub use engine::{Log, LogReader, PendingRead};
 pub use frame::MAX_DATA;
 

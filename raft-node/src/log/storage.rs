@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 
 use super::{Done, EntryId, Log, LogError, LogReader, Record};
 use crate::raft::types::{Entry, EntryPayload, LeaderId, LogId, Payload, TypeConfig, Vote};
+use crate::runtime::blocking;
 
 /// Bytes of entries in one append to a follower, and in one step of apply: well below a message's limit, enough to fill
 /// a link.
@@ -134,7 +135,7 @@ impl EntryReader {
         let pending = self.log.begin_read(range, max_bytes)?;
         let records = match pending.blocks() {
             false => pending.finish()?,
-            true => tokio::task::spawn_blocking(move || pending.finish()).await.map_err(io::Error::other)??,
+            true => blocking(move || pending.finish()).await.map_err(io::Error::other)??,
         };
         records.into_iter().map(to_entry).collect()
     }

@@ -17,6 +17,8 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use planted::{Bug, planted};
+
 use super::engine::{Request, Shared};
 use super::frame::{Base, Frame, Kind};
 use super::recovery::Recovered;
@@ -27,7 +29,7 @@ use super::spare::Spare;
 use super::view::Place;
 use super::vote::VoteFiles;
 use super::witness::{Known, Witness};
-use super::{Done, EntryId, LogError, Options, Record, Vote, planted};
+use super::{Done, EntryId, LogError, Options, Record, Vote};
 
 /// Frames gathered before a write.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -64,6 +66,8 @@ pub(super) struct Writer {
     /// To be answered after the next sync.
     waiting: Vec<Done>,
     purged_since_sync: bool,
+    #[cfg(feature = "simulated")]
+    at_risk: super::cut::AtRisk,
     _lock: File,
 }
 
@@ -107,8 +111,9 @@ impl Writer {
         let spare = Spare::new(&dir, options.segment_bytes);
         shared.begin(view);
         let witness = Witness::open(&dir);
+        let recovered_len = current.len;
         let mut writer = Writer {
-            synced: current.len,
+            synced: recovered_len,
             closed: segments,
             current,
             current_since: Instant::now(),
@@ -123,6 +128,8 @@ impl Writer {
             committed_written: committed,
             waiting: Vec::new(),
             purged_since_sync: false,
+            #[cfg(feature = "simulated")]
+            at_risk: super::cut::AtRisk::behind(recovered_len),
             _lock: lock,
             dir,
             options,
@@ -282,7 +289,9 @@ impl Writer {
     }
 
     fn save_vote(&mut self, vote: Vote) -> Result<(), LogError> {
-        self.votes.save(Some(vote), self.durable())?;
+        if !planted(Bug::VoteNotKept) {
+            self.votes.save(Some(vote), self.durable())?;
+        }
         self.shared.view().vote = Some(vote);
         Ok(())
     }
@@ -347,6 +356,10 @@ impl Writer {
     /// Not at the segment's beginning, for a log that hardly grows need not take the space; not at its end, for it takes
     /// a moment to make.
     fn spare_is_due(&self) -> bool {
+        if cfg!(feature = "simulated") {
+            // It is made by a thread, whose pace is no seed's.
+            return false;
+        }
         let pace_allows = self.current_since.elapsed().as_secs_f64() * SPARE_PACE as f64;
         self.reserve.held()
             && self.current.len >= self.options.segment_bytes / 4
@@ -362,7 +375,12 @@ impl Writer {
 
     fn sync(&mut self) -> Result<(), LogError> {
         if self.synced < self.current.len {
-            self.shared.sync_data(&self.current.file.file).map_err(LogError::io("sync", &self.current.file.path))?;
+            let synced = self.shared.sync_data(&self.current.file.file);
+            #[cfg(feature = "simulated")]
+            self.at_risk.synced(self.current.len, synced.is_ok());
+            if !planted(Bug::FsyncErrorIgnored) {
+                synced.map_err(LogError::io("sync", &self.current.file.path))?;
+            }
             self.synced = self.current.len;
             self.note_durable();
         }
@@ -384,6 +402,10 @@ impl Writer {
         let next = self.create_next()?;
         self.shared.view().segments.insert(next.file.number, next.file.clone());
         self.synced = next.len;
+        #[cfg(feature = "simulated")]
+        {
+            self.at_risk = super::cut::AtRisk::behind(next.len);
+        }
         let full = std::mem::replace(&mut self.current, next);
         self.current_since = Instant::now();
         self.closed.push_back(full);
@@ -463,13 +485,52 @@ impl Writer {
 
     /// The log has stopped: answers everything with the reason, until the last handle is gone.
     fn refuse_all(&mut self, error: LogError) {
-        let cause = self.shared.stop(&error);
-        for done in self.waiting.drain(..) {
-            done(Err(LogError::Stopped(cause.clone())));
-        }
+        let cause = self.refuse_what_waits(&error);
         while let Ok(request) = self.queue.recv() {
             request.refuse(&cause);
         }
+    }
+
+    fn refuse_what_waits(&mut self, error: &LogError) -> Arc<str> {
+        let cause = self.shared.stop(error);
+        for done in self.waiting.drain(..) {
+            done(Err(LogError::Stopped(cause.clone())));
+        }
+        cause
+    }
+}
+
+#[cfg(feature = "simulated")]
+impl Writer {
+    /// One round of [`Writer::run`] that waits for nothing; false if there was nothing to do.
+    pub(super) fn step(&mut self) -> Result<bool, LogError> {
+        let Ok(first) = self.queue.try_recv() else {
+            self.use_pause()?;
+            return Ok(false);
+        };
+        let batch = self.take_what_is_there(first);
+        let served = self.serve(batch);
+        if let Err(error) = &served {
+            let cause = self.refuse_what_waits(error);
+            while let Ok(request) = self.queue.try_recv() {
+                request.refuse(&cause);
+            }
+        }
+        served.map(|()| true)
+    }
+
+    /// The power fails: what waits may be written as far as the next vote, nothing of it is synced, nobody is answered; then each sector
+    /// that is at risk is as it was before unless `kept` says otherwise.
+    pub(super) fn cut_power(mut self, mut kept: impl FnMut() -> bool) -> Result<u64, LogError> {
+        while self.shared.runs() && kept() {
+            match self.queue.try_recv() {
+                Err(_) | Ok(Request::SaveVote { .. }) => break,
+                Ok(request) => self.take(request)?,
+            }
+        }
+        self.write()?;
+        let Segment { file, len, .. } = &self.current;
+        self.at_risk.cut(&file.file, *len, kept).map_err(LogError::io("cut", &file.path))
     }
 }
 
@@ -482,5 +543,6 @@ fn answer(done: Done, result: &Result<(), LogError>) {
 
 /// The one way to a durable segment.
 pub(super) fn sync_data(file: &File) -> io::Result<()> {
-    if planted::ack_without_fsync() { Ok(()) } else { file.sync_data() }
+    // A simulated disk knows by itself what was synced.
+    if cfg!(feature = "simulated") || planted(Bug::AckWithoutFsync) { Ok(()) } else { file.sync_data() }
 }

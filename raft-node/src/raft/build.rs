@@ -9,6 +9,7 @@ use openraft::storage::RaftSnapshotBuilder;
 
 use super::machine::{Shared, Snapshot, SnapshotFiles, meta};
 use super::types::TypeConfig;
+use crate::runtime::blocking;
 
 /// Between tries, while damaged history has no copy.
 const RETRY: Duration = Duration::from_secs(10);
@@ -30,7 +31,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
         loop {
             let shared = self.shared.clone();
-            let written = tokio::task::spawn_blocking(move || shared.when_there_is_room(|| shared.write_snapshot()));
+            let written = blocking(move || shared.when_there_is_room(|| shared.write_snapshot()));
             let error = match written.await.map_err(io::Error::other)? {
                 Ok(files) => return Ok(Snapshot { meta: meta(&files.manifest)?, snapshot: files }),
                 Err(error) => error,

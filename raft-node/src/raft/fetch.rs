@@ -112,6 +112,6 @@ async fn drop_conflicting_tail(log: &Arc<Log>, applied: LogPosition) -> Result<(
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {
-    let ran = tokio::task::spawn_blocking(work).await;
+    let ran = crate::runtime::blocking(work).await;
     ran.map_err(|err| StartError::Internal { doing: "take over a snapshot", what: err.to_string() })
 }

@@ -97,9 +97,15 @@ impl Writer {
         room: u64,
     ) -> io::Result<Self> {
         let its = shared.clone();
+        #[cfg(feature = "simulated")]
+        let thread = {
+            tokio::spawn(by_and_by(its, durable, room));
+            None
+        };
+        #[cfg(not(feature = "simulated"))]
         let thread =
-            std::thread::Builder::new().name("ares-image".to_owned()).spawn(move || run(&its, durable, room))?;
-        Ok(Self { shared, thread: Some(thread) })
+            Some(std::thread::Builder::new().name("ares-image".to_owned()).spawn(move || run(&its, durable, room))?);
+        Ok(Self { shared, thread })
     }
 
     /// Writes what has changed, then ends. The log must still run, or the last cut is left out.
@@ -179,6 +185,22 @@ fn write_cut(shared: &Shared, durable: &watch::Receiver<Option<u64>>) -> Result<
     let persisted = image.write(cut.clone()).inspect_err(|_| shared.take_back(&cut))?;
     shared.cut_written(&persisted);
     Ok(())
+}
+
+/// The thread's work without a thread: only cuts up to which the local log is durable already, for nobody may wait.
+#[cfg(feature = "simulated")]
+async fn by_and_by(shared: Arc<Shared>, durable: watch::Receiver<Option<u64>>, room: u64) {
+    while has_room(shared.dir(), room) {
+        tokio::time::sleep(Duration::from_millis(CUT_MS)).await;
+        while durable.borrow().is_none_or(|durable| durable < shared.applied().borrow().index) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        if let Err(error) = write_cut(&shared, &durable) {
+            shared.fail(error.to_string());
+            return;
+        }
+    }
+    shared.fail("the simulation's own disk is full".to_owned());
 }
 
 /// False when the replica ends first.

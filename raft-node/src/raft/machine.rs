@@ -465,7 +465,7 @@ fn close(mut image: Arc<Image>, dir: &Path) -> Result<(), StorageError> {
 
 /// Runs what blocks on a thread of its own.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, StorageError> + Send + 'static) -> io::Result<T> {
-    let done = tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?;
+    let done = crate::runtime::blocking(work).await.map_err(io::Error::other)?;
     done.map_err(io::Error::other)
 }
 

@@ -151,6 +151,6 @@ impl Damage {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
 ) -> Result<T, MendError> {
-    let ran = tokio::task::spawn_blocking(work).await;
+    let ran = crate::runtime::blocking(work).await;
     Ok(ran.map_err(|error| MendError::Internal(error.to_string()))??)
 }

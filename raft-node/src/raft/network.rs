@@ -30,6 +30,7 @@ use super::machine::SnapshotFiles;
 use super::service::snapshot_parts;
 use super::types::{Peer, TypeConfig, Vote};
 use super::wire::{self, AppendAnswer, SnapshotHeader, Wire, WireError};
+use crate::sockets;
 
 /// Metadata of each call: the cluster, and the replica that is meant (an address may be given to another one).
 pub const CLUSTER: &str = "ares-cluster";
@@ -143,15 +144,15 @@ impl Pool {
 fn connect_lazy(addr: &str) -> Result<Channel, Status> {
     let endpoint = Endpoint::from_shared(format!("http://{addr}"))
         .map_err(|err| Status::invalid_argument(format!("peer address {addr:?}: {err}")))?;
-    Ok(endpoint
+    let endpoint = endpoint
         .connect_timeout(CONNECT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
         .keep_alive_timeout(KEEP_ALIVE_WITHIN)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .connect_lazy())
+        .initial_connection_window_size(CONNECTION_WINDOW);
+    Ok(sockets::connect_lazy(&endpoint))
 }
 
 async fn within<T>(limit: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
@@ -278,6 +279,10 @@ impl RaftNetworkV2<TypeConfig> for Link {
             // is down would be tried without a pause.
             let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
             let mut client = self.client(self.lane)?;
+            #[cfg(feature = "planted")]
+            if planted::planted(planted::Bug::AckBeforeQuorum) {
+                return Ok(sent_is_stored(client, futures::stream::once(async { first }).chain(input)));
+            }
             let outstanding = Outstanding::default();
             let sent = outstanding.clone();
             let requests = futures::stream::once(async { first }).chain(input).map(move |request| {
@@ -370,6 +375,27 @@ fn streaming(err: RPCError<TypeConfig>) -> StreamingError<TypeConfig> {
         RPCError::Unreachable(err) => StreamingError::Unreachable(err),
         RPCError::RemoteError(err) => StreamingError::Unreachable(Unreachable::new(&err)),
     }
+}
+
+/// The planted bug: answers each append as it is sent, whatever becomes of it.
+#[cfg(feature = "planted")]
+fn sent_is_stored(
+    mut client: Client,
+    input: impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + 'static,
+) -> BoxStream<'static, Result<StreamAppendResult<TypeConfig>, RPCError<TypeConfig>>> {
+    let (told, answers) = tokio::sync::mpsc::unbounded_channel();
+    let requests = input.map(move |request| {
+        let last = request.entries.last().map(|entry| entry.log_id).or(request.prev_log_id);
+        // Nobody waits for it once the leader is no leader any more.
+        let _ = told.send(Ok(Ok(last)));
+        PeerBytes { data: wire::encode(&request) }
+    });
+    tokio::spawn(async move {
+        let Ok(answers) = client.append(requests).await else { return };
+        let mut answers = answers.into_inner();
+        while let Ok(Some(_)) = answers.message().await {}
+    });
+    tokio_stream::wrappers::UnboundedReceiverStream::new(answers).boxed()
 }
 
 /// The next answer of a stream; an error once the oldest unanswered request is too old. A stream without one may rest for ever.

@@ -1,6 +1,7 @@
 //! What other replicas ask of this one: the gRPC service on Raft's own port, and how a snapshot's files cross the wire.
 //! The asking side is `network`'s.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -16,9 +17,10 @@ use proto::v1::{
     FetchHistoryRequest, FetchSnapshotRequest, FileChunk, HistoryRow, PeerBytes, ReadIndexReply, ReadIndexRequest,
     SnapshotPart,
 };
-use statemachine::storage::{self, Image, Incoming};
+use statemachine::storage::{self, Image, Incoming, StorageError};
 use statemachine::{JobId, State};
 use tokio::sync::mpsc;
+use tokio::task::JoinError;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -28,11 +30,10 @@ use super::network::{CLUSTER, REPLICA};
 use super::types::TypeConfig;
 use super::wire::{self, AppendAnswer, SnapshotHeader, Wire};
 use crate::read::Reads;
+use crate::runtime::blocking;
 
 /// Bytes of a file in one message.
 const CHUNK: usize = 1 << 20;
-/// Chunks that wait for the network, or for the disk.
-const CHUNKS_QUEUED: usize = 4;
 /// Rows of history that wait for the network, and jobs that may be asked for at once.
 const ROWS_QUEUED: usize = 64;
 pub(super) const HISTORY_JOBS: usize = 1_024;
@@ -182,9 +183,10 @@ fn send_rows(state: &State, image: &Image, jobs: Vec<u64>, rows: &mpsc::Sender<H
 
 /// A snapshot that holds entry `at_least`: the newest one, or one made now.
 pub async fn snapshot_of(raft: &Raft, shared: &Shared, at_least: u64) -> Result<SnapshotFiles, Status> {
-    let applied = shared.applied().borrow().index;
-    if applied < at_least {
-        return Err(Status::unavailable(format!("applied up to {applied} only")));
+    let applied = *shared.applied().borrow();
+    // Without any state there is no snapshot either: openraft, asked for one, would end.
+    if !applied.has(at_least) {
+        return Err(Status::unavailable(format!("applied up to {} only", applied.index)));
     }
     let reaches = |files: &SnapshotFiles| files.id.0.index >= at_least;
     let newest = || shared.newest_snapshot().filter(reaches);
@@ -233,66 +235,72 @@ pub fn snapshot_parts(
 
 /// Each file in chunks, the manifest last.
 pub fn file_parts(files: SnapshotFiles) -> impl Stream<Item = SnapshotPart> + Send + 'static {
-    let (parts, queue) = mpsc::channel(CHUNKS_QUEUED);
-    tokio::task::spawn_blocking(move || {
-        if let Err(err) = send_files(&files, &parts) {
-            tracing::warn!(dir = %files.dir().display(), %err, "a snapshot could not be read to its end");
+    futures::stream::unfold(Some(Reading::new(files)), |reading| async move {
+        let mut reading = reading?;
+        let dir = reading.files.dir().to_owned();
+        let read = blocking(move || reading.next().map(|chunk| chunk.map(|chunk| (chunk, reading)))).await;
+        match read.map_err(io::Error::other).flatten() {
+            Ok(chunk) => chunk.map(|(chunk, reading)| (SnapshotPart { what: Some(What::Chunk(chunk)) }, Some(reading))),
+            Err(err) => {
+                tracing::warn!(dir = %dir.display(), %err, "a snapshot could not be read to its end");
+                None
+            }
         }
-    });
-    ReceiverStream::new(queue)
+    })
 }
 
-fn send_files(files: &SnapshotFiles, parts: &mpsc::Sender<SnapshotPart>) -> io::Result<()> {
-    for (name, _size) in files.files() {
-        let mut file = File::open(files.dir().join(&name))?;
-        let mut offset = 0u64;
+/// A snapshot's files, as far as they were read.
+struct Reading {
+    files: SnapshotFiles,
+    /// Names not yet begun.
+    left: VecDeque<String>,
+    /// The file that is being read, and how far.
+    open: Option<(String, File, u64)>,
+}
+
+impl Reading {
+    fn new(files: SnapshotFiles) -> Self {
+        let left = files.files().into_iter().map(|(name, _size)| name).collect();
+        Self { files, left, open: None }
+    }
+
+    /// The next chunk; `None` at the end of the last file.
+    fn next(&mut self) -> io::Result<Option<FileChunk>> {
         loop {
+            let Some((name, mut file, offset)) = self.open.take() else {
+                let Some(name) = self.left.pop_front() else { return Ok(None) };
+                let file = File::open(self.files.dir().join(&name))?;
+                self.open = Some((name, file, 0));
+                continue;
+            };
             let mut data = Vec::with_capacity(CHUNK);
             let read = (&mut file).take(CHUNK as u64).read_to_end(&mut data)?;
+            if read == CHUNK {
+                self.open = Some((name.clone(), file, offset + read as u64));
+            }
             // An empty file is one empty chunk, or the receiver would not have it.
-            if read == 0 && offset > 0 {
-                break;
-            }
-            let chunk = FileChunk { name: name.clone(), offset, data: data.into() };
-            if parts.blocking_send(SnapshotPart { what: Some(What::Chunk(chunk)) }).is_err() {
-                return Ok(());
-            }
-            offset += read as u64;
-            if read < CHUNK {
-                break;
+            if read > 0 || offset == 0 {
+                return Ok(Some(FileChunk { name, offset, data: data.into() }));
             }
         }
     }
-    Ok(())
 }
 
 /// Writes what arrives below `root`; the snapshot once it is whole, verified and durable.
 pub async fn receive_files(root: &Path, mut parts: Streaming<SnapshotPart>) -> Result<SnapshotFiles, Status> {
-    let (chunks, mut queue) = mpsc::channel::<FileChunk>(CHUNKS_QUEUED);
     let root = root.to_owned();
-    let writer = tokio::task::spawn_blocking(move || {
-        let mut incoming = Incoming::new(&root)?;
-        while let Some(chunk) = queue.blocking_recv() {
-            incoming.write(&chunk.name, chunk.offset, &chunk.data)?;
-        }
-        incoming.finish()
-    });
-    let broken = loop {
-        match parts.message().await {
-            Ok(None) => break None,
-            Ok(Some(SnapshotPart { what: Some(What::Chunk(chunk)) })) => {
-                if chunks.send(chunk).await.is_err() {
-                    break None;
-                }
-            }
-            Ok(Some(_)) => break Some(Status::invalid_argument("a snapshot has one header")),
-            Err(status) => break Some(status),
-        }
-    };
-    drop(chunks);
-    let written = writer.await.map_err(|err| Status::internal(err.to_string()))?;
-    match broken {
-        Some(status) => Err(status),
-        None => written.map_err(|err| Status::internal(err.to_string())),
+    let mut incoming = written(blocking(move || Incoming::new(&root)).await)?;
+    while let Some(SnapshotPart { what }) = parts.message().await? {
+        let Some(What::Chunk(chunk)) = what else {
+            return Err(Status::invalid_argument("a snapshot has one header"));
+        };
+        let write = move || incoming.write(&chunk.name, chunk.offset, &chunk.data).map(|()| incoming);
+        incoming = written(blocking(write).await)?;
     }
+    written(blocking(move || incoming.finish()).await)
+}
+
+fn written<T>(done: Result<Result<T, StorageError>, JoinError>) -> Result<T, Status> {
+    let done = done.map_err(|err| Status::internal(err.to_string()))?;
+    done.map_err(|err| Status::internal(err.to_string()))
 }

@@ -1,6 +1,7 @@
 //! openraft's settings, and why each is what it is. One of them guards against a measured loss of acknowledged writes.
 
 use openraft::{Config, SnapshotPolicy};
+use planted::{Bug, planted};
 
 /// Between two heartbeats of the leader, in ms.
 pub const HEARTBEAT_MS: u64 = 50;
@@ -31,7 +32,7 @@ pub fn config(cluster: &str, snapshot_entries: u64) -> Result<Config, openraft::
         enable_pre_vote: Some(true),
         // A leader replicates entries before its own disk has them. If it dies there and *resumes* its term, it gives the same log ids
         // to other commands, and log matching can't see it: acknowledged writes were lost that way. It must be elected again.
-        enable_leader_restore: Some(false),
+        enable_leader_restore: Some(planted(Bug::LeaderRestored)),
         ..Config::default()
     };
     config.validate()
@@ -41,7 +42,7 @@ pub fn config(cluster: &str, snapshot_entries: u64) -> Result<Config, openraft::
 pub fn assert_safe(config: &Config) {
     assert_eq!(
         config.enable_leader_restore,
-        Some(false),
+        Some(planted(Bug::LeaderRestored)),
         "a restarted leader must not resume its term: acknowledged writes would be lost"
     );
     assert_eq!(config.enable_pre_vote, Some(true), "without Pre-Vote a returning replica deposes a healthy leader");

@@ -16,6 +16,7 @@ use super::settings::SNAPSHOT_BYTES;
 use super::types::{Peer, TypeConfig};
 use crate::identity::{Home, Identity, Stage};
 use crate::peers;
+use crate::runtime::blocking;
 
 /// Between tries while another change is being committed.
 const IN_PROGRESS: Duration = Duration::from_millis(20);
@@ -206,7 +207,7 @@ pub async fn note_membership(
     if durable.wait_for(|durable| *durable >= named_at).await.is_err() {
         return;
     }
-    let written = tokio::task::spawn_blocking(move || home.write(&Identity { stage: Stage::Member, ..identity })).await;
+    let written = blocking(move || home.write(&Identity { stage: Stage::Member, ..identity })).await;
     match written {
         Ok(Ok(())) => {}
         Ok(Err(err)) => tracing::error!(%err, "the identity could not be brought up to date"),
@@ -226,7 +227,7 @@ pub async fn note_members(raft: Raft, home: Arc<Home>) {
         let Ok(changed) = changed.await else { return };
         noted = members_of(&changed);
         let (home, members) = (home.clone(), noted.clone());
-        let written = tokio::task::spawn_blocking(move || peers::note(&home, &members)).await;
+        let written = blocking(move || peers::note(&home, &members)).await;
         if let Err(what) = written.map_err(|err| err.to_string()).and_then(|done| done.map_err(|err| err.to_string())) {
             tracing::warn!(what, "who belongs to the group was not noted");
         }

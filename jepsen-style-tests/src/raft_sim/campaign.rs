@@ -1,0 +1,292 @@
+//! Many seeds, each in a process of its own: what they showed is added up, the first failures are told. Each sixteenth seed runs twice and
+//! must leave the same trace.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use super::Report;
+use super::drive::SAFETY_MS;
+use super::fault::Kind;
+use super::sometimes::REQUIRED;
+
+/// Of so many seeds each thing that must happen sometimes is expected to have happened.
+const BIG: u64 = 200;
+/// A seed shows something when at least so many faults took effect.
+const FAULTS: u64 = 3;
+const TWICE_EVERY: u64 = 16;
+/// A seed that takes longer in real time has no end.
+const LIMIT: Duration = Duration::from_secs(300);
+/// Failures after which a run that goes on gives up.
+const FAILURES: usize = 20;
+
+/// Which seeds run, and how.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub first: u64,
+    pub count: u64,
+    /// Wall time after which no further seed begins; `None` = no limit.
+    pub wall: Option<Duration>,
+    /// Kinds of fault; none = the seed's own choice of all.
+    pub only: Vec<String>,
+    pub jobs: usize,
+    pub trace: bool,
+    /// Go on after a failure.
+    pub keep_going: bool,
+    pub planted: Option<String>,
+    /// Say nothing of failures.
+    pub quiet: bool,
+}
+
+/// What all seeds showed.
+#[derive(Debug, Default)]
+pub struct Sum {
+    pub seeds: u64,
+    pub thin: u64,
+    pub hash: u64,
+    pub simulated_ms: u64,
+    pub cpu_ms: u64,
+    pub acknowledged: u64,
+    pub reads: u64,
+    pub unknown: u64,
+    pub entries: u64,
+    pub offices: u64,
+    pub twice: u64,
+    pub took: BTreeMap<String, u64>,
+    pub each_took: Vec<u64>,
+    pub sometimes: BTreeMap<String, u64>,
+    pub failures: Vec<Report>,
+}
+
+impl Sum {
+    fn add(&mut self, report: Report, twice: bool) {
+        self.seeds += 1;
+        self.twice += u64::from(twice);
+        let mut one = [0; 16];
+        one[..8].copy_from_slice(&report.seed.to_le_bytes());
+        one[8..].copy_from_slice(&report.hash.to_le_bytes());
+        // The same whatever order the processes end in.
+        self.hash = self.hash.wrapping_add(xxhash_rust::xxh3::xxh3_64(&one));
+        let faults: u64 = report.took.values().sum();
+        self.each_took.push(faults);
+        self.thin += u64::from(faults < FAULTS || report.at_ms < SAFETY_MS);
+        self.simulated_ms += report.at_ms;
+        self.cpu_ms += report.cpu_ms;
+        self.acknowledged += report.acknowledged;
+        self.reads += report.reads;
+        self.unknown += report.unknown;
+        self.entries += report.entries;
+        self.offices += report.offices;
+        for (sums, ones) in [(&mut self.took, &report.took), (&mut self.sometimes, &report.sometimes)] {
+            for (what, hits) in ones {
+                *sums.entry(what.clone()).or_default() += hits;
+            }
+        }
+        if report.broken.is_some() {
+            self.failures.push(report);
+        }
+    }
+}
+
+/// Runs the plan; failures are told as they are found.
+pub fn run(plan: &Plan) -> Sum {
+    let (next, stop, began) = (AtomicU64::new(0), AtomicBool::new(false), Instant::now());
+    let (send, receive) = mpsc::channel();
+    let mut sum = Sum::default();
+    std::thread::scope(|scope| {
+        for _ in 0..plan.jobs.max(1) {
+            let (send, next, stop) = (send.clone(), &next, &stop);
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let nth = next.fetch_add(1, Ordering::Relaxed);
+                    if nth >= plan.count || plan.wall.is_some_and(|limit| began.elapsed() >= limit) {
+                        break;
+                    }
+                    let seed = plan.first.wrapping_add(nth);
+                    let twice = nth.is_multiple_of(TWICE_EVERY) && plan.planted.is_none();
+                    let report = if twice { same_twice(plan, seed) } else { one(plan, seed) };
+                    if report.broken.is_some() && !plan.keep_going {
+                        stop.store(true, Ordering::Relaxed);
+                    }
+                    let _ = send.send((report, twice));
+                }
+            });
+        }
+        drop(send);
+        for (report, twice) in receive {
+            if !plan.quiet {
+                tell(plan, &report);
+            }
+            sum.add(report, twice);
+            if sum.failures.len() >= FAILURES {
+                stop.store(true, Ordering::Relaxed);
+            }
+        }
+    });
+    sum
+}
+
+fn same_twice(plan: &Plan, seed: u64) -> Report {
+    let (mut first, second) = (one(plan, seed), one(plan, seed));
+    if first.hash != second.hash && first.broken.is_none() {
+        let detail = format!("two processes gave the traces {:016x} and {:016x}", first.hash, second.hash);
+        first.broken = Some(super::checks::Broken { invariant: "determinism".to_owned(), detail });
+    }
+    first
+}
+
+/// One seed in a process of its own.
+fn one(plan: &Plan, seed: u64) -> Report {
+    let failed = |what: String| Report::of_failure(seed, "harness", what);
+    let started = std::env::current_exe().and_then(|this| {
+        let mut command = Command::new(this);
+        command.args(["raft-seed", "--seed", &seed.to_string()]);
+        if !plan.only.is_empty() {
+            command.args(["--only", &plan.only.join(",")]);
+        }
+        if let Some(bug) = &plan.planted {
+            command.args(["--planted", bug]);
+        }
+        if plan.trace {
+            command.arg("--trace");
+        }
+        if plan.quiet {
+            command.stderr(Stdio::null());
+        }
+        command.stdout(Stdio::piped()).spawn()
+    });
+    match started {
+        Err(error) => failed(error.to_string()),
+        Ok(child) => answer(child, seed).unwrap_or_else(failed),
+    }
+}
+
+/// The report is the last line; what comes before it is the trace.
+fn answer(mut child: Child, seed: u64) -> Result<Report, String> {
+    let mut output = child.stdout.take().ok_or("a process without output")?;
+    let (send, receive) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut text = String::new();
+        let read = std::io::Read::read_to_string(&mut output, &mut text);
+        let _ = send.send(read.map(|_| text));
+    });
+    let read = receive.recv_timeout(LIMIT);
+    if read.is_err() {
+        let _ = child.kill();
+    }
+    let ended = child.wait().map_err(|error| error.to_string())?;
+    let Ok(text) = read else {
+        return Ok(Report::of_failure(seed, "ends", format!("the run did not end within {} s", LIMIT.as_secs())));
+    };
+    let text = text.map_err(|error| error.to_string())?;
+    let (trace, last) = text.trim_end().rsplit_once('\n').unwrap_or(("", text.trim_end()));
+    if !trace.is_empty() {
+        println!("{trace}");
+    }
+    serde_json::from_str(last).map_err(|error| format!("the process of the seed ended with {ended}: {error}"))
+}
+
+fn tell(plan: &Plan, report: &Report) {
+    let Some(broken) = &report.broken else { return };
+    let seed = report.seed;
+    let only = if plan.only.is_empty() { String::new() } else { format!(" --only {}", plan.only.join(",")) };
+    println!("seed {seed}: {} is broken after {} ms: {}", broken.invariant, report.at_ms, broken.detail);
+    println!("  faults that took effect: {:?}", report.took);
+    println!("  the last events (seconds, what, which):");
+    for line in report.tail.lines() {
+        println!("  {line}");
+    }
+    println!("  again: jepsen-style-tests/run sim --tier raft --seed {seed}{only} --trace");
+}
+
+/// The verdict of a run, for people; the last line is the hash. Whether everything held.
+pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
+    let mut text = String::new();
+    let rate = sum.simulated_ms as f64 / sum.cpu_ms.max(1) as f64;
+    let _ = writeln!(
+        text,
+        "{} seeds from {}, {:.2} simulated hours, {:.1} s of CPU time: {rate:.1} simulated s a CPU second",
+        sum.seeds,
+        plan.first,
+        sum.simulated_ms as f64 / 3_600_000.0,
+        sum.cpu_ms as f64 / 1e3
+    );
+    let _ = writeln!(
+        text,
+        "{} entries committed, {} offices of leaders, {} requests acknowledged, {} reads, {} outcomes unknown at first",
+        sum.entries, sum.offices, sum.acknowledged, sum.reads, sum.unknown
+    );
+    let _ = writeln!(text, "{} seeds ran twice and left the same trace, but for those named above", sum.twice);
+    let mut each = sum.each_took.clone();
+    each.sort_unstable();
+    let at =
+        |percent: usize| each.get((each.len() * percent / 100).min(each.len().saturating_sub(1))).copied().unwrap_or(0);
+    let _ = writeln!(
+        text,
+        "{} faults took effect; a seed had {} (least), {} (one in ten has fewer), {} (median), {} (one in ten has more), {} (most)",
+        each.iter().sum::<u64>(),
+        at(0),
+        at(10),
+        at(50),
+        at(90),
+        at(100)
+    );
+    for kind in Kind::ALL {
+        let _ = writeln!(text, "  {:<18} {}", kind.name(), sum.took.get(kind.name()).copied().unwrap_or(0));
+    }
+    let _ = writeln!(text, "sometimes:");
+    for (what, hits) in &sum.sometimes {
+        let _ = writeln!(text, "  {hits:>9}  {what}");
+    }
+    if sum.thin > 0 {
+        let _ = writeln!(
+            text,
+            "{} seeds had fewer than {FAULTS} faults that took effect, or ended before {} s",
+            sum.thin,
+            SAFETY_MS / 1_000
+        );
+    }
+    let big = sum.seeds >= BIG && plan.only.is_empty();
+    let missing = |what: &&str| !sum.sometimes.contains_key(*what);
+    let unreached: Vec<&str> = REQUIRED.iter().copied().filter(|_| big).filter(missing).collect();
+    for what in &unreached {
+        let _ = writeln!(text, "NEVER REACHED: {what}");
+    }
+    if !sum.failures.is_empty() {
+        let failed: Vec<String> = sum.failures.iter().map(|report| report.seed.to_string()).collect();
+        let _ = writeln!(text, "seeds that failed: {}", failed.join(" "));
+    }
+    let valid = sum.failures.is_empty() && unreached.is_empty() && sum.seeds > 0;
+    let _ = writeln!(text, "{}", if valid { "VALID" } else { "INVALID" });
+    let _ = write!(text, "hash {:016x}", sum.hash);
+    (text, valid)
+}
+
+/// Looks for a planted bug: runs seeds with it until a check fails by a name that the bug breaks.
+#[cfg(feature = "planted")]
+pub fn hunt(bug: planted::Bug, first: u64, seeds: u64) -> crate::sim::bugs::Caught {
+    let plan = Plan {
+        first,
+        count: 1,
+        wall: None,
+        only: Vec::new(),
+        jobs: 1,
+        trace: false,
+        keep_going: false,
+        planted: Some(bug.name().to_owned()),
+        quiet: true,
+    };
+    let mut caught = crate::sim::bugs::Caught { by: None, others: BTreeMap::new() };
+    for nth in 1..=seeds {
+        let Some(broken) = one(&plan, first.wrapping_add(nth - 1)).broken else { continue };
+        if crate::sim::bugs::breaks(bug).contains(&broken.invariant.as_str()) {
+            caught.by = Some((broken.invariant, nth));
+            break;
+        }
+        *caught.others.entry(broken.invariant).or_default() += 1;
+    }
+    caught
+}
