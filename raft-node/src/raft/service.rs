@@ -39,6 +39,8 @@ const ROWS_QUEUED: usize = 64;
 pub(super) const HISTORY_JOBS: usize = 1_024;
 /// How long a snapshot that somebody asked for may take to be written.
 const SNAPSHOT_MADE: Duration = Duration::from_secs(120);
+/// ... and how long one waits before asking again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The service of one replica.
 pub struct PeerService {
@@ -193,11 +195,20 @@ pub async fn snapshot_of(raft: &Raft, shared: &Shared, at_least: u64) -> Result<
     if let Some(files) = newest() {
         return Ok(files);
     }
-    raft.trigger().snapshot().await.map_err(stopped)?;
     let mut marks = shared.marks();
-    let made = marks.wait_for(|marks| marks.newest_snapshot.is_some_and(|index| index >= at_least));
-    let made = tokio::time::timeout(SNAPSHOT_MADE, made).await.is_ok_and(|made| made.is_ok());
-    newest().filter(|_| made).ok_or_else(|| Status::unavailable("no snapshot was made in time"))
+    let made = async {
+        loop {
+            // While one is under way that began before that entry, openraft makes no other, and forgets that it was asked.
+            raft.trigger().snapshot().await.map_err(stopped)?;
+            let reached = marks.wait_for(|marks| marks.newest_snapshot.is_some_and(|index| index >= at_least));
+            if tokio::time::timeout(ASK_AGAIN, reached).await.is_ok() {
+                return Ok(());
+            }
+        }
+    };
+    let late = || Status::unavailable("no snapshot was made in time");
+    tokio::time::timeout(SNAPSHOT_MADE, made).await.unwrap_or_else(|_| Err(late()))?;
+    newest().ok_or_else(late)
 }
 
 /// The requests of a stream up to its end, or to the first that can't be read: then the stream ends and the leader begins another.
