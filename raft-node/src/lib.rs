@@ -2,6 +2,9 @@
 
 #![cfg_attr(feature = "simulated", allow(dead_code, reason = "the threads are the simulator's"))]
 
+#[cfg(all(feature = "simulated", not(debug_assertions)))]
+compile_error!("simulated sockets and disks are for builds with debug assertions: no release build may hold them");
+
 pub mod api;
 pub mod backup;
 pub mod door;
