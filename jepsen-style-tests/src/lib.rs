@@ -25,6 +25,7 @@ pub mod reads;
 pub mod replays;
 pub mod report;
 pub mod resources;
+pub mod seeds;
 pub mod sim;
 pub mod soak;
 pub mod verdict;

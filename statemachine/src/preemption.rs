@@ -93,8 +93,8 @@ impl<'a> Rights<'a> {
         let made_room_for = rows.filter_map(|row| row.preemptor).collect();
         let (priority, leaving) = (job.spec.priority, BTreeMap::new());
         let mut rights = Self { state, priority, by_class, chain, reclaims_for, made_room_for, leaving };
-        let victims = state.claims.iter().flat_map(|(_, claim)| claim.victims.clone());
-        victims.for_each(|victim| rights.count(victim));
+        let victims = state.claims.iter().flat_map(|(_, claim)| &claim.victims);
+        victims.for_each(|victim| rights.count(*victim));
         Some(rights)
     }
 
@@ -144,7 +144,7 @@ impl State {
     /// What would be lost if the lease ended now.
     pub fn loss(&self, lease: &Lease) -> Loss {
         let Some(started_ms) = lease.started_ms else { return Loss::default() };
-        let checkpoint = self.tasks.get(&lease.task).and_then(|task| task.value.checkpoint.clone());
+        let checkpoint = self.tasks.get(&lease.task).and_then(|task| task.value.checkpoint.as_deref());
         let checkpoint_ms = checkpoint.filter(|it| it.attempt == lease.attempt).map(|it| it.clock_ms);
         let since_ms = checkpoint_ms.unwrap_or(started_ms).max(started_ms);
         let ms = self.meta.clock_ms.saturating_sub(since_ms);

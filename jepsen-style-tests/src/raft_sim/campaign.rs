@@ -4,14 +4,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::Report;
 use super::drive::SAFETY_MS;
 use super::fault::Kind;
 use super::sometimes::REQUIRED;
+use crate::seeds::{self, Limits, spread};
 
 /// Of so many seeds each thing that must happen sometimes is expected to have happened.
 const BIG: u64 = 200;
@@ -20,8 +20,6 @@ const FAULTS: u64 = 3;
 const TWICE_EVERY: u64 = 16;
 /// A seed that takes longer in real time has no end.
 const LIMIT: Duration = Duration::from_secs(300);
-/// Failures after which a run that goes on gives up.
-const FAILURES: usize = 20;
 
 /// Which seeds run, and how.
 #[derive(Clone, Debug)]
@@ -65,11 +63,7 @@ impl Sum {
     fn add(&mut self, report: Report, twice: bool) {
         self.seeds += 1;
         self.twice += u64::from(twice);
-        let mut one = [0; 16];
-        one[..8].copy_from_slice(&report.seed.to_le_bytes());
-        one[8..].copy_from_slice(&report.hash.to_le_bytes());
-        // The same whatever order the processes end in.
-        self.hash = self.hash.wrapping_add(xxhash_rust::xxh3::xxh3_64(&one));
+        self.hash = seeds::with_seed(self.hash, report.seed, report.hash);
         let faults: u64 = report.took.values().sum();
         self.each_took.push(faults);
         self.thin += u64::from(faults < FAULTS || report.at_ms < SAFETY_MS);
@@ -93,39 +87,24 @@ impl Sum {
 
 /// Runs the plan; failures are told as they are found.
 pub fn run(plan: &Plan) -> Sum {
-    let (next, stop, began) = (AtomicU64::new(0), AtomicBool::new(false), Instant::now());
-    let (send, receive) = mpsc::channel();
+    let one = |nth: u64| {
+        let seed = plan.first.wrapping_add(nth);
+        let twice = nth.is_multiple_of(TWICE_EVERY) && plan.planted.is_none();
+        Some((if twice { same_twice(plan, seed) } else { one(plan, seed) }, twice))
+    };
     let mut sum = Sum::default();
-    std::thread::scope(|scope| {
-        for _ in 0..plan.jobs.max(1) {
-            let (send, next, stop) = (send.clone(), &next, &stop);
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let nth = next.fetch_add(1, Ordering::Relaxed);
-                    if nth >= plan.count || plan.wall.is_some_and(|limit| began.elapsed() >= limit) {
-                        break;
-                    }
-                    let seed = plan.first.wrapping_add(nth);
-                    let twice = nth.is_multiple_of(TWICE_EVERY) && plan.planted.is_none();
-                    let report = if twice { same_twice(plan, seed) } else { one(plan, seed) };
-                    if report.broken.is_some() && !plan.keep_going {
-                        stop.store(true, Ordering::Relaxed);
-                    }
-                    let _ = send.send((report, twice));
-                }
-            });
-        }
-        drop(send);
-        for (report, twice) in receive {
+    let limits = Limits { count: plan.count, wall: plan.wall, jobs: plan.jobs, keep_going: plan.keep_going };
+    seeds::run(
+        limits,
+        one,
+        |(report, _): &(Report, bool)| report.broken.is_some(),
+        |(report, twice)| {
             if !plan.quiet {
                 tell(plan, &report);
             }
             sum.add(report, twice);
-            if sum.failures.len() >= FAILURES {
-                stop.store(true, Ordering::Relaxed);
-            }
-        }
-    });
+        },
+    );
     sum
 }
 
@@ -220,26 +199,10 @@ pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
         sum.entries, sum.offices, sum.acknowledged, sum.reads, sum.unknown
     );
     let _ = writeln!(text, "{} seeds ran twice and left the same trace, but for those named above", sum.twice);
-    let mut each = sum.each_took.clone();
-    each.sort_unstable();
-    let at =
-        |percent: usize| each.get((each.len() * percent / 100).min(each.len().saturating_sub(1))).copied().unwrap_or(0);
-    let _ = writeln!(
-        text,
-        "{} faults took effect; a seed had {} (least), {} (one in ten has fewer), {} (median), {} (one in ten has more), {} (most)",
-        each.iter().sum::<u64>(),
-        at(0),
-        at(10),
-        at(50),
-        at(90),
-        at(100)
-    );
+    let faults = sum.each_took.iter().copied();
+    let _ = writeln!(text, "{} faults took effect; a seed had {}", faults.clone().sum::<u64>(), spread(faults));
     for kind in Kind::ALL {
         let _ = writeln!(text, "  {:<18} {}", kind.name(), sum.took.get(kind.name()).copied().unwrap_or(0));
-    }
-    let _ = writeln!(text, "sometimes:");
-    for (what, hits) in &sum.sometimes {
-        let _ = writeln!(text, "  {hits:>9}  {what}");
     }
     if sum.thin > 0 {
         let _ = writeln!(
@@ -249,19 +212,9 @@ pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
             SAFETY_MS / 1_000
         );
     }
-    let big = sum.seeds >= BIG && plan.only.is_empty();
-    let missing = |what: &&str| !sum.sometimes.contains_key(*what);
-    let unreached: Vec<&str> = REQUIRED.iter().copied().filter(|_| big).filter(missing).collect();
-    for what in &unreached {
-        let _ = writeln!(text, "NEVER REACHED: {what}");
-    }
-    if !sum.failures.is_empty() {
-        let failed: Vec<String> = sum.failures.iter().map(|report| report.seed.to_string()).collect();
-        let _ = writeln!(text, "seeds that failed: {}", failed.join(" "));
-    }
-    let valid = sum.failures.is_empty() && unreached.is_empty() && sum.seeds > 0;
-    let _ = writeln!(text, "{}", if valid { "VALID" } else { "INVALID" });
-    let _ = write!(text, "hash {:016x}", sum.hash);
+    let required = (sum.seeds >= BIG && plan.only.is_empty()).then_some(REQUIRED);
+    let failed: Vec<u64> = sum.failures.iter().map(|report| report.seed).collect();
+    let valid = seeds::conclude(&mut text, &sum.sometimes, required, &failed, (sum.seeds, sum.hash));
     (text, valid)
 }
 
@@ -279,14 +232,5 @@ pub fn hunt(bug: planted::Bug, first: u64, seeds: u64) -> crate::sim::bugs::Caug
         planted: Some(bug.name().to_owned()),
         quiet: true,
     };
-    let mut caught = crate::sim::bugs::Caught { by: None, others: BTreeMap::new() };
-    for nth in 1..=seeds {
-        let Some(broken) = one(&plan, first.wrapping_add(nth - 1)).broken else { continue };
-        if crate::sim::bugs::breaks(bug).contains(&broken.invariant.as_str()) {
-            caught.by = Some((broken.invariant, nth));
-            break;
-        }
-        *caught.others.entry(broken.invariant).or_default() += 1;
-    }
-    caught
+    crate::sim::bugs::hunt_by(bug, first, seeds, |seed| one(&plan, seed).broken.map(|broken| broken.invariant))
 }

@@ -75,17 +75,25 @@ pub struct Caught {
 /// Runs seeds from `first` with this bug until a check fails by a name that the bug breaks.
 pub fn hunt(bug: Bug, first: u64, seeds: u64) -> Caught {
     planted::choose(Some(bug));
+    let caught = hunt_by(bug, first, seeds, |seed| {
+        let setup = Setup::of(seed, None);
+        super::run(&setup, &super::faults_of(&setup, &[]), false).failure.map(|failure| failure.invariant)
+    });
+    planted::choose(None);
+    caught
+}
+
+/// The same in any tier: `broken` runs one seed with the bug and says which check failed.
+pub fn hunt_by(bug: Bug, first: u64, seeds: u64, broken: impl Fn(u64) -> Option<String>) -> Caught {
     let mut caught = Caught { by: None, others: BTreeMap::new() };
     for nth in 1..=seeds {
-        let setup = Setup::of(first.wrapping_add(nth - 1), None);
-        let Some(failure) = super::run(&setup, &super::faults_of(&setup, &[]), false).failure else { continue };
-        if breaks(bug).contains(&failure.invariant.as_str()) {
-            caught.by = Some((failure.invariant, nth));
+        let Some(invariant) = broken(first.wrapping_add(nth - 1)) else { continue };
+        if breaks(bug).contains(&invariant.as_str()) {
+            caught.by = Some((invariant, nth));
             break;
         }
-        *caught.others.entry(failure.invariant).or_default() += 1;
+        *caught.others.entry(invariant).or_default() += 1;
     }
-    planted::choose(None);
     caught
 }
 

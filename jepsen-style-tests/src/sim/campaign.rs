@@ -3,17 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
-
-use xxhash_rust::xxh3::xxh3_64;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use super::Report;
 use super::fault::KINDS;
 use super::setup::Setup;
 use super::shrink::{Corpus, shrink};
 use super::sometimes::REQUIRED;
+use crate::seeds::{self, Limits, spread};
 
 /// Of so many seeds each thing that must happen sometimes is expected to have happened.
 const BIG: u64 = 300;
@@ -22,8 +20,6 @@ const FAULTS: u64 = 10;
 const FAULT_KINDS: usize = 5;
 /// Runs that a failure may take to be shrunk.
 const SHRINK_RUNS: usize = 300;
-/// Failures after which a run that goes on gives up.
-const FAILURES: usize = 20;
 
 /// Which seeds run, and how.
 #[derive(Clone, Debug)]
@@ -87,11 +83,7 @@ pub struct Sum {
 impl Sum {
     fn add(&mut self, report: Report, cpu: Duration) {
         self.seeds += 1;
-        // The same whatever order the threads come in.
-        let mut one = [0; 16];
-        one[..8].copy_from_slice(&report.setup.seed.to_le_bytes());
-        one[8..].copy_from_slice(&report.hash.to_le_bytes());
-        self.hash = self.hash.wrapping_add(xxh3_64(&one));
+        self.hash = seeds::with_seed(self.hash, report.setup.seed, report.hash);
         let (faults, kinds) = (report.took.values().sum(), report.took.len());
         self.each_took.push((faults, kinds));
         self.thin += u64::from(faults < FAULTS || kinds < FAULT_KINDS);
@@ -111,52 +103,29 @@ impl Sum {
             self.failures.push(report);
         }
     }
-
-    /// What a big run should have reached and did not.
-    pub fn unreached(&self) -> Vec<&'static str> {
-        let missing = |what: &&str| !self.sometimes.contains_key(*what);
-        REQUIRED.iter().copied().filter(missing).collect()
-    }
 }
 
 /// Runs the plan; failures are told as they are found.
 pub fn run(plan: &Plan) -> Sum {
-    let (next, stop, simulated) = (AtomicU64::new(0), AtomicBool::new(false), AtomicU64::new(0));
-    let began = Instant::now();
-    let (send, receive) = mpsc::channel();
+    let simulated = AtomicU64::new(0);
+    let one = |nth: u64| {
+        if plan.simulated_ms.is_some_and(|limit| simulated.load(Ordering::Relaxed) >= limit) {
+            return None;
+        }
+        let setup = Setup::of(plan.first.wrapping_add(nth), None);
+        let before = thread_cpu();
+        let report = super::run(&setup, &super::faults_of(&setup, &plan.only), plan.trace);
+        simulated.fetch_add(report.simulated_ms, Ordering::Relaxed);
+        Some((report, thread_cpu().saturating_sub(before)))
+    };
     let mut sum = Sum::default();
-    std::thread::scope(|scope| {
-        for _ in 0..plan.jobs.max(1) {
-            let (send, next, stop, simulated) = (send.clone(), &next, &stop, &simulated);
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let nth = next.fetch_add(1, Ordering::Relaxed);
-                    let enough = plan.simulated_ms.is_some_and(|limit| simulated.load(Ordering::Relaxed) >= limit);
-                    let late = plan.wall.is_some_and(|limit| began.elapsed() >= limit);
-                    if nth >= plan.count || enough || late {
-                        break;
-                    }
-                    let setup = Setup::of(plan.first.wrapping_add(nth), None);
-                    let before = thread_cpu();
-                    let report = super::run(&setup, &super::faults_of(&setup, &plan.only), plan.trace);
-                    simulated.fetch_add(report.simulated_ms, Ordering::Relaxed);
-                    if report.failure.is_some() && !plan.keep_going {
-                        stop.store(true, Ordering::Relaxed);
-                    }
-                    let _ = send.send((report, thread_cpu().saturating_sub(before)));
-                }
-            });
+    let limits = Limits { count: plan.count, wall: plan.wall, jobs: plan.jobs, keep_going: plan.keep_going };
+    let failed = |(report, _): &(Report, Duration)| report.failure.is_some();
+    seeds::run(limits, one, failed, |(report, cpu)| {
+        if !plan.quiet {
+            tell(plan, &report);
         }
-        drop(send);
-        for (report, cpu) in receive {
-            if report.failure.is_some() && !plan.quiet {
-                tell(plan, &report);
-            }
-            sum.add(report, cpu);
-            if sum.failures.len() >= FAILURES {
-                stop.store(true, Ordering::Relaxed);
-            }
-        }
+        sum.add(report, cpu);
     });
     sum
 }
@@ -194,22 +163,6 @@ fn tell(plan: &Plan, report: &Report) {
     }
 }
 
-/// Where a number lies over the seeds.
-fn spread(of: impl Iterator<Item = u64>) -> String {
-    let mut sorted: Vec<u64> = of.collect();
-    sorted.sort_unstable();
-    let at = |percent: usize| sorted.get((sorted.len() * percent / 100).min(sorted.len().saturating_sub(1))).copied();
-    let at = |percent| at(percent).unwrap_or(0);
-    format!(
-        "{} (least), {} (one in ten has fewer), {} (median), {} (one in ten has more), {} (most)",
-        at(0),
-        at(10),
-        at(50),
-        at(90),
-        at(100)
-    )
-}
-
 /// The verdict of a run, for people; the last line is the hash. Whether everything held.
 pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
     let mut text = String::new();
@@ -234,24 +187,12 @@ pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
     for kind in KINDS {
         let _ = writeln!(text, "  {kind:<16} {}", sum.took.get(kind).copied().unwrap_or(0));
     }
-    let _ = writeln!(text, "sometimes:");
-    for (what, hits) in &sum.sometimes {
-        let _ = writeln!(text, "  {hits:>9}  {what}");
-    }
     if sum.thin > 0 {
         let _ =
             writeln!(text, "{} seeds had fewer than {FAULTS} faults or {FAULT_KINDS} kinds that took effect", sum.thin);
     }
-    let unreached = if sum.seeds >= BIG && plan.only.is_empty() { sum.unreached() } else { Vec::new() };
-    for what in &unreached {
-        let _ = writeln!(text, "NEVER REACHED: {what}");
-    }
-    let failed: Vec<String> = sum.failures.iter().map(|report| report.setup.seed.to_string()).collect();
-    let valid = failed.is_empty() && unreached.is_empty() && sum.seeds > 0;
-    if !failed.is_empty() {
-        let _ = writeln!(text, "seeds that failed: {}", failed.join(" "));
-    }
-    let _ = writeln!(text, "{}", if valid { "VALID" } else { "INVALID" });
-    let _ = write!(text, "hash {:016x}", sum.hash);
+    let required = (sum.seeds >= BIG && plan.only.is_empty()).then_some(REQUIRED);
+    let failed: Vec<u64> = sum.failures.iter().map(|report| report.setup.seed).collect();
+    let valid = seeds::conclude(&mut text, &sum.sometimes, required, &failed, (sum.seeds, sum.hash));
     (text, valid)
 }

@@ -59,8 +59,8 @@ fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token, ending: b
 
 /// Where the attempt can go on from: the newest checkpoint of those before it.
 fn restore_from(state: &State, lease: &Lease) -> String {
-    let checkpoint = state.tasks.get(&lease.task).and_then(|task| task.value.checkpoint.clone());
-    checkpoint.filter(|it| it.attempt < lease.attempt).map_or_else(String::new, |it| it.path)
+    let checkpoint = state.tasks.get(&lease.task).and_then(|task| task.value.checkpoint.as_deref());
+    checkpoint.filter(|it| it.attempt < lease.attempt).map_or_else(String::new, |it| it.path.clone())
 }
 
 /// A decided lease is to be ended, except that a success leaves nothing to stop.

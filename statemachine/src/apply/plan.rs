@@ -5,6 +5,7 @@
 //! CLAIMED (kept for another task), QUOTA at any level of the tenants.
 //! Emits the lease, the fences of its job and GPUs, and the task's state.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use planted::{Bug, planted};
@@ -156,10 +157,11 @@ fn check_part(
     }
     let fits = fit::fit(node, alloc, shape, part).map_err(|why| no_fit(node, &why))?;
     // What is free may be kept for others.
-    let beside = state.free_beside_claims(part.node, alloc, task);
-    fit::fit(node, &beside, shape, part).map_err(|why| {
-        Rejection::new(Code::Claimed, format!("node {}: what is free is kept for another task: {why}", node.name))
-    })?;
+    if let Cow::Owned(beside) = state.free_beside_claims(part.node, alloc, task) {
+        fit::fit(node, &beside, shape, part).map_err(|why| {
+            Rejection::new(Code::Claimed, format!("node {}: what is free is kept for another task: {why}", node.name))
+        })?;
+    }
     Ok(fits)
 }
 
