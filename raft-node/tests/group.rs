@@ -67,6 +67,30 @@ async fn many_callers_share_entries_and_each_gets_its_own_outcome() {
     group.stop_all().await;
 }
 
+/// As the calls of one packet do: the runtime would let the door run after the first of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn commands_that_are_ready_together_share_an_entry() {
+    let group = Group::of(1).await;
+    let leader = group.replica(group.leader().await).clone();
+    let before = leader.state().meta.applied.index;
+    let one_packet = tokio::spawn({
+        let leader = leader.clone();
+        async move {
+            let calls = (0..60u64).map(|request| {
+                let leader = leader.clone();
+                tokio::spawn(async move { leader.propose(session(request)).await })
+            });
+            futures::future::join_all(calls.collect::<Vec<_>>()).await
+        }
+    });
+    for answer in one_packet.await.expect("ran") {
+        answer.expect("ran").expect("committed");
+    }
+    let entries = leader.state().meta.applied.index - before;
+    assert!(entries <= 3, "60 commands took {entries} entries");
+    group.stop_all().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_follower_sends_callers_to_the_leader() {
     let group = Group::of(3).await;

@@ -12,6 +12,7 @@ pub mod requests;
 mod server;
 pub mod status;
 mod tenants;
+mod together;
 mod view;
 mod why;
 pub mod words;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::TryStreamExt;
 use proto::v1::agents_server::AgentsServer;
 use proto::v1::audit_server::AuditServer;
 use proto::v1::cluster_server::ClusterServer;
@@ -17,6 +17,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
 use super::Api;
+use super::together::Accepted;
 
 /// Largest request, in bytes; a job's body is at most 256 KiB of it.
 const MAX_REQUEST: usize = 4 << 20;
@@ -47,10 +48,9 @@ pub fn serve(listener: TcpListener, api: Api) -> std::io::Result<Served> {
     let addr = listener.local_addr()?;
     let (stop, stopped) = oneshot::channel::<()>();
     // tonic's own option does nothing for connections that it did not accept itself.
-    let incoming = TcpListenerStream::new(listener).inspect(|accepted| {
-        if let Ok(stream) = accepted {
-            let _ = stream.set_nodelay(true);
-        }
+    let incoming = TcpListenerStream::new(listener).map_ok(|stream| {
+        let _ = stream.set_nodelay(true);
+        Accepted::new(stream)
     });
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE))

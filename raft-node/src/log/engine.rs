@@ -25,7 +25,6 @@ pub(super) enum Request {
     Truncate { after: Option<EntryId>, end: u64, generation: u64, done: Done },
     Purge { upto: EntryId, done: Done },
     SaveVote { vote: Vote, done: Done },
-    SaveCommitted { committed: Option<EntryId> },
 }
 
 impl Request {
@@ -42,7 +41,6 @@ impl Request {
             | Request::Truncate { done, .. }
             | Request::Purge { done, .. }
             | Request::SaveVote { done, .. } => done(Err(LogError::Stopped(cause.clone()))),
-            Request::SaveCommitted { .. } => {}
         }
     }
 }
@@ -127,6 +125,9 @@ pub struct Log {
     shared: Arc<Shared>,
     /// `None` only while the log is dropped.
     queue: Option<Sender<Request>>,
+    /// Held from a change of the view until its request is in the queue, so that both have one order. Not the view's own lock, on
+    /// which the IO thread would wait as soon as the request woke it.
+    turn: Mutex<()>,
     io_thread: Option<JoinHandle<()>>,
 }
 
@@ -150,7 +151,7 @@ impl Log {
                 .spawn(move || writer.run())
                 .map_err(LogError::io("start the IO thread for", dir))?,
         );
-        Ok(Log { shared, queue: Some(queue), io_thread })
+        Ok(Log { shared, queue: Some(queue), turn: Mutex::default(), io_thread })
     }
 
     pub fn reader(&self) -> LogReader {
@@ -161,32 +162,38 @@ impl Log {
     /// `done` is called. If this fails, `done` is not called and nothing was added.
     pub fn append(&self, records: Vec<Record>, done: Done) -> Result<(), LogError> {
         self.shared.check_running()?;
+        let _turn = self.turn();
         let mut view = self.shared.view();
         view.check(&records)?;
         for record in &records {
             view.push(record.clone());
         }
         view.shrink();
-        self.send(Request::Append { records, generation: view.generation(), done })
+        let generation = view.generation();
+        drop(view);
+        self.send(Request::Append { records, generation, done })
     }
 
     /// Removes the entries after `after`; all of them for `None`.
     pub fn truncate_after(&self, after: Option<EntryId>, done: Done) -> Result<(), LogError> {
         self.shared.check_running()?;
+        let _turn = self.turn();
         let mut view = self.shared.view();
         let Some(end) = view.truncate(after)? else {
             done(Ok(()));
             return Ok(());
         };
         self.shared.publish_durable(&view);
-        self.send(Request::Truncate { after, end, generation: view.generation(), done })
+        let generation = view.generation();
+        drop(view);
+        self.send(Request::Truncate { after, end, generation, done })
     }
 
     /// Removes the entries up to `upto`, which may lie behind the last one: then the log goes on after it.
     pub fn purge(&self, upto: EntryId, done: Done) -> Result<(), LogError> {
         self.shared.check_running()?;
-        let mut view = self.shared.view();
-        if !view.purge(upto) {
+        let _turn = self.turn();
+        if !self.shared.view().purge(upto) {
             done(Ok(()));
             return Ok(());
         }
@@ -199,12 +206,12 @@ impl Log {
         self.send(Request::SaveVote { vote, done })
     }
 
-    /// Notes the commit point. Written with the next batch or in the next pause, never synced for its own sake: after a
-    /// power loss an older one may be found.
+    /// Notes the commit point. Written with the next batch or in the next pause, never synced and waking nobody for its own sake: after a
+    /// stop an older one may be found.
     pub fn save_committed(&self, committed: Option<EntryId>) -> Result<(), LogError> {
         self.shared.check_running()?;
         self.shared.view().committed = committed;
-        self.send(Request::SaveCommitted { committed })
+        Ok(())
     }
 
     /// The last index that is durable here. A cut of the image may be persisted only up to it.
@@ -221,6 +228,10 @@ impl Log {
     /// Lets requests that wait for space on a full disk fail, which stops the log: for a replica that must end now.
     pub fn give_up_waiting(&self) {
         self.shared.give_up_waiting.store(true, Ordering::Release);
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().expect("no one panics while a request is made")
     }
 
     fn send(&self, request: Request) -> Result<(), LogError> {

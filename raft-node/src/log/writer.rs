@@ -159,7 +159,8 @@ impl Writer {
         }
     }
 
-    fn wait(&self) -> Wait {
+    fn wait(&mut self) -> Wait {
+        self.learn_commit_point();
         let received = match self.patience() {
             Some(patience) => self.queue.recv_timeout(patience),
             None => self.queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -193,12 +194,21 @@ impl Writer {
 
     fn use_pause(&mut self) -> Result<(), LogError> {
         self.renew_reserve();
+        self.learn_commit_point();
         if self.mark_is_due() {
             self.encode_mark();
             // Not synced: if it is lost, only the protection of the newest batch is.
             self.write()?;
         }
         Ok(())
+    }
+
+    /// A commit point among entries that are still in the queue has to wait for them.
+    fn learn_commit_point(&mut self) {
+        let known = self.shared.view().committed;
+        if known.is_none_or(|id| id.index < self.disk.end) {
+            self.committed = known;
+        }
     }
 
     /// Whether the newest frame says less than what is known. Not worth writing on a full disk.
@@ -240,10 +250,6 @@ impl Writer {
                 let saved = self.settle().and_then(|()| self.save_vote(vote));
                 answer(done, &saved);
                 saved
-            }
-            Request::SaveCommitted { committed } => {
-                self.committed = committed;
-                Ok(())
             }
         }
     }
@@ -320,6 +326,7 @@ impl Writer {
     /// One sync for all that was taken since the last, then all answers, then what a purge left to remove.
     fn settle(&mut self) -> Result<(), LogError> {
         if !self.buffer.is_empty() {
+            self.learn_commit_point();
             if self.committed != self.committed_written {
                 self.encode_mark();
             }
@@ -474,6 +481,7 @@ impl Writer {
 
     /// Notes at the end that everything is durable. Nobody waits for it, so a failure is only told.
     fn finish(&mut self) {
+        self.learn_commit_point();
         if self.mark_is_due() {
             self.encode_mark();
         }
