@@ -3,8 +3,19 @@
 use std::error::Error;
 use std::path::Path;
 
-const FILES: [&str; 10] =
-    ["common", "jobs", "keyspace", "locks", "cluster", "agents", "agentlogs", "peer", "tenants", "audit"];
+const FILES: [&str; 11] = [
+    "common",
+    "jobs",
+    "keyspace",
+    "locks",
+    "cluster",
+    "agents",
+    "agentlogs",
+    "peer",
+    "tenants",
+    "reservations",
+    "audit",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = std::env::var("CARGO_MANIFEST_DIR")?;

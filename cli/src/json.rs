@@ -32,6 +32,7 @@ pub fn job(job: &v1::Job) -> Value {
         "gpu_types": shape.gpu_types,
         "limit_ms": spec.limit_ms,
         "lease_ttl_ms": spec.lease_ttl_ms,
+        "reservation": none_if_empty(&spec.reservation),
         "begin": none_if_empty(&time(spec.begin_unix_ms)),
         "deadline": none_if_empty(&time(spec.deadline_unix_ms)),
         "after": spec.after.iter().map(|after| json!({ "kind": after.kind, "job": after.job_id })).collect::<Vec<_>>(),
@@ -121,8 +122,19 @@ pub fn node(node: &v1::Node) -> Value {
         "heard_ms_ago": node.heard_ms_ago,
         "evict_in_ms": node.evict_in_ms,
         "leases": node.leases,
+        "windows": node.windows.iter().map(window).collect::<Vec<_>>(),
         "labels": node.labels,
         "gpus": node.gpus.iter().map(gpu).collect::<Vec<_>>(),
+    })
+}
+
+fn window(window: &v1::NodeWindow) -> Value {
+    json!({
+        "reservation": window.reservation,
+        "maintenance": window.maintenance,
+        "start": time(window.start_unix_ms),
+        "end": time(window.end_unix_ms),
+        "begun": window.begun,
     })
 }
 

@@ -25,6 +25,11 @@ fn tenants(cluster: &Cluster) {
     cluster.ares(&["tenant", "set", "nobody", "--weight", "2"]).refused(3, &["TENANT_UNKNOWN", "lab"]);
     cluster.ares(&["tenant", "set", "lab", "--guarantee", "h100"]).refused(2, &["h100:8,a100:4"]);
 
+    cluster.ares(&["tenant", "set", "lab", "--max-limit", "3h"]).ok();
+    cluster.ares(&["tenant", "show", "lab"]).ok().shows(&["none, at most 3h00m"]);
+    let long = ["submit", "--tenant", "vision", "--time-limit", "4h", "--", "true"];
+    cluster.ares(&long).refused(2, &["limit_ms is 14400000, the limit of tenant \"lab\" is 10800000"]);
+
     let first = cluster.submit(&["--tenant", "vision", "--gpus", "1"], "exec sleep 600");
     cluster.until_state(&first, "RUNNING");
     assert_eq!(cluster.json(&["show", &first])["limit_ms"], 7_200_000);

@@ -345,6 +345,9 @@ calls! {
     read_call get_policy(v1::tenants_client::TenantsClient<Transport>, v1::GetPolicyRequest) -> v1::Policy;
     leader_call remove_priority(v1::tenants_client::TenantsClient<Transport>, v1::RemovePriorityRequest) -> v1::RemovePriorityReply;
     read_call list_priorities(v1::tenants_client::TenantsClient<Transport>, v1::ListPrioritiesRequest) -> v1::ListPrioritiesReply;
+    leader_call create_reservation(v1::reservations_client::ReservationsClient<Transport>, v1::CreateReservationRequest) -> v1::CreateReservationReply;
+    leader_call delete_reservation(v1::reservations_client::ReservationsClient<Transport>, v1::DeleteReservationRequest) -> v1::DeleteReservationReply;
+    read_call list_reservations(v1::reservations_client::ReservationsClient<Transport>, v1::ListReservationsRequest) -> v1::ListReservationsReply;
     leader_call mark_state(v1::audit_client::AuditClient<Transport>, v1::MarkStateRequest) -> v1::MarkStateReply;
     read_call save_snapshot(v1::audit_client::AuditClient<Transport>, v1::SaveSnapshotRequest) -> tonic::Streaming<v1::SnapshotPart>;
     leader_call register(v1::agents_client::AgentsClient<Transport>, v1::RegisterRequest) -> v1::RegisterReply;

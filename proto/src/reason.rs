@@ -70,7 +70,7 @@ reasons! {
     FUTURE_REVISION OutOfRange "watch from a revision that exists, or from none: then from now on";
     LEVEL_TOO_OLD FailedPrecondition "upgrade the binary";
     DEPENDENCY_UNKNOWN NotFound "name jobs that exist: ares queue --all lists them";
-    DEADLINE_TOO_SOON InvalidArgument "name a later --deadline, an earlier --begin or a shorter --time-limit";
+    DEADLINE_TOO_SOON InvalidArgument "name a later --deadline, an earlier --begin or --reservation, or a shorter --time-limit";
     CONFLICT FailedPrecondition "look at what is there, then say it anew";
     NOT_EMPTY FailedPrecondition "wait until what it names has ended, or cancel it";
     QUOTA_PENDING ResourceExhausted "wait until jobs of the tenant have started, or let it have more waiting";
@@ -78,6 +78,9 @@ reasons! {
     PRIORITY_DENIED PermissionDenied "use another priority, or let the tenant use it: ares priority set";
     CLAIMED FailedPrecondition "what is free is kept for another task";
     VICTIM_PROTECTED FailedPrecondition "the job may not be ended for this one";
+    RESERVED FailedPrecondition "the machine is set aside in that time";
+    RESERVATION_UNKNOWN NotFound "name one of ares reservation list";
+    RESERVATION_DENIED PermissionDenied "submit without --reservation, or have it made for this tenant or user";
     GENERATION_STALE FailedPrecondition "name a --generation above the backup's, or none";
     HISTORY_DAMAGED DataLoss "ask another replica with --server; look at this one's disk: its row comes back by itself once another replica has it";
 }

@@ -15,6 +15,7 @@ use crate::outlook::{Outlook, Start};
 use crate::plan::waiting_task;
 use crate::quota::Planned;
 use crate::reason::{Best, Lack, Needs, Reason};
+use crate::windows;
 
 /// Why a task waits, from any replica's state; `None` when it does not wait (it runs, has ended, or is unknown).
 ///
@@ -70,7 +71,11 @@ impl<'a> Explainer<'a> {
         if task.is_none_or(|task| task.phase == Phase::Pending) && job.holds.any() {
             return Some(Arc::new(held(state, job)));
         }
-        let shape = &waiting_task(state, key)?.0.shape;
+        let (spec, _) = waiting_task(state, key)?;
+        if let Some(reason) = windows::not_yet(state, spec) {
+            return Some(Arc::new(reason));
+        }
+        let shape = &spec.shape;
         if let Some(claim) = state.claims.get(&key) {
             let left = claim.victims.iter().filter(|victim| state.leases.contains(victim)).count();
             let victims = u32::try_from(left).unwrap_or(u32::MAX);
@@ -78,6 +83,11 @@ impl<'a> Explainer<'a> {
         }
         if let Some(reason) = Planned::default().hit_by_shape(state, job.tenant, shape) {
             return Some(Arc::new(reason));
+        }
+        if !spec.reservation().is_empty() {
+            // Its machines are few of those that a shape is explained by.
+            let known = self.outlook.as_ref().and_then(|outlook| outlook.reason(key)).cloned();
+            return Some(known.unwrap_or(Arc::new(Reason::Soon)));
         }
         let explained = || Arc::new(explain(&self.machines, self.cache, shape));
         let reason = self.by_shape.entry(shape).or_insert_with(explained).clone();
@@ -265,7 +275,7 @@ impl<'a> Question<'a> {
         let mut survey = Survey::default();
         for (id, _) in self.machines.state.nodes.iter() {
             let Some((node, alloc)) = self.machines.node(*id) else { continue };
-            if node.admin != NodeAdmin::Ready || self.machines.unheard.contains(id) {
+            if node.admin != NodeAdmin::Ready || self.machines.unheard.contains(id) || !self.machines.is_open(*id) {
                 continue;
             }
             let lack = self.first_lack(cache, node, alloc);

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 
 use statemachine::command::PlacePart;
 use statemachine::record::{Alloc, Lease, Node, PartState};
-use statemachine::spec::JobSpec;
 use statemachine::{NodeId, State};
 
 /// Times from here on stand for "when jobs without a time limit have ended": the n-th such job of a machine, the oldest
@@ -24,16 +23,6 @@ pub(crate) enum End {
     Unknown { since_ms: u64 },
 }
 
-impl End {
-    /// The latest; never, where it is not known.
-    pub(crate) fn time_ms(self) -> u64 {
-        match self {
-            End::By(time) => time,
-            End::Unknown { .. } => u64::MAX,
-        }
-    }
-}
-
 /// The share of one part on one machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Holding {
@@ -43,12 +32,14 @@ pub(crate) struct Holding {
     mem_mib: u64,
 }
 
-/// A part that is kept for a task that waits.
+/// A part that is kept: for a task that waits, or by a reservation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Kept {
     pub from_ms: u64,
     pub until_ms: u64,
     pub part: PlacePart,
+    /// Which of `Machines::windows` keeps it.
+    pub window: Option<usize>,
 }
 
 impl Holding {
@@ -73,11 +64,6 @@ impl Holding {
         }
         alloc.mem_free_mib = alloc.mem_free_mib.saturating_add(self.mem_mib).min(node.mem_mib);
     }
-}
-
-/// How long a task may hold its machines: its time limit and the grace behind it.
-pub(crate) fn length_ms(spec: &JobSpec) -> Option<u64> {
-    (spec.limit_ms > 0).then(|| spec.limit_ms.saturating_add(spec.kill_grace_ms))
 }
 
 /// Takes what the part holds out of what is free.
@@ -121,7 +107,7 @@ pub(crate) fn lease_end(state: &State, lease: &Lease) -> End {
     let since_ms = lease.started_ms.unwrap_or(lease.granted_ms);
     let end_ms = match &lease.verdict {
         Some(verdict) => Some(verdict.clock_ms.saturating_add(spec.kill_grace_ms)),
-        None => length_ms(spec).map(|length| since_ms.saturating_add(length)),
+        None => spec.length_ms().map(|length| since_ms.saturating_add(length)),
     };
     let in_time = end_ms.filter(|end| state.meta.clock_ms <= end.saturating_add(OVERDUE_MS));
     in_time.map_or(End::Unknown { since_ms }, End::By)

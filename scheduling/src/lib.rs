@@ -25,6 +25,7 @@ pub mod score;
 mod seats;
 pub mod simulate;
 pub mod why;
+mod windows;
 pub mod world;
 
 pub use bandwidth::BandwidthTable;

@@ -18,6 +18,7 @@ use crate::bandwidth::BandwidthTable;
 use crate::choose::{Choice, Shortage, Want, choose};
 use crate::holding::{self, End, Holding, Kept};
 use crate::links::Mask;
+use crate::windows::{self, Window};
 
 /// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
 const CHOICES: usize = 65_536;
@@ -87,8 +88,13 @@ pub(crate) struct Machines<'a> {
     /// What the leases of the state hold.
     leased: OnceCell<BTreeMap<NodeId, Vec<Holding>>>,
     kept: BTreeMap<NodeId, Vec<Kept>>,
-    /// When what is kept begins.
+    /// When what is kept for tasks begins.
     starts: BTreeSet<u64>,
+    windows: Vec<Window<'a>>,
+    /// When they begin.
+    window_starts: BTreeSet<u64>,
+    /// The window of the task that is looked at; absent = it names none.
+    inside: Option<usize>,
     /// What this plan makes room for: not in the state yet.
     made_room: Vec<PlacePart>,
 }
@@ -103,7 +109,7 @@ struct Left {
 
 impl<'a> Machines<'a> {
     pub(crate) fn new(state: &'a State, unheard: &'a BTreeSet<NodeId>) -> Self {
-        Self {
+        let mut machines = Self {
             state,
             unheard,
             hasty: false,
@@ -113,8 +119,60 @@ impl<'a> Machines<'a> {
             leased: OnceCell::new(),
             kept: BTreeMap::new(),
             starts: BTreeSet::new(),
+            windows: windows::of_state(state),
+            window_starts: BTreeSet::new(),
+            inside: None,
             made_room: Vec::new(),
+        };
+        machines.set_aside();
+        machines
+    }
+
+    /// Keeps the machines of each reservation whole for its window.
+    fn set_aside(&mut self) {
+        for (nth, window) in self.windows.iter().enumerate() {
+            self.window_starts.insert(window.from_ms);
+            for id in &window.record.nodes {
+                let Some(node) = self.state.nodes.get(id) else { continue };
+                let part = windows::whole(*id, &node.value);
+                let kept = Kept { from_ms: window.from_ms, until_ms: window.until_ms, part, window: Some(nth) };
+                self.kept.entry(*id).or_default().push(kept);
+            }
         }
+    }
+
+    /// What is asked from now on is asked for a task of this spec.
+    pub(crate) fn look_for(&mut self, spec: &JobSpec) {
+        let name = spec.reservation();
+        let own = |window: &Window<'_>| window.record.name == name;
+        self.inside = if name.is_empty() { None } else { self.windows.iter().position(own) };
+    }
+
+    /// The window of the task that is looked at.
+    pub(crate) fn inside(&self) -> Option<usize> {
+        self.inside
+    }
+
+    /// The times between which such a task may start.
+    pub(crate) fn start_bounds(&self) -> Option<(u64, u64)> {
+        self.inside.map(|nth| (self.windows[nth].from_ms, self.windows[nth].until_ms))
+    }
+
+    /// The task that is looked at may be on this machine by its own reservation.
+    pub(crate) fn is_open(&self, id: NodeId) -> bool {
+        self.inside.is_none_or(|nth| self.windows[nth].record.nodes.contains(&id))
+    }
+
+    /// The first window there, but its own, that a task which runs until then would run into.
+    pub(crate) fn window_on(&self, id: NodeId, until_ms: u64) -> Option<Window<'a>> {
+        let kept = self.kept_on(id).filter(|kept| kept.window.is_some() && kept.from_ms < until_ms);
+        let first = kept.min_by_key(|kept| kept.from_ms)?;
+        first.window.map(|nth| self.windows[nth])
+    }
+
+    /// When windows that have not begun begin.
+    pub(crate) fn windows_ahead(&self) -> impl Iterator<Item = u64> + '_ {
+        self.window_starts.range(self.state.meta.clock_ms.saturating_add(1)..).copied()
     }
 
     pub(crate) fn node(&self, id: NodeId) -> Option<(&'a Node, &Alloc)> {
@@ -141,7 +199,7 @@ impl<'a> Machines<'a> {
     /// What is free on a machine for a task that runs on at `bar`: without what is kept from then on or sooner.
     pub(crate) fn beside(&self, id: NodeId, bar: u64) -> Option<(&'a Node, Cow<'_, Alloc>)> {
         let (node, alloc) = self.node(id)?;
-        if bar == 0 || self.kept_on(id).iter().all(|kept| kept.from_ms > bar) {
+        if bar == 0 || self.kept_on(id).all(|kept| kept.from_ms > bar) {
             return Some((node, Cow::Borrowed(alloc)));
         }
         Some((node, Cow::Owned(self.free_during(id, self.state.meta.clock_ms, u64::MAX, bar)?)))
@@ -150,7 +208,7 @@ impl<'a> Machines<'a> {
     /// What is free on a machine during all of [`from_ms`, `until_ms`), beside what is kept from `bar` on or sooner.
     pub(crate) fn free_during(&self, id: NodeId, from_ms: u64, until_ms: u64, bar: u64) -> Option<Alloc> {
         let (node, alloc) = self.node(id)?;
-        let kept: Vec<&Kept> = self.kept_on(id).iter().filter(|kept| kept.from_ms <= bar).collect();
+        let kept: Vec<&Kept> = self.kept_on(id).filter(|kept| kept.from_ms <= bar).collect();
         let holdings = self.holdings(id);
         let at = |time: u64| {
             let mut alloc = alloc.clone();
@@ -184,10 +242,21 @@ impl<'a> Machines<'a> {
 
     /// How long a task holds its machines from its start, and when one that starts now ends.
     pub(crate) fn length_of(&self, spec: &JobSpec) -> (Option<u64>, End) {
-        let (length, now_ms) = (holding::length_ms(spec), self.state.meta.clock_ms);
+        let (length, now_ms) = (spec.length_ms(), self.state.meta.clock_ms);
         let length = if self.hasty { Some(length.map_or(1, |length| length / HASTE)) } else { length };
         let ends = |length| End::By(now_ms.saturating_add(length));
         (length, length.map_or(End::Unknown { since_ms: now_ms }, ends))
+    }
+
+    /// How long a task must have room from its start: in haste as long as it holds its machines, but into a window of reserved
+    /// time its whole limit may not reach, however short it will be.
+    pub(crate) fn room_ms(&self, spec: &JobSpec) -> Option<u64> {
+        if self.windows.is_empty() { self.length_of(spec).0 } else { spec.length_ms() }
+    }
+
+    /// Up to when it must have room if it starts now.
+    pub(crate) fn room_until(&self, spec: &JobSpec) -> u64 {
+        self.room_ms(spec).map_or(u64::MAX, |length| self.state.meta.clock_ms.saturating_add(length))
     }
 
     /// Takes what a claim of the state keeps, before anything else is taken.
@@ -213,12 +282,20 @@ impl<'a> Machines<'a> {
         }
     }
 
-    pub(crate) fn kept_on(&self, id: NodeId) -> &[Kept] {
-        self.kept.get(&id).map(Vec::as_slice).unwrap_or_default()
+    /// What is kept there from the task that is looked at.
+    pub(crate) fn kept_on(&self, id: NodeId) -> impl Iterator<Item = &Kept> {
+        let kept = self.kept.get(&id).map(Vec::as_slice).unwrap_or_default();
+        kept.iter().filter(|kept| kept.window.is_none() || kept.window != self.inside)
     }
 
     /// The last of the beginnings of what is kept at which a task that ends at `until_ms` would still run; 0 = none.
     pub(crate) fn bar(&self, until_ms: u64) -> u64 {
+        let of_windows = self.window_starts.range(..until_ms).next_back().copied().unwrap_or(0);
+        self.bar_of_tasks(until_ms).max(of_windows)
+    }
+
+    /// The same of what is kept for tasks alone.
+    pub(crate) fn bar_of_tasks(&self, until_ms: u64) -> u64 {
         self.starts.range(..until_ms).next_back().copied().unwrap_or(0)
     }
 
@@ -226,7 +303,7 @@ impl<'a> Machines<'a> {
     pub(crate) fn keep(&mut self, from_ms: u64, until_ms: u64, part: PlacePart) {
         self.starts.insert(from_ms);
         self.touched.push(part.node);
-        self.kept.entry(part.node).or_default().push(Kept { from_ms, until_ms, part });
+        self.kept.entry(part.node).or_default().push(Kept { from_ms, until_ms, part, window: None });
     }
 
     /// The part of `shape` within what is free on this machine, with GPUs of `gpu_type` where it needs some.

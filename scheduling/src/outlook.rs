@@ -9,7 +9,7 @@ use statemachine::command::{Place, PlacePart};
 use statemachine::spec::Shape;
 use statemachine::{NodeId, State, TaskKey};
 
-use crate::holding::{ENDLESS_MS, length_ms};
+use crate::holding::ENDLESS_MS;
 use crate::plan::{Cache, Cycle, Limits, Plan, Reservation, waiting_task};
 use crate::reason::Reason;
 
@@ -123,7 +123,7 @@ impl Cycle<'_> {
         let mut starts: BTreeMap<TaskKey, Reservation> =
             self.plan.reservations.iter().map(|kept| (kept.task, kept.clone())).collect();
         // What found no time finds none later: more is kept by then.
-        let mut hopeless: BTreeSet<(&Shape, Option<u64>)> = BTreeSet::new();
+        let mut hopeless: BTreeSet<(&Shape, Option<u64>, &str)> = BTreeSet::new();
         let state = self.machines.state;
         for (task, reason) in self.plan.reasons.clone() {
             if self.steps >= budget {
@@ -133,7 +133,7 @@ impl Cycle<'_> {
                 continue;
             }
             let Some((spec, _)) = waiting_task(state, task) else { continue };
-            let kind = (&spec.shape, length_ms(spec));
+            let kind = (&spec.shape, spec.length_ms(), spec.reservation());
             if hopeless.contains(&kind) {
                 continue;
             }

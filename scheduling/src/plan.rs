@@ -6,6 +6,9 @@
 //! before that time or take nothing of what is kept, so none of them delays it. A task without a time limit never ends
 //! in time. Reservations are made anew in each cycle, from the same state by every planner.
 //!
+//! A reservation of time keeps its machines whole from all but its own jobs (`windows`): what would run into it starts
+//! elsewhere or later, and a job that names one starts on its machines alone, in its time.
+//!
 //! A task that finds no room and may end others makes room (`preempt` says by whose end); reservations don't bind it. What
 //! was taken for a task goes to nobody else: it starts there as soon as all of it is free.
 
@@ -31,6 +34,7 @@ use crate::quota::Planned;
 use crate::reason::Reason;
 use crate::reserve::earliest;
 use crate::seats::Seats;
+use crate::windows;
 
 /// Placements in one `Plan` command, as apply bounds it.
 const PLACES_PER_COMMAND: usize = 4_096;
@@ -140,11 +144,11 @@ pub fn plan(state: &State, cache: &mut Cache, limits: &Limits, unheard: &BTreeSe
 pub(crate) struct Cycle<'a> {
     pub machines: Machines<'a>,
     pub cache: &'a mut Cache,
-    /// By shape and bar.
-    seats: BTreeMap<(&'a Shape, u64), Seats<'a>>,
+    /// By window, shape and bar.
+    seats: BTreeMap<(Inside, &'a Shape, u64), Seats<'a>>,
     /// Shapes that failed at a bar. Resources only shrink within a cycle, and a higher bar leaves less: so they fail for
     /// all that follow at this bar or a higher one.
-    failed: BTreeMap<&'a Shape, (u64, Arc<Reason>)>,
+    failed: BTreeMap<(Inside, &'a Shape), (u64, Arc<Reason>)>,
     planned: Planned,
     /// What was planned and what is kept.
     promised: Planned,
@@ -155,14 +159,21 @@ pub(crate) struct Cycle<'a> {
     victims: BTreeSet<Token>,
     /// What they end for.
     making: Planned,
-    /// The highest priority for which nobody's end made room, by shape, tenant, and whether its class lets it end others.
-    hopeless: BTreeMap<(&'a Shape, TenantId, bool), i32>,
+    /// The highest priority for which nobody's end made room, by window, shape, how long it runs, tenant, and whether its
+    /// class lets it end others.
+    hopeless: BTreeMap<Asking<'a>, i32>,
     pub steps: u64,
     pub plan: Plan,
 }
 
-/// The tasks that wait for the same machines: without GPUs, or by the types that they accept.
-type Pool = (bool, Vec<GpuTypeId>);
+/// The window that a task is for, as `Machines::inside` has it.
+type Inside = Option<usize>;
+
+/// Tasks for whom the same ends make room. Without reservations of time it is all one how long they run.
+type Asking<'a> = (Inside, &'a Shape, Option<u64>, TenantId, bool);
+
+/// The tasks that wait for the same machines: by window, without GPUs, or by the types that they accept.
+type Pool = (Inside, bool, Vec<GpuTypeId>);
 
 #[derive(Clone, Copy, Default)]
 struct Tries {
@@ -243,13 +254,22 @@ impl<'a> Cycle<'a> {
         if state.claims.contains(&task) {
             return None;
         }
+        self.machines.look_for(spec);
+        if let Some(reason) = windows::not_yet(state, spec) {
+            if reason.ends_with_time() && self.may_reserve(&spec.shape) {
+                self.reserve(task, tenant, spec);
+            }
+            self.plan.reasons.push((task, Arc::new(reason)));
+            return None;
+        }
         let (_, end) = self.machines.length_of(spec);
-        let bar = self.machines.bar(end.time_ms());
+        let until_ms = self.machines.room_until(spec);
+        let bar = self.machines.bar(until_ms);
         let placed = match self.planned.hit_by_shape(state, tenant, &spec.shape) {
             Some(reason) => Err(Arc::new(reason)),
             None => self.place(task, spec, record, bar).and_then(|place| {
                 // What is kept for a task must be free for its tenant too by then.
-                let charged = if bar == 0 { &self.planned } else { &self.promised };
+                let charged = if self.machines.bar_of_tasks(until_ms) == 0 { &self.planned } else { &self.promised };
                 charged.hit_by(state, tenant, &place.parts).map_or(Ok(place), |reason| Err(Arc::new(reason)))
             }),
         };
@@ -286,11 +306,11 @@ impl<'a> Cycle<'a> {
         record: Option<&Task>,
         bar: u64,
     ) -> Result<Place, Arc<Reason>> {
-        let shape = &spec.shape;
-        if let Some((_, reason)) = self.failed.get(shape).filter(|(failed, _)| *failed <= bar) {
+        let (inside, shape) = (self.machines.inside(), &spec.shape);
+        if let Some((_, reason)) = self.failed.get(&(inside, shape)).filter(|(failed, _)| *failed <= bar) {
             return Err(reason.clone());
         }
-        let seats = match self.seats.entry((shape, bar)) {
+        let seats = match self.seats.entry((inside, shape, bar)) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => {
                 self.steps += self.machines.state.nodes.len() as u64;
@@ -314,7 +334,7 @@ impl<'a> Cycle<'a> {
                     reason => reason,
                 };
                 let reason = Arc::new(reason);
-                self.failed.insert(shape, (bar, reason.clone()));
+                self.failed.insert((inside, shape), (bar, reason.clone()));
                 Err(reason)
             }
         }
@@ -329,7 +349,7 @@ impl<'a> Cycle<'a> {
                 continue;
             };
             let tenant = job.value.tenant;
-            let parts = self.free_parts(*task, claim, &spec.shape);
+            let parts = self.free_parts(*task, claim, spec);
             match parts.filter(|parts| self.planned.hit_by(state, tenant, parts).is_none()) {
                 Some(parts) => {
                     let (_, end) = self.machines.length_of(spec);
@@ -349,13 +369,14 @@ impl<'a> Cycle<'a> {
     }
 
     /// What is kept for a task, if all of it is free.
-    fn free_parts(&self, task: TaskKey, claim: &Claim, shape: &Shape) -> Option<Vec<PlacePart>> {
+    fn free_parts(&self, task: TaskKey, claim: &Claim, spec: &JobSpec) -> Option<Vec<PlacePart>> {
         let state = self.machines.state;
         let part = |part: &PlacePart| {
             let node = &state.nodes.get(&part.node)?.value;
             let free = state.free_beside_claims(part.node, state.allocs.get(&part.node)?, task);
             let part = PlacePart { epoch: node.epoch, ..part.clone() };
-            let fits = self.machines.takes_leases(part.node) && fit::fit(node, &free, shape, &part).is_ok();
+            let may = self.machines.takes_leases(part.node) && state.may_use(spec, part.node).is_ok();
+            let fits = may && fit::fit(node, &free, &spec.shape, &part).is_ok();
             fits.then_some(part)
         };
         claim.parts.iter().map(part).collect()
@@ -368,7 +389,8 @@ impl<'a> Cycle<'a> {
         if !state.may_preempt(job) || self.plan.preempts.len() >= PREEMPTS {
             return None;
         }
-        let equal = (&spec.shape, tenant, state.preempts_by_class(job));
+        let length_ms = if state.reservations.is_empty() { None } else { spec.length_ms() };
+        let equal = (self.machines.inside(), &spec.shape, length_ms, tenant, state.preempts_by_class(job));
         if self.hopeless.get(&equal).is_some_and(|highest| spec.priority <= *highest) {
             return None;
         }
@@ -400,6 +422,11 @@ impl<'a> Cycle<'a> {
         let barred = || self.plan.reservations.iter().filter(|kept| kept.start_ms <= bar);
         let first = barred().find(|kept| kept.parts.iter().any(has_room)).or_else(|| barred().next());
         let in_ms = |kept: &Reservation| kept.known_start_ms().map(|start| start.saturating_sub(state.meta.clock_ms));
+        match windows::in_the_way(&self.machines, spec, self.machines.room_until(spec)) {
+            Some((reason, others_have_room)) if first.is_none() || !others_have_room => return reason,
+            None if first.is_none() => return Reason::Soon,
+            _ => {}
+        }
         let starts_in_ms = first.and_then(in_ms);
         Reason::Reserved {
             needs: needs_of(state, &spec.shape),
@@ -411,14 +438,14 @@ impl<'a> Cycle<'a> {
 
     /// Its pool has a reservation left.
     fn may_reserve(&self, shape: &Shape) -> bool {
-        let tries = self.pools.get(&pool_of(shape)).copied().unwrap_or_default();
+        let tries = self.pools.get(&pool_of(self.machines.inside(), shape)).copied().unwrap_or_default();
         tries.made < self.reservations && tries.failed < MORE_TRIES
     }
 
     /// Keeps machines for the task, if a start can be told.
     fn reserve(&mut self, task: TaskKey, tenant: TenantId, spec: &JobSpec) {
         let made = self.keep(task, spec);
-        let tries = self.pools.entry(pool_of(&spec.shape)).or_default();
+        let tries = self.pools.entry(pool_of(self.machines.inside(), &spec.shape)).or_default();
         match made {
             Some(reservation) => {
                 tries.made += 1;
@@ -431,8 +458,10 @@ impl<'a> Cycle<'a> {
 
     /// The task's start, with its machines kept from then on.
     pub(crate) fn keep(&mut self, task: TaskKey, spec: &JobSpec) -> Option<Reservation> {
+        self.machines.look_for(spec);
         let (length_ms, _) = self.machines.length_of(spec);
-        let start = earliest(&self.machines, self.cache, &spec.shape, length_ms, &mut self.steps)?;
+        let room_ms = self.machines.room_ms(spec);
+        let start = earliest(&self.machines, self.cache, &spec.shape, room_ms, &mut self.steps)?;
         let until_ms = length_ms.map_or(u64::MAX, |length| start.at_ms.saturating_add(length));
         for part in &start.parts {
             self.machines.keep(start.at_ms, until_ms, part.clone());
@@ -441,10 +470,10 @@ impl<'a> Cycle<'a> {
     }
 }
 
-fn pool_of(shape: &Shape) -> Pool {
+fn pool_of(inside: Inside, shape: &Shape) -> Pool {
     let mut types = shape.gpu_types.clone();
     types.sort_unstable();
-    (shape.gpus_per_node() == 0, types)
+    (inside, shape.gpus_per_node() == 0, types)
 }
 
 /// The spec and, if it ever left its first PENDING, the record of a task that may be placed.

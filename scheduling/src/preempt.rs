@@ -112,6 +112,8 @@ struct Search<'a, 'b> {
     task: TaskKey,
     shape: &'a Shape,
     gpu_type: Option<GpuTypeId>,
+    /// When it would end if it started now: no reservation of time may begin there before.
+    until_ms: u64,
     rights: Rights<'a>,
     /// Not to be ended, beside those whom its rights protect.
     spared: BTreeSet<Token>,
@@ -145,9 +147,19 @@ pub(crate) fn make_room(
         let Some(mut rights) = Rights::new(state, task, &asks, &before.coming) else { continue };
         before.victims.iter().for_each(|token| rights.count(*token));
         let (spared, cost) = (BTreeSet::new(), BTreeMap::new());
-        let shape = &spec.shape;
-        let mut search =
-            Search { machines, open, spoken_for: &before.victims, task, shape, gpu_type, rights, spared, cost };
+        let (shape, until_ms) = (&spec.shape, machines.room_until(spec));
+        let mut search = Search {
+            machines,
+            open,
+            spoken_for: &before.victims,
+            task,
+            shape,
+            gpu_type,
+            until_ms,
+            rights,
+            spared,
+            cost,
+        };
         let Some((cost, preempt)) = search.run(cache, steps) else { continue };
         // Of equal ones the type that the job prefers.
         if best.as_ref().is_none_or(|(least, _)| cost < *least) {
@@ -235,6 +247,8 @@ impl Search<'_, '_> {
         let nodes = self.machines.state.nodes.iter();
         let usable =
             nodes.filter(|(id, node)| node.value.admin == NodeAdmin::Ready && !self.machines.unheard.contains(id));
+        let usable = usable
+            .filter(|(id, _)| self.machines.is_open(**id) && self.machines.window_on(**id, self.until_ms).is_none());
         usable.map(|(id, _)| *id).collect()
     }
 

@@ -66,6 +66,24 @@ pub enum Reason {
         starts_in_ms: Option<u64>,
         fits_ms: Option<u64>,
     },
+    /// What it could have is set aside by a reservation; with a limit of `fits_ms` or less it would end before that begins.
+    SetAside {
+        needs: Needs,
+        name: String,
+        maintenance: bool,
+        /// 0 = it has begun.
+        starts_in_ms: u64,
+        ends_in_ms: u64,
+        fits_ms: Option<u64>,
+    },
+    /// Its own reservation has not begun.
+    ReservationAhead {
+        name: String,
+        in_ms: u64,
+    },
+    ReservationGone {
+        name: String,
+    },
     /// So many leases end to make room for it.
     Preempting {
         needs: Needs,
@@ -111,6 +129,22 @@ pub const CODES: &[(&str, &str, &str)] = &[
         "RESERVED",
         "what is free is kept for a job before it in the order, and it would not end in time",
         "wait, or give it a --time-limit that ends before that job starts",
+    ),
+    (
+        "MAINTENANCE",
+        "what is free is kept for a maintenance, and it would not end before that begins",
+        "wait, or give it a --time-limit that ends before",
+    ),
+    (
+        "SET_ASIDE",
+        "what is free is kept for a reservation of others, and it would not end before that begins",
+        "wait, or give it a --time-limit that ends before; ares reservation list shows whose it is",
+    ),
+    ("RESERVATION_AHEAD", "the reservation that it runs in has not begun", "wait"),
+    (
+        "RESERVATION_GONE",
+        "the reservation that it was to run in has ended or was deleted",
+        "ares cancel and submit it without --reservation, or have one of that name made anew",
     ),
     (
         "PREEMPTING",
@@ -178,6 +212,10 @@ impl Reason {
             Reason::LeasesFull { .. } => "LEASES_FULL",
             Reason::Bandwidth { .. } => "BANDWIDTH",
             Reason::Reserved { .. } => "RESERVED",
+            Reason::SetAside { maintenance: true, .. } => "MAINTENANCE",
+            Reason::SetAside { .. } => "SET_ASIDE",
+            Reason::ReservationAhead { .. } => "RESERVATION_AHEAD",
+            Reason::ReservationGone { .. } => "RESERVATION_GONE",
             Reason::Preempting { .. } => "PREEMPTING",
             Reason::Held { .. } => "HELD",
             Reason::Quota { .. } => "QUOTA",
@@ -203,6 +241,8 @@ impl Reason {
                 | Reason::LeasesFull { .. }
                 | Reason::Bandwidth { .. }
                 | Reason::Reserved { .. }
+                | Reason::SetAside { .. }
+                | Reason::ReservationAhead { .. }
         )
     }
 }
@@ -249,9 +289,19 @@ impl fmt::Display for Reason {
                     Some(ms) => write!(f, "which starts in {} at the latest", seconds(*ms))?,
                     None => f.write_str("which waits for jobs without a time limit")?,
                 }
-                let fits = |ms: &u64| write!(f, "; with a time limit of {} s or less it would fit before", ms / 1_000);
-                fits_ms.as_ref().filter(|ms| **ms >= 1_000).map_or(Ok(()), fits)
+                write_fits(f, *fits_ms)
             }
+            Reason::SetAside { needs, name, maintenance, starts_in_ms, ends_in_ms, fits_ms } => {
+                let what = if *maintenance { "maintenance" } else { "reservation" };
+                write!(f, "needs {needs}; what is free is kept for {what} {name}, which ")?;
+                if *starts_in_ms > 0 {
+                    write!(f, "begins in {} and ", seconds(*starts_in_ms))?;
+                }
+                write!(f, "ends in {}", seconds(*ends_in_ms))?;
+                write_fits(f, *fits_ms)
+            }
+            Reason::ReservationAhead { name, in_ms } => write!(f, "reservation {name} begins in {}", seconds(*in_ms)),
+            Reason::ReservationGone { name } => write!(f, "reservation {name} has ended or was deleted"),
             Reason::Preempting { needs, victims: 0 } => write!(f, "needs {needs}; it is kept for it"),
             Reason::Preempting { needs, victims } => {
                 write!(f, "needs {needs}; {victims} {} to make room for it", plural(*victims, "job ends", "jobs end"))
@@ -269,6 +319,12 @@ impl fmt::Display for Reason {
             Reason::Soon => f.write_str("fits; its turn comes next"),
         }
     }
+}
+
+/// The time limit with which it would end before what is kept begins.
+fn write_fits(f: &mut fmt::Formatter<'_>, fits_ms: Option<u64>) -> fmt::Result {
+    let fits = |ms: u64| write!(f, "; with a time limit of {} s or less it would fit before", ms / 1_000);
+    fits_ms.filter(|ms| *ms >= 1_000).map_or(Ok(()), fits)
 }
 
 /// The hold that somebody can end first.

@@ -11,6 +11,7 @@ use statemachine::record::{Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId};
 
+use crate::holding::Kept;
 use crate::machines::{Cache, Machines};
 use crate::seats::{Seat, seats_on};
 
@@ -21,6 +22,12 @@ pub(crate) struct Start {
     /// One a machine, by node number.
     pub parts: Vec<PlacePart>,
 }
+
+/// The shape, how long it holds its machines, and up to when those of a gang must have room.
+type Asked<'a> = (&'a Shape, Option<u64>, u64);
+
+/// Windows of reserved time before which a gang is tried to fit: each costs a look at every machine.
+const HORIZONS: usize = 4;
 
 /// By the type of the GPUs, the machines that have room soonest.
 type Soonest = BTreeMap<Option<GpuTypeId>, BTreeSet<(u64, Seat)>>;
@@ -37,15 +44,30 @@ pub(crate) fn earliest(
     length_ms: Option<u64>,
     steps: &mut u64,
 ) -> Option<Start> {
+    // A gang that ends before a window of reserved time begins need not wait for that to end.
+    let gang_ms = length_ms.filter(|_| shape.nodes > 1);
+    for horizon_ms in machines.windows_ahead().take(gang_ms.map_or(0, |_| HORIZONS)) {
+        let start = earliest_before(machines, cache, (shape, length_ms, horizon_ms), steps);
+        let ends = |start: &Start| start.at_ms.saturating_add(gang_ms.unwrap_or(u64::MAX)) <= horizon_ms;
+        if let Some(start) = start.filter(ends) {
+            return Some(start);
+        }
+    }
+    earliest_before(machines, cache, (shape, length_ms, u64::MAX), steps)
+}
+
+/// The first start at which the machines of a gang are free up to `horizon_ms`, and a single one for as long as it takes.
+fn earliest_before(machines: &Machines<'_>, cache: &mut Cache, asked: Asked<'_>, steps: &mut u64) -> Option<Start> {
+    let (shape, ..) = asked;
     let mut soonest = Soonest::new();
     for (id, node) in machines.state.nodes.iter() {
         *steps += 1;
-        if node.value.admin == NodeAdmin::Ready && !machines.unheard.contains(id) {
-            look_at(machines, cache, (shape, length_ms), *id, &mut soonest, steps);
+        if node.value.admin == NodeAdmin::Ready && !machines.unheard.contains(id) && machines.is_open(*id) {
+            look_at(machines, cache, asked, *id, &mut soonest, steps);
         }
     }
     let (at_ms, nodes) = pick(shape, &soonest)?;
-    let until_ms = window_end(shape, length_ms, at_ms);
+    let until_ms = room_until(asked, at_ms);
     let part = |(id, gpu_type): (NodeId, Option<GpuTypeId>)| {
         let (node, _) = machines.node(id)?;
         let free = machines.free_during(id, at_ms, until_ms, u64::MAX)?;
@@ -56,29 +78,34 @@ pub(crate) fn earliest(
 }
 
 /// The machines of a gang have room at different times, and it starts at the last of them: so each must have room from
-/// its own time on for ever. One machine alone must have it for as long as the task may run.
-fn window_end(shape: &Shape, length_ms: Option<u64>, at_ms: u64) -> u64 {
-    length_ms.filter(|_| shape.nodes == 1).map_or(u64::MAX, |length| at_ms.saturating_add(length))
+/// its own time on up to the horizon. One machine alone must have it for as long as the task may run.
+fn room_until((shape, length_ms, horizon_ms): Asked<'_>, at_ms: u64) -> u64 {
+    length_ms.filter(|_| shape.nodes == 1).map_or(horizon_ms, |length| at_ms.saturating_add(length))
 }
 
 /// Enters the machine's first moment with room, for each type, unless enough others have theirs sooner.
 fn look_at(
     machines: &Machines<'_>,
     cache: &mut Cache,
-    (shape, length_ms): (&Shape, Option<u64>),
+    asked: Asked<'_>,
     id: NodeId,
     soonest: &mut Soonest,
     steps: &mut u64,
 ) {
+    let (shape, ..) = asked;
     let Some((node, alloc)) = machines.node(id) else { return };
     let types = types_on(node, shape);
     let limit = machines.state.meta.settings.leases_per_node as usize;
     let mut holdings = machines.holdings(id);
     holdings.sort_by_key(|(end, _)| *end);
-    let kept = machines.kept_on(id);
+    let kept: Vec<&Kept> = machines.kept_on(id).collect();
     let ends = holdings.iter().map(|(end, _)| *end).chain(kept.iter().map(|kept| kept.until_ms));
     let mut times: Vec<u64> = ends.filter(|end| *end != u64::MAX).collect();
     times.push(machines.state.meta.clock_ms);
+    if let Some((from_ms, until_ms)) = machines.start_bounds() {
+        times.push(from_ms);
+        times.retain(|time| (from_ms..until_ms).contains(time));
+    }
     times.sort_unstable();
     times.dedup();
     let (mut free, mut ended) = (alloc.clone(), 0);
@@ -98,7 +125,7 @@ fn look_at(
         }
         let during = match kept.is_empty() {
             true => Some(Cow::Borrowed(&free)),
-            false => machines.free_during(id, time, window_end(shape, length_ms, time), u64::MAX).map(Cow::Owned),
+            false => machines.free_during(id, time, room_until(asked, time), u64::MAX).map(Cow::Owned),
         };
         let Some(during) = during else { return };
         for (gpu_type, seat) in seats_on(machines, cache, shape, (id, node, &during)) {

@@ -58,7 +58,7 @@ impl<'a> Seats<'a> {
             self.by_type.entry(gpu_type).or_default().remove(&seat);
         }
         let seats = match machines.beside(node, self.bar) {
-            Some((record, alloc)) if machines.takes_leases(node) => {
+            Some((record, alloc)) if machines.takes_leases(node) && machines.is_open(node) => {
                 seats_on(machines, cache, self.shape, (node, record, &alloc))
             }
             _ => Vec::new(),

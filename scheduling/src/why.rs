@@ -300,7 +300,7 @@ fn alternatives(state: &State, task: TaskKey, spec: &JobSpec, reason: &Reason) -
         all.push(Instead { kind, ask, state });
     };
     let shape = &spec.shape;
-    if let Reason::Reserved { fits_ms: Some(ms), .. } = reason
+    if let Reason::Reserved { fits_ms: Some(ms), .. } | Reason::SetAside { fits_ms: Some(ms), .. } = reason
         && *ms >= 1_000
     {
         // Some time passes until it is typed.

@@ -47,6 +47,8 @@ pub struct Policy {
     pub may_borrow: bool,
     /// Time limit of jobs that name none, in ms; 0 = its parent's, or none.
     pub default_limit_ms: u64,
+    /// Longest time limit of its jobs and of those below it, in ms, and that of jobs that have none; 0 = none.
+    pub max_limit_ms: u64,
     /// Jobs that wait; 0 = no limit.
     pub max_pending: u64,
 }
@@ -59,6 +61,7 @@ impl Default for Policy {
             limit: Ceiling::default(),
             may_borrow: true,
             default_limit_ms: 0,
+            max_limit_ms: 0,
             max_pending: 0,
         }
     }

@@ -34,6 +34,7 @@ impl State {
         self.check_strays()?;
         self.check_tenants()?;
         self.check_claims()?;
+        self.check_reservations()?;
         let wrong = self.meta.settings.planning.wrong();
         must(wrong.is_empty(), "policy_in_bounds", || wrong.join("; "))?;
         self.check_requests()?;
@@ -223,6 +224,30 @@ impl State {
                     let drains = self.leases.get(token).is_some_and(|lease| lease.value.verdict.is_some());
                     must(drains, "claim_kept", || {
                         format!("node {} has GPUs that are kept for job {} in lease {token}", part.node, task.job)
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A machine is set aside once at a time, and since a window began nothing started there but what it is for.
+    fn check_reservations(&self) -> Result<(), Violation> {
+        for (id, reservation) in self.reservations.iter() {
+            for node in &reservation.nodes {
+                let clash =
+                    self.reserved_on(*node).find(|(other, record)| *other > *id && record.overlaps(reservation));
+                must(clash.is_none(), "reservation_kept", || {
+                    let other = clash.map(|(_, record)| record.name.as_str());
+                    format!("{:?} and {other:?} set node {node} aside at one time", reservation.name)
+                })?;
+                let Some(begun) = reservation.begun else { continue };
+                let leases = self.allocs.get(node).map(|alloc| alloc.leases.as_slice()).unwrap_or_default();
+                for token in leases.iter().filter(|token| **token > begun) {
+                    let job = self.leases.get(token).and_then(|lease| self.jobs.get(&lease.value.task.job));
+                    let may = job.is_some_and(|job| job.value.spec.reservation() == reservation.name);
+                    must(may, "reservation_kept", || {
+                        format!("lease {token} started on node {node}, which {:?} sets aside", reservation.name)
                     })?;
                 }
             }

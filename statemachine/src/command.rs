@@ -125,6 +125,39 @@ pub enum Command {
         path: String,
         step: u64,
     },
+    CreateReservation(Box<CreateReservation>),
+    /// Before its time, or before it has begun; what runs there runs on.
+    EndReservation {
+        name: String,
+    },
+}
+
+/// Machines to be set aside for a window of wall time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateReservation {
+    pub name: String,
+    /// For nobody's jobs.
+    pub maintenance: bool,
+    /// Who may use it, where it is no maintenance; all empty = everybody.
+    pub tenants: Vec<String>,
+    pub users: Vec<String>,
+    pub machines: Machines,
+    /// 0 = now.
+    pub start_wall_ms: i64,
+    pub duration_ms: u64,
+    pub requeue: bool,
+    pub reason: String,
+}
+
+/// Which machines: those named, or those that match.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machines {
+    pub names: Vec<String>,
+    /// With GPUs of this type; empty = any. Nothing that matches may stand beside names.
+    pub gpu_type: String,
+    pub labels: BTreeMap<String, String>,
+    /// So many of those that match, free ones first; 0 = all of them.
+    pub count: u32,
 }
 
 /// Running attempts end and go back to the queue, so that a task that waits can start: all of them or none.
@@ -176,6 +209,8 @@ pub struct SetTenant {
     pub may_borrow: Option<bool>,
     /// 0 = none.
     pub default_limit_ms: Option<u64>,
+    /// 0 = none.
+    pub max_limit_ms: Option<u64>,
     /// 0 = no limit.
     pub max_pending: Option<u64>,
 }
@@ -432,6 +467,9 @@ pub enum Code {
     PriorityDenied,
     Claimed,
     VictimProtected,
+    Reserved,
+    ReservationUnknown,
+    ReservationDenied,
 }
 
 impl Code {
@@ -478,6 +516,9 @@ impl Code {
             Code::PriorityDenied => "PRIORITY_DENIED",
             Code::Claimed => "CLAIMED",
             Code::VictimProtected => "VICTIM_PROTECTED",
+            Code::Reserved => "RESERVED",
+            Code::ReservationUnknown => "RESERVATION_UNKNOWN",
+            Code::ReservationDenied => "RESERVATION_DENIED",
             Code::GenerationStale => "GENERATION_STALE",
         }
     }

@@ -34,6 +34,8 @@ id!(/// An interned GPU type slug such as `h100`.
     GpuTypeId(u16));
 id!(/// A client session, the owner of locks.
     SessionId(u64));
+id!(/// A window of wall time in which machines are set aside; never reused.
+    ReservationId(u64));
 id!(/// One per command that changed the keyspace; grows by one.
     Revision(u64));
 

@@ -213,6 +213,9 @@ impl State {
             index.timers.insert(claim.timer(*task));
             index.claims.extend(claim.parts.iter().map(|part| (part.node, *task)));
         }
+        for (id, reservation) in self.reservations.iter() {
+            index.enter_reservation(*id, reservation);
+        }
         for (id, class) in self.classes.iter() {
             index.class_by_facts.insert(class.clone(), *id);
         }

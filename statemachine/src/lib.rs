@@ -15,6 +15,7 @@ pub mod keyspace;
 mod lease;
 pub mod preemption;
 pub mod record;
+pub mod reservation;
 mod retry;
 pub mod settings;
 pub mod spec;

@@ -1,6 +1,6 @@
 //! The records of the replicated state: what is kept of each thing, not how it changes (that is `apply`).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
@@ -517,6 +517,34 @@ pub struct Priority {
     pub preemptible: bool,
 }
 
+/// Machines set aside for a window of wall time: nothing that may run into it starts there but what it is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reservation {
+    /// A slug; only one reservation that has not ended has it.
+    pub name: String,
+    pub whom: Whom,
+    /// Fixed when it was made; never empty.
+    pub nodes: BTreeSet<NodeId>,
+    pub start_wall_ms: i64,
+    /// It is removed then.
+    pub end_wall_ms: i64,
+    /// What still runs there when it begins goes back to the queue; otherwise it runs on.
+    pub requeue: bool,
+    /// For people; may be empty.
+    pub reason: String,
+    /// The last token that was minted before it began; absent = it has not begun. A wall clock that goes back ends nothing.
+    pub begun: Option<Token>,
+}
+
+/// What a reservation is for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Whom {
+    /// Nobody's jobs.
+    Maintenance,
+    /// Jobs that name it: of these tenants and those below them, and of these users; everybody's where both are empty.
+    Jobs { tenants: Vec<TenantId>, users: Vec<UserId> },
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Queue {
     pub name: String,
@@ -623,6 +651,7 @@ pub struct Meta {
     pub next_gpu_type: u16,
     pub next_session: u64,
     pub next_tenant: u32,
+    pub next_reservation: u64,
     /// Grows with each change of what operators decide: tenants, priorities, reservations.
     pub policy: u64,
     /// The last token minted.

@@ -39,6 +39,8 @@ pub struct Terms {
     pub class: String,
     /// What tells an attempt that is preempted to save its work; 0 = SIGTERM.
     pub checkpoint_signal: u8,
+    /// Runs on the machines of this reservation, in its time alone; empty = on those that none sets aside.
+    pub reservation: String,
 }
 
 /// A job that another one waits for, and how it must end.
@@ -86,6 +88,16 @@ impl JobSpec {
 
     pub fn checkpoint_signal(&self) -> u8 {
         self.terms.as_ref().map_or(0, |terms| terms.checkpoint_signal)
+    }
+
+    /// The reservation that it runs in; empty = none.
+    pub fn reservation(&self) -> &str {
+        self.terms.as_ref().map_or("", |terms| terms.reservation.as_str())
+    }
+
+    /// How long one attempt may hold its machines: its time limit and the grace behind it; `None` = without end.
+    pub fn length_ms(&self) -> Option<u64> {
+        (self.limit_ms > 0).then(|| self.limit_ms.saturating_add(self.kill_grace_ms))
     }
 
     /// The wall time after which a start can't keep the deadline any more; without a time limit the deadline itself.

@@ -24,6 +24,7 @@ pub struct State {
     pub queues: Table<QueueId, Queue>,
     pub priorities: Table<String, Priority>,
     pub claims: Table<TaskKey, Claim>,
+    pub reservations: Table<ReservationId, Reservation>,
     pub sessions: Table<SessionId, Session>,
     pub locks: Table<String, Versioned<Lock>>,
     pub requests: Table<RequestId, Request>,
@@ -68,6 +69,9 @@ pub struct Index {
     pub orphans: OrdSet<(JobId, NodeId, Token)>,
     /// Where something is kept for a task.
     pub claims: OrdSet<(NodeId, TaskKey)>,
+    pub reservation_by_name: OrdMap<String, ReservationId>,
+    /// Which reservations set a machine aside.
+    pub reserved: OrdSet<(NodeId, ReservationId)>,
     /// Jobs on hold `restore`, by how long after the restore that ends.
     pub restoring: OrdSet<(u64, JobId)>,
 }
@@ -122,6 +126,8 @@ pub enum CalendarKind {
     Begin(JobId),
     /// Too late for the job to start.
     Deadline(JobId),
+    ReservationBegins(ReservationId),
+    ReservationEnds(ReservationId),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -120,6 +120,12 @@ enum Op {
         pick: u8,
         twist: u8,
     },
+    Reserve {
+        name: u8,
+        nodes: u8,
+        from_ms: u32,
+        what: u8,
+    },
     /// Ends the entry: what follows sees its effect.
     Cut,
 }
@@ -161,6 +167,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         8 => (any::<u8>(), proptest::collection::vec(any::<u8>(), 1..3), any::<u8>())
             .prop_map(|(pick, victims, node)| Op::Preempt { pick, victims, node }),
         1 => (any::<u8>(), any::<u8>()).prop_map(|(pick, twist)| Op::Checkpoint { pick, twist }),
+        2 => (0..3u8, 1..8u8, 0..100_000u32, any::<u8>())
+            .prop_map(|(name, nodes, from_ms, what)| Op::Reserve { name, nodes, from_ms, what }),
         12 => Just(Op::Cut),
     ];
     proptest::collection::vec(op, 1..160)
@@ -194,6 +202,11 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
                 submit.priority_class = ["low", "high"][usize::from(kind / 5 % 2)].into();
             }
             submit.spec.terms = some_terms(state, &jobs, *terms);
+            let windows = state.reservations.iter().filter(|(_, window)| !window.is_maintenance());
+            let windows: Vec<String> = windows.map(|(_, window)| window.name.clone()).collect();
+            if let Some(reservation) = pick(&windows, kind / 8).filter(|_| kind % 2 == 1) {
+                submit.spec.terms = Some(Box::new(Terms { reservation, ..Terms::default() }));
+            }
             if *kind > 240 {
                 submit.spec.shape.nodes = 0;
             }
@@ -344,9 +357,31 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             let token = if *twist == 0 { Token(u64::from(*nth)) } else { pick(&tokens, *nth)? };
             Command::Checkpoint { token, path: "c".repeat(usize::from(*twist) * 5), step: 1 }
         }
+        Op::Reserve { name, what: 200.., .. } => Command::EndReservation { name: window_name(*name).into() },
+        Op::Reserve { name, nodes: mask, from_ms, what } => {
+            let named = nodes.iter().enumerate().filter(|(nth, _)| mask & (1 << nth) != 0);
+            let names = named.map(|(_, id)| state.node_name(*id).to_owned()).collect();
+            Command::CreateReservation(Box::new(CreateReservation {
+                name: window_name(*name).into(),
+                maintenance: what % 2 == 0,
+                users: if what % 3 == 0 { vec!["bob".into()] } else { Vec::new() },
+                machines: Machines { names, ..Machines::default() },
+                start_wall_ms: match what % 4 {
+                    1 => 0,
+                    _ => WALL0.saturating_add_unsigned(world.clock_ms) + i64::from(*from_ms),
+                },
+                duration_ms: 1_000 + u64::from(*what) * 1_000,
+                requeue: what % 5 < 2,
+                ..CreateReservation::default()
+            }))
+        }
         Op::Wait { .. } | Op::Cut => return None,
     };
     Some((None, body))
+}
+
+fn window_name(nth: u8) -> &'static str {
+    ["w0", "w1", "w2"][usize::from(nth) % 3]
 }
 
 fn tenant_name(nth: u8) -> &'static str {
@@ -369,7 +404,8 @@ fn some_terms(state: &State, jobs: &[JobId], terms: u8) -> Option<Box<Terms>> {
     let at = |ms: i64| if ms == 0 { 0 } else { wall_ms + ms };
     let begin_wall_ms = at(i64::from(terms / 4 % 2) * 90_000);
     let deadline_wall_ms = at(i64::from(terms / 8 % 3) * 200_000);
-    Some(Box::new(Terms { begin_wall_ms, deadline_wall_ms, after: parents, ..Terms::default() }))
+    let reservation = if terms % 8 == 3 { window_name(terms / 16).to_owned() } else { String::new() };
+    Some(Box::new(Terms { begin_wall_ms, deadline_wall_ms, after: parents, reservation, ..Terms::default() }))
 }
 
 fn twist_plan(places: &mut [Place], twist: u8) {
@@ -619,8 +655,8 @@ fn random_logs_reach_what_matters() {
     use proptest::strategy::ValueTree;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (mut verdicts, mut states, mut codes) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-    let (mut preempted, mut checkpoints) = (0, 0);
-    for _ in 0..160 {
+    let (mut preempted, mut checkpoints, mut inside, mut sent_away) = (0, 0, 0, 0);
+    for _ in 0..240 {
         let ops = ops().new_tree(&mut runner).expect("a list of operations").current();
         let (world, _) = play(&ops);
         for event in &world.state.events {
@@ -631,10 +667,18 @@ fn random_logs_reach_what_matters() {
             };
         }
         checkpoints += world.state.tasks.iter().filter(|(_, task)| task.value.checkpoint.is_some()).count();
+        let rows = world.state.tasks.iter().flat_map(|(_, task)| &task.value.attempts);
+        sent_away += rows.filter(|row| row.text.starts_with("reservation ")).count();
         let mut again = State::new([7; 16], world.state.meta.settings.clone());
         for entry in &world.log {
             for (cmd, outcome) in entry.cmds.iter().zip(again.apply(entry).expect("a known level")) {
                 preempted += usize::from(matches!((&cmd.body, &outcome), (Command::Preempt(_), Outcome::Done(_))));
+                if let (Command::Plan(plan), Outcome::Done(Reply::Plan(all))) = (&cmd.body, &outcome) {
+                    let granted = plan.places.iter().zip(all).filter(|(_, answer)| answer.is_ok());
+                    let spec = |place: &Place| again.jobs.get(&place.task.job).map(|job| job.value.spec.clone());
+                    let own = |place: &Place| spec(place).is_some_and(|spec| !spec.reservation().is_empty());
+                    inside += granted.filter(|(place, _)| own(place)).count();
+                }
                 match outcome {
                     Outcome::Rejected(rejection) => codes.extend([rejection.code.name()]),
                     Outcome::Done(Reply::Plan(all)) => {
@@ -648,6 +692,7 @@ fn random_logs_reach_what_matters() {
             }
         }
     }
+    assert!(inside > 0 && sent_away > 0, "{inside} started in a reservation, {sent_away} were sent away by one");
     println!("{verdicts:?} {states:?} {codes:?}");
     assert!(preempted > 0 && checkpoints > 3, "room was made {preempted} times, {checkpoints} have a checkpoint");
     for verdict in
@@ -659,7 +704,8 @@ fn random_logs_reach_what_matters() {
         assert!(states.contains(state), "no task was {state}: {states:?}");
     }
     for code in
-        "GPU_TAKEN EPOCH_STALE TOKEN_STALE ALREADY_DECIDED REQUEST_MISMATCH IDENTITY_CONFLICT QUOTA VICTIM_PROTECTED"
+        "GPU_TAKEN EPOCH_STALE TOKEN_STALE ALREADY_DECIDED REQUEST_MISMATCH IDENTITY_CONFLICT QUOTA VICTIM_PROTECTED \
+         RESERVED RESERVATION_UNKNOWN RESERVATION_DENIED CONFLICT"
             .split(' ')
     {
         assert!(codes.contains(code), "no command was refused as {code}: {codes:?}");

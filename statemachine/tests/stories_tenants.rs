@@ -106,6 +106,34 @@ fn jobs_get_the_time_limit_of_the_nearest_tenant_that_has_one() {
 }
 
 #[test]
+fn no_job_has_a_longer_time_limit_than_its_tenants_allow() {
+    let mut world = World::new();
+    set(&mut world, SetTenant { max_limit_ms: Some(60_000), ..tenant("lab", "") }).unwrap();
+    let (max_limit_ms, default_limit_ms) = (Some(90_000), Some(70_000));
+    set(&mut world, SetTenant { max_limit_ms, default_limit_ms, ..tenant("vision", "lab") }).unwrap();
+    let of = |tenant: &str, limit_ms: u64| {
+        let mut job = job_of(tenant, 1);
+        job.spec.limit_ms = limit_ms;
+        job
+    };
+    let limit = |world: &World, id| world.state.jobs.get(&id).unwrap().value.spec.limit_ms;
+    let plain = world.submit(of("vision", 0));
+    assert_eq!(limit(&world, plain), 60_000, "its default, within what is allowed");
+    let bare = world.submit(of("lab", 0));
+    assert_eq!(limit(&world, bare), 60_000, "what is allowed, for want of a default");
+    world.submit(of("vision", 60_000));
+    match world.run(Command::SubmitJob(Box::new(of("vision", 60_001)))) {
+        Outcome::Rejected(no) => {
+            assert_eq!(no.code, Code::InvalidSpec);
+            assert_eq!(no.detail, "limit_ms is 60001, the limit of tenant \"lab\" is 60000");
+        }
+        other => panic!("{other:?}"),
+    }
+    set(&mut world, SetTenant { max_limit_ms: Some(0), create: false, ..tenant("lab", "") }).unwrap();
+    world.submit(of("vision", 90_000));
+}
+
+#[test]
 fn a_tenant_may_have_only_so_many_jobs_that_wait() {
     let mut world = World::new();
     let (node, _) = world.register(machine("n1", 1, 8));

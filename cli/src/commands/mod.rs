@@ -14,6 +14,7 @@ mod node;
 mod policy;
 mod priority;
 mod queue;
+mod reservation;
 mod run;
 mod server;
 mod show;
@@ -72,6 +73,8 @@ pub enum Command {
     Tenant(tenant::Args),
     /// Named priorities, and who may use them
     Priority(priority::Args),
+    /// Machines set aside for a window of time: a maintenance, or some people's jobs
+    Reservation(reservation::Args),
     /// The order in which jobs are looked at, and what is protected
     Policy(policy::Args),
     /// Who has used what, and who is owed what
@@ -142,6 +145,7 @@ pub fn run(command: Command, global: Global) -> Outcome {
         Command::Queue(args) => queue::run(args, global),
         Command::Tenant(args) => tenant::run(args, global),
         Command::Priority(args) => priority::run(args, global),
+        Command::Reservation(args) => reservation::run(args, global),
         Command::Policy(args) => policy::run(args, global),
         Command::Share(args) => tenant::share(args, global),
         Command::Nodes(args) => node::list(args, global),

@@ -39,8 +39,8 @@ fn row(node: &v1::Node) -> Row {
         .iter()
         .filter(|gpu| gpu.health != "OK")
         .map(|gpu| format!("GPU {} {}: {}", gpu.slot, gpu.health, gpu.reason));
-    let reason =
-        std::iter::once(node.reason.clone()).filter(|reason| !reason.is_empty()).chain(sick).collect::<Vec<_>>();
+    let reason = std::iter::once(node.reason.clone()).filter(|reason| !reason.is_empty());
+    let reason = reason.chain(sick).chain(node.windows.iter().map(window)).collect::<Vec<_>>();
     Row {
         name: node.name.clone(),
         cells: vec![
@@ -55,6 +55,14 @@ fn row(node: &v1::Node) -> Row {
         ],
         json: crate::json::node(node),
     }
+}
+
+/// "maintenance spring until TIME", "reservation demo from TIME to TIME".
+fn window(window: &v1::NodeWindow) -> String {
+    let what = if window.maintenance { "maintenance" } else { "reservation" };
+    let (name, start, end) =
+        (&window.reservation, output::time(window.start_unix_ms), output::time(window.end_unix_ms));
+    if window.begun { format!("{what} {name} until {end}") } else { format!("{what} {name} from {start} to {end}") }
 }
 
 #[derive(Debug, clap::Args)]

@@ -72,6 +72,7 @@ fn print(job: &v1::Job) {
     if spec.limit_ms > 0 {
         line("Limit", &output::age(spec.limit_ms as i64));
     }
+    line("Reserved", &spec.reservation);
     line("Begin", &output::time(spec.begin_unix_ms));
     line("Deadline", &output::time(spec.deadline_unix_ms));
     let after: Vec<String> = spec.after.iter().map(|after| format!("{}:{}", after.kind, after.job_id)).collect();

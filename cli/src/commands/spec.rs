@@ -64,6 +64,9 @@ pub struct JobArgs {
     /// Who pays: ares tenant list [default: default]
     #[arg(long, default_value = "", hide_default_value = true, value_name = "TENANT")]
     tenant: String,
+    /// Run on the machines of this reservation, in its time: ares reservation list
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME", help_heading = TIME)]
+    reservation: String,
     /// Wait until `ares release` lets it start
     #[arg(long, short = 'H', help_heading = TIME)]
     hold: bool,
@@ -224,6 +227,7 @@ impl JobArgs {
             begin_unix_ms: when::unix_ms("--begin", &self.begin)?,
             deadline_unix_ms: when::unix_ms("--deadline", &self.deadline)?,
             after: when::after(&self.after)?,
+            reservation: self.reservation.clone(),
         })
     }
 
@@ -279,7 +283,7 @@ pub fn refused(error: proto::Error) -> Failure {
     }
 }
 
-fn pairs(
+pub fn pairs(
     option: &str,
     given: &[String],
     bare: impl Fn(&str) -> Result<String, Failure>,

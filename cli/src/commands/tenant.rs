@@ -70,6 +70,9 @@ struct Set {
     /// Time limit of jobs that name none, or none
     #[arg(long, value_name = "TIME")]
     default_limit: Option<String>,
+    /// Longest time limit of its jobs and of those of tenants below it, or none; jobs without one get it
+    #[arg(long, value_name = "TIME")]
+    max_limit: Option<String>,
     /// Jobs that may wait; 0 = no limit
     #[arg(long, value_name = "N")]
     max_pending: Option<u64>,
@@ -111,11 +114,13 @@ fn request(set: Set, create: bool) -> Result<v1::SetTenantRequest, Failure> {
         text.map(|text| Ok::<_, Failure>(v1::TypeCounts { counts: counts(option, &text)? })).transpose()
     };
     let limit_mem = set.limit_mem.map(|text| bound(&text, |text| size_mib("--limit-mem", text))).transpose()?;
-    let default_limit_ms = match set.default_limit.as_deref() {
-        None => None,
-        Some("none" | "0") => Some(0),
-        Some(text) => Some(duration_ms("--default-limit", text)?),
+    let limit_ms = |option: &str, text: Option<&str>| match text {
+        None => Ok::<_, Failure>(None),
+        Some("none" | "0") => Ok(Some(0)),
+        Some(text) => duration_ms(option, text).map(Some),
     };
+    let default_limit_ms = limit_ms("--default-limit", set.default_limit.as_deref())?;
+    let max_limit_ms = limit_ms("--max-limit", set.max_limit.as_deref())?;
     Ok(v1::SetTenantRequest {
         request_id: proto::request_id(),
         name: set.tenant,
@@ -129,6 +134,7 @@ fn request(set: Set, create: bool) -> Result<v1::SetTenantRequest, Failure> {
         limit_mem_mib: limit_mem,
         may_borrow: set.may_borrow,
         default_limit_ms,
+        max_limit_ms,
         max_pending: set.max_pending,
     })
 }
@@ -196,7 +202,8 @@ fn show(name: &str, global: &Global) -> Outcome {
         Format::Json | Format::Jsonl => output::json(&document(tenant)),
         Format::Name => println!("{name}"),
         Format::Table => {
-            let limit = if tenant.default_limit_ms == 0 { "none".to_owned() } else { age(tenant.default_limit_ms) };
+            let limit_of = |ms: u64| if ms == 0 { "none".to_owned() } else { age(ms) };
+            let limit = format!("{}, at most {}", limit_of(tenant.default_limit_ms), limit_of(tenant.max_limit_ms));
             let pending = if tenant.max_pending == 0 { "no limit".to_owned() } else { tenant.max_pending.to_string() };
             let parent = if tenant.parent.is_empty() { "none" } else { &tenant.parent };
             for (head, text) in [
@@ -303,6 +310,7 @@ fn document(tenant: &v1::Tenant) -> Value {
         "limit_mem_mib": tenant.limit_mem_mib,
         "may_borrow": tenant.may_borrow,
         "default_limit_ms": tenant.default_limit_ms,
+        "max_limit_ms": tenant.max_limit_ms,
         "max_pending": tenant.max_pending,
         "used_gpus": tenant.used_gpus,
         "used_cores": tenant.used_cores,

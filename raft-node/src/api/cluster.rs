@@ -174,9 +174,23 @@ impl Api {
             heard_ms_ago,
             evict_in_ms: evict_ms.map(|at| at.saturating_sub(state.meta.clock_ms)),
             leases: alloc.leases.len() as u32,
+            windows: windows(state, id),
             labels: node.labels.clone().into_iter().collect(),
         }
     }
+}
+
+fn windows(state: &State, id: NodeId) -> Vec<v1::NodeWindow> {
+    let shown = state.reserved_on(id).map(|(_, window)| v1::NodeWindow {
+        reservation: window.name.clone(),
+        maintenance: window.is_maintenance(),
+        start_unix_ms: window.start_wall_ms,
+        end_unix_ms: window.end_wall_ms,
+        begun: window.begun.is_some(),
+    });
+    let mut windows: Vec<v1::NodeWindow> = shown.collect();
+    windows.sort_by_key(|window| window.start_unix_ms);
+    windows
 }
 
 fn shown(members: Vec<Member>) -> Vec<v1::Member> {

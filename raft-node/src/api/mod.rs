@@ -9,6 +9,7 @@ mod jobs;
 mod keyspace;
 mod locks;
 pub mod requests;
+mod reservations;
 mod server;
 pub mod status;
 mod tenants;

@@ -92,6 +92,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
         after: job.after.iter().filter_map(|parent| after(parent, &mut fields)).collect(),
         class: String::new(),
         checkpoint_signal: fields.narrow("checkpoint_signal", job.checkpoint_signal, 31),
+        reservation: job.reservation,
     };
     let name = if job.name.is_empty() { default_name(&body.argv) } else { job.name };
     let spec = JobSpec {

@@ -10,6 +10,7 @@ use proto::v1::cluster_server::ClusterServer;
 use proto::v1::jobs_server::JobsServer;
 use proto::v1::keyspace_server::KeyspaceServer;
 use proto::v1::locks_server::LocksServer;
+use proto::v1::reservations_server::ReservationsServer;
 use proto::v1::tenants_server::TenantsServer;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -61,6 +62,7 @@ pub fn serve(listener: TcpListener, api: Api) -> std::io::Result<Served> {
         .add_service(ClusterServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(AuditServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(TenantsServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
+        .add_service(ReservationsServer::new(api.clone()).max_decoding_message_size(MAX_REQUEST))
         .add_service(AgentsServer::new(api).max_decoding_message_size(MAX_REQUEST));
     let task = tokio::spawn(server.serve_with_incoming_shutdown(incoming, async {
         let _ = stopped.await;

@@ -164,6 +164,7 @@ fn set_tenant(request: v1::SetTenantRequest) -> Result<SetTenant, Status> {
         limit_mem_mib: request.limit_mem_mib.map(|bound| bound.value),
         may_borrow: request.may_borrow,
         default_limit_ms: request.default_limit_ms,
+        max_limit_ms: request.max_limit_ms,
         max_pending: request.max_pending,
     })
 }
@@ -210,6 +211,7 @@ fn show(state: &State, tenant: &Tenant, depth: u32, share: Share) -> v1::Tenant 
         limit_mem_mib: policy.limit.mem_mib,
         may_borrow: policy.may_borrow,
         default_limit_ms: policy.default_limit_ms,
+        max_limit_ms: policy.max_limit_ms,
         max_pending: policy.max_pending,
         used_gpus: by_type(&tenant.used.gpus),
         used_cores: tenant.used.cores,

@@ -173,6 +173,7 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             .collect(),
         image: String::new(),
         checkpoint_signal: u32::from(spec.checkpoint_signal()),
+        reservation: spec.reservation().to_owned(),
     }
 }
 

@@ -51,8 +51,9 @@ impl Settled {
         for (task, reason) in &plan.reasons {
             let job = &state.jobs.get(&task.job)?.value;
             match **reason {
-                // The bound of one tenant says nothing about the shape.
-                Reason::Quota { .. } => {}
+                // The bound of one tenant says nothing about the shape, nor does a window that a shorter one avoids.
+                Reason::Quota { .. } | Reason::SetAside { .. } => {}
+                _ if !job.spec.reservation().is_empty() => {}
                 Reason::Reserved { .. } => {
                     let key = (job.tenant, job.spec.shape.clone());
                     barred.entry(key).or_insert_with(|| First::of(&job.spec));
@@ -99,6 +100,9 @@ impl Settled {
 
     /// The job can't start where the ones that were looked at could not.
     fn knows(&self, job: &Job) -> bool {
+        if !job.spec.reservation().is_empty() {
+            return false;
+        }
         let shape = &job.spec.shape;
         let behind = |first: &First| {
             let own = First::of(&job.spec);

@@ -11,7 +11,7 @@ use statemachine::command::{
 };
 use statemachine::record::{Class, Exit, ExitCause, GpuHealth, KillStrength, PciClass, StoredReply};
 use statemachine::settings::Settings;
-use statemachine::spec::{Body, JobSpec, Shape};
+use statemachine::spec::{Body, JobSpec, Shape, Terms};
 use statemachine::{Cmd, Command, Entry, GpuUuid, JobId, NodeId, Outcome, Reply, State, Token};
 
 pub struct Site {
@@ -95,7 +95,7 @@ impl Site {
         let entry = Entry {
             level: self.state.meta.level,
             clock_ms: self.state.meta.clock_ms + 1,
-            wall_ms: 1_700_000_000_000,
+            wall_ms: 1_700_000_000_001i64.saturating_add_unsigned(self.state.meta.clock_ms),
             salt: 9,
             cmds: vec![cmd],
         };
@@ -178,6 +178,16 @@ impl Site {
         limit_ms: u64,
     ) -> JobId {
         self.submitted(asked(tenant, shape, priority, gpu_types, limit_ms))
+    }
+
+    /// In a reservation.
+    pub fn submit_inside(&mut self, name: &str, shape: Shape, limit_ms: u64) -> JobId {
+        self.submitted(asked_inside(name, shape, limit_ms))
+    }
+
+    /// The same, where it may be refused.
+    pub fn try_submit_inside(&mut self, name: &str, shape: Shape, limit_ms: u64) -> Outcome {
+        self.command(Command::SubmitJob(Box::new(asked_inside(name, shape, limit_ms))))
     }
 
     fn submitted(&mut self, submit: SubmitJob) -> JobId {
@@ -275,6 +285,12 @@ impl Site {
         self.state.meta.clock_ms += ms;
         self.done(Command::Tick);
     }
+}
+
+fn asked_inside(name: &str, shape: Shape, limit_ms: u64) -> SubmitJob {
+    let mut asked = asked("default", shape, 0, &[], limit_ms);
+    asked.spec.terms = Some(Box::new(Terms { reservation: name.into(), ..Terms::default() }));
+    asked
 }
 
 fn asked(tenant: &str, shape: Shape, priority: i32, gpu_types: &[&str], limit_ms: u64) -> SubmitJob {

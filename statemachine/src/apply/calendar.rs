@@ -1,7 +1,7 @@
-//! Calendar rules, the only ones that follow wall time: a job's begin time, and the last moment at which it may start.
-//! A begin that was reached is noted in the job, so a wall clock that goes back takes nothing back.
+//! Calendar rules, the only ones that follow wall time: a job's begin time, the last moment at which it may start, and
+//! the windows of reservations. A begin that was reached is noted, so a wall clock that goes back takes nothing back.
 
-use super::Ctx;
+use super::{Ctx, reservation};
 use crate::command::{Code, Rejection};
 use crate::record::*;
 use crate::spec::JobSpec;
@@ -11,7 +11,9 @@ use crate::transition::By;
 /// Refuses a deadline that the job could not keep if it started as early as it may.
 pub(super) fn check_deadline(state: &State, spec: &JobSpec) -> Result<(), Rejection> {
     let Some(latest_ms) = spec.latest_start_wall_ms() else { return Ok(()) };
-    let earliest_ms = state.meta.wall_ms.max(spec.begin_wall_ms());
+    let window = state.reservation(spec.reservation()).filter(|(_, window)| window.begun.is_none());
+    let begins_ms = window.map_or(0, |(_, window)| window.start_wall_ms);
+    let earliest_ms = state.meta.wall_ms.max(spec.begin_wall_ms()).max(begins_ms);
     if latest_ms >= earliest_ms {
         return Ok(());
     }
@@ -37,6 +39,8 @@ pub(super) fn fire(state: &mut State, ctx: &mut Ctx<'_>, limit: u32) {
             CalendarKind::Deadline(job) => state.change_job(ctx, job, |state, ctx| {
                 state.end_unstarted(ctx, job.into(), By::Cancel, Some(EndCause::Deadline));
             }),
+            CalendarKind::ReservationBegins(id) => reservation::begin(state, ctx, id),
+            CalendarKind::ReservationEnds(id) => reservation::remove(state, id),
         }
     }
 }

@@ -24,6 +24,7 @@ mod preempt;
 mod register;
 mod report;
 mod requests;
+mod reservation;
 pub(crate) mod restore;
 mod retain;
 mod session;
@@ -88,6 +89,7 @@ impl State {
             next_gpu_type: 1,
             next_session: 1,
             next_tenant: 1,
+            next_reservation: 1,
             level: LEVEL,
             settings,
             request_horizon_wall_ms: i64::MIN,
@@ -192,6 +194,8 @@ impl State {
             Command::SetPolicy(set) => policy::set(self, set),
             Command::Preempt(preempt) => preempt::apply(self, ctx, preempt),
             Command::Checkpoint { token, path, step } => checkpoint::apply(self, *token, path, *step),
+            Command::CreateReservation(create) => reservation::create(self, ctx, create),
+            Command::EndReservation { name } => reservation::end(self, name),
         }
     }
 

@@ -2,7 +2,7 @@
 //! placements before it: one failing part refuses its placement, and no other.
 //!
 //! Per placement: TASK_GONE, ATTEMPT_MOVED, NODE_NOT_READY, EPOCH_MOVED, GPU_TAKEN, GPU_UNHEALTHY, NO_FIT, LIMIT,
-//! CLAIMED (kept for another task), QUOTA at any level of the tenants.
+//! CLAIMED (kept for another task), RESERVED (set aside in that time), QUOTA at any level of the tenants.
 //! Emits the lease, the fences of its job and GPUs, and the task's state.
 
 use std::borrow::Cow;
@@ -16,6 +16,7 @@ use crate::event::Change;
 use crate::fit::{self, NoFit};
 use crate::id::*;
 use crate::record::*;
+use crate::spec::JobSpec;
 use crate::state::State;
 use crate::transition::{self, By};
 
@@ -32,7 +33,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, plan: &Plan) -> Result
 
 fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, Rejection> {
     let job = check_task(state, place)?;
-    let masks = check_parts(state, place.task, &job.spec.shape, &place.parts)?;
+    let masks = check_parts(state, place.task, &job.spec, &place.parts)?;
     let amounts = state.amounts_of(place.parts.iter().map(PlacePart::takes));
     if let Some(hit) = state.quota_hit(job.tenant, &amounts, &BTreeMap::new()) {
         return Err(Rejection::new(Code::Quota, state.quota_text(&hit)));
@@ -103,10 +104,13 @@ impl PlacePart {
 pub(super) fn check_parts(
     state: &State,
     task: TaskKey,
-    shape: &crate::spec::Shape,
+    spec: &JobSpec,
     parts: &[PlacePart],
 ) -> Result<Vec<u128>, Rejection> {
-    check_gang(shape, parts, |part| check_part(state, task, shape, part))
+    check_gang(&spec.shape, parts, |part| {
+        state.may_use(spec, part.node)?;
+        check_part(state, task, &spec.shape, part)
+    })
 }
 
 /// Each part by itself, then what makes them one gang.

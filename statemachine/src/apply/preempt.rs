@@ -14,7 +14,7 @@ use crate::id::*;
 use crate::lease::{Ruling, stale};
 use crate::preemption::{Ground, Rights};
 use crate::record::*;
-use crate::spec::Shape;
+use crate::spec::{JobSpec, Shape};
 use crate::state::State;
 
 /// Leases that end by one command: bounds its work and its events.
@@ -26,7 +26,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, preempt: &Preempt) -> 
     let task = preempt.task;
     check_counts(state, preempt)?;
     let job = plan::waiting_job(state, task)?;
-    check_room(state, preempt, &job.spec.shape)?;
+    check_room(state, preempt, &job.spec)?;
     let amounts = state.amounts_of(preempt.parts.iter().map(PlacePart::takes));
     if let Some(hit) = state.quota_hit(job.tenant, &amounts, &BTreeMap::new()) {
         return Err(Rejection::new(Code::Quota, state.quota_text(&hit)));
@@ -81,8 +81,11 @@ fn check_counts(state: &State, preempt: &Preempt) -> Result<(), Rejection> {
 }
 
 /// The parts fit once the victims, and all that was decided before, have drained.
-fn check_room(state: &State, preempt: &Preempt, shape: &Shape) -> Result<(), Rejection> {
-    plan::check_gang(shape, &preempt.parts, |part| fits_without(state, preempt.task, &preempt.victims, shape, part))?;
+fn check_room(state: &State, preempt: &Preempt, spec: &JobSpec) -> Result<(), Rejection> {
+    plan::check_gang(&spec.shape, &preempt.parts, |part| {
+        state.may_use(spec, part.node)?;
+        fits_without(state, preempt.task, &preempt.victims, &spec.shape, part)
+    })?;
     Ok(())
 }
 

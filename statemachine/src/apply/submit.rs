@@ -1,12 +1,12 @@
 //! SubmitJob: mints the job's id and puts it in its queue.
 //!
-//! Refuses TENANT_UNKNOWN, QUEUE_UNKNOWN, DEPENDENCY_UNKNOWN, DEADLINE_TOO_SOON, QUOTA_PENDING, PRIORITY_UNKNOWN and
-//! PRIORITY_DENIED; INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
+//! Refuses TENANT_UNKNOWN, QUEUE_UNKNOWN, DEPENDENCY_UNKNOWN, DEADLINE_TOO_SOON, QUOTA_PENDING, PRIORITY_UNKNOWN,
+//! PRIORITY_DENIED, RESERVATION_UNKNOWN and RESERVATION_DENIED; INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
 //! the limits could hold (not: what no machine of today holds); STATE_FULL. Emits JobSubmitted and its first state.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Ctx, calendar, dependents, tenant};
+use super::{Ctx, calendar, dependents, reservation, tenant};
 use crate::command::{Code, Rejection, Reply, SubmitJob};
 use crate::event::Change;
 use crate::fit::MAX_GPUS;
@@ -42,6 +42,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
     check_room(state, submit.body.size())?;
     check_pending(state, tenant)?;
     let mut spec = complete_spec(state, submit, tenant)?;
+    reservation::check_submission(state, ctx.actor, tenant, &spec)?;
     calendar::check_deadline(state, &spec)?;
     let parents = dependents::judge(state, &submit.spec)?;
 
@@ -111,10 +112,7 @@ fn check_pending(state: &State, tenant: TenantId) -> Result<(), Rejection> {
 /// The spec as it is kept: its tenant's time limit where it names none, and the value of its priority class.
 fn complete_spec(state: &State, submit: &SubmitJob, tenant: TenantId) -> Result<JobSpec, Rejection> {
     let mut spec = submit.spec.clone();
-    if spec.limit_ms == 0 {
-        let mut limits = state.tenant_chain(tenant).map(|(_, tenant)| tenant.policy.default_limit_ms);
-        spec.limit_ms = limits.find(|ms| *ms > 0).unwrap_or(0);
-    }
+    spec.limit_ms = time_limit(state, spec.limit_ms, tenant)?;
     if !submit.priority_class.is_empty() {
         if spec.priority != 0 {
             let detail = format!("priority is {}, must be 0 beside priority_class", spec.priority);
@@ -124,6 +122,25 @@ fn complete_spec(state: &State, submit: &SubmitJob, tenant: TenantId) -> Result<
         spec.terms.get_or_insert_default().class = submit.priority_class.clone();
     }
     Ok(spec)
+}
+
+/// The job's own time limit, or else the nearest default of its tenants within the longest that they allow, or that itself.
+fn time_limit(state: &State, own_ms: u64, tenant: TenantId) -> Result<u64, Rejection> {
+    let longest = state.tenant_chain(tenant).map(|(_, tenant)| (tenant.policy.max_limit_ms, tenant));
+    let longest = longest.filter(|(ms, _)| *ms > 0).min_by_key(|(ms, _)| *ms);
+    if own_ms == 0 {
+        let mut defaults = state.tenant_chain(tenant).map(|(_, tenant)| tenant.policy.default_limit_ms);
+        let default_ms = defaults.find(|ms| *ms > 0);
+        let longest_ms = longest.map(|(ms, _)| ms);
+        return Ok(default_ms.into_iter().chain(longest_ms).min().unwrap_or(0));
+    }
+    match longest.filter(|(ms, _)| own_ms > *ms) {
+        None => Ok(own_ms),
+        Some((ms, tenant)) => {
+            let detail = format!("limit_ms is {own_ms}, the limit of tenant {:?} is {ms}", tenant.name);
+            Err(Rejection::new(Code::InvalidSpec, detail))
+        }
+    }
 }
 
 fn check_room(state: &State, body: usize) -> Result<(), Rejection> {

@@ -177,8 +177,10 @@ fn check_numbers(set: &SetTenant) -> Result<(), Rejection> {
     if let Some(weight) = set.weight.filter(|weight| !WEIGHTS.contains(weight)) {
         wrong.push(format!("weight is {weight}, must be {} to {}", WEIGHTS.start(), WEIGHTS.end()));
     }
-    if let Some(ms) = set.default_limit_ms.filter(|ms| *ms > submit::MAX_LIMIT_MS) {
-        wrong.push(format!("default_limit_ms is {ms}, the limit is {}", submit::MAX_LIMIT_MS));
+    for (field, ms) in [("default_limit_ms", set.default_limit_ms), ("max_limit_ms", set.max_limit_ms)] {
+        if let Some(ms) = ms.filter(|ms| *ms > submit::MAX_LIMIT_MS) {
+            wrong.push(format!("{field} is {ms}, the limit is {}", submit::MAX_LIMIT_MS));
+        }
     }
     if wrong.is_empty() { Ok(()) } else { Err(invalid(wrong.join("; "))) }
 }
@@ -220,6 +222,7 @@ fn changed(state: &mut State, id: TenantId, set: &SetTenant) -> Policy {
     policy.weight = set.weight.unwrap_or(policy.weight);
     policy.may_borrow = set.may_borrow.unwrap_or(policy.may_borrow);
     policy.default_limit_ms = set.default_limit_ms.unwrap_or(policy.default_limit_ms);
+    policy.max_limit_ms = set.max_limit_ms.unwrap_or(policy.max_limit_ms);
     policy.max_pending = set.max_pending.unwrap_or(policy.max_pending);
     policy
 }

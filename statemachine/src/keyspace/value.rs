@@ -57,6 +57,7 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
         "begin_wall_ms": spec.terms.as_ref().map(|terms| terms.begin_wall_ms).filter(|at| *at != 0),
         "deadline_wall_ms": spec.terms.as_ref().map(|terms| terms.deadline_wall_ms).filter(|at| *at != 0),
         "after": after(spec.after()),
+        "reservation": Some(spec.reservation()).filter(|name| !name.is_empty()),
         "argv": body.argv,
         "env_names": body.env.keys().collect::<Vec<_>>(),
         "cwd": body.cwd,

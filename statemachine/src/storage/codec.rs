@@ -75,6 +75,7 @@ pub enum Tag {
     Event = 18,
     Priority = 19,
     Claim = 20,
+    Reservation = 21,
 }
 
 // ------------------------------------------------------------------------------------------------------- log entries
@@ -276,6 +277,7 @@ integer_key! {
     JobId: u64, |key| key.0, JobId;
     Token: u64, |key| key.0, Token;
     SessionId: u64, |key| key.0, SessionId;
+    ReservationId: u64, |key| key.0, ReservationId;
     NodeId: u32, |key| key.0, NodeId;
     ClassId: u32, |key| key.0, ClassId;
     TenantId: u32, |key| key.0, TenantId;

@@ -106,6 +106,7 @@ fn terms() -> Terms {
         after: kinds.map(|kind| After { kind, job: JobId(300) }).into(),
         class: "urgent".into(),
         checkpoint_signal: 10,
+        reservation: "spring".into(),
     }
 }
 
@@ -324,6 +325,7 @@ fn meta() -> Meta {
         next_gpu_type: 11,
         next_session: 12,
         next_tenant: 16,
+        next_reservation: 19,
         policy: 17,
         token: Token(13),
         level: 1,
@@ -376,6 +378,7 @@ fn records_are_encoded_as_they_were() {
             limit: Ceiling { gpus: Some(16), by_type: [(GpuTypeId(2), 9)].into(), cores: None, mem_mib: Some(1 << 40) },
             may_borrow: false,
             default_limit_ms: 3_600_000,
+            max_limit_ms: 7_200_000,
             max_pending: 7,
         },
         used: amounts.clone(),
@@ -388,6 +391,19 @@ fn records_are_encoded_as_they_were() {
     golden.record("priority", &Priority { value: -7, tenants, preempts: true, preemptible: false });
     let part = PlacePart { node: NodeId(1), epoch: 2, gpu_order: vec![3], cores_by_numa: vec![4], mem_mib: 5 };
     golden.record("claim", &Claim { parts: vec![part], victims: vec![Token(9)], amounts, until_ms: 7 });
+    let window = |whom, begun| Reservation {
+        name: "spring".into(),
+        whom,
+        nodes: [NodeId(1), NodeId(300)].into(),
+        start_wall_ms: 1_800_000_000_000,
+        end_wall_ms: -2,
+        requeue: true,
+        reason: "r".into(),
+        begun,
+    };
+    golden.record("reservation_maintenance", &window(Whom::Maintenance, None));
+    let whom = Whom::Jobs { tenants: vec![TenantId(1)], users: vec![UserId(300)] };
+    golden.record("reservation_jobs", &window(whom, Some(Token(9))));
     golden.record("queue", &Queue { name: "q".into(), tenant: TenantId(1) });
     let session = Session { owner: "o".into(), ttl_ms: 1, opened_clock_ms: 2, locks: vec!["l".into()] };
     golden.record("session", &session);

@@ -162,4 +162,5 @@ tables! {
     GpuToken gpu_tokens;
     Priority priorities;
     Claim claims;
+    Reservation reservations;
 }

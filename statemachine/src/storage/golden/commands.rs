@@ -35,6 +35,8 @@ pub(super) fn name(command: &Command) -> &'static str {
         Command::SetPolicy(_) => "set_policy",
         Command::Preempt(_) => "preempt",
         Command::Checkpoint { .. } => "checkpoint",
+        Command::CreateReservation(_) => "create_reservation",
+        Command::EndReservation { .. } => "end_reservation",
     }
 }
 
@@ -137,6 +139,7 @@ pub(super) fn commands() -> Vec<Command> {
             limit_mem_mib: None,
             may_borrow: Some(true),
             default_limit_ms: Some(11),
+            max_limit_ms: Some(13),
             max_pending: Some(12),
         })),
         Command::RemoveTenant { name: "a".into() },
@@ -163,5 +166,22 @@ pub(super) fn commands() -> Vec<Command> {
             parts: vec![place.clone()],
         }),
         Command::Checkpoint { token: Token(7), path: "/c".into(), step: 9 },
+        Command::CreateReservation(Box::new(CreateReservation {
+            name: "spring".into(),
+            maintenance: false,
+            tenants: vec!["a".into()],
+            users: vec!["u".into()],
+            machines: Machines {
+                names: vec!["n".into()],
+                gpu_type: "h100".into(),
+                labels: [("rack".into(), "r1".into())].into(),
+                count: 2,
+            },
+            start_wall_ms: 1_800_000_000_000,
+            duration_ms: 3_600_000,
+            requeue: true,
+            reason: "r".into(),
+        })),
+        Command::EndReservation { name: "spring".into() },
     ]
 }
