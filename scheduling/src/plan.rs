@@ -284,7 +284,7 @@ impl<'a> Cycle<'a> {
                 Some(takes)
             }
             Err(reason) => {
-                let reason = match reason.ends_with_time().then(|| self.make_room(task, tenant, spec)).flatten() {
+                let reason = match reason.ends_for_room().then(|| self.make_room(task, tenant, spec)).flatten() {
                     Some(made) => Arc::new(made),
                     None => {
                         if reason.ends_with_time() && self.may_reserve(&spec.shape) {
@@ -398,7 +398,6 @@ impl<'a> Cycle<'a> {
         self.plan.preempts_later |= open.later;
         let before = Before { victims: self.victims.clone(), coming: self.planned.with(&self.making) };
         let made = preempt::make_room(&self.machines, self.cache, (open, &before), (task, spec), &mut self.steps);
-        let made = made.filter(|made| self.promised.hit_by(state, tenant, &made.parts).is_none());
         let Some(made) = made else {
             self.hopeless.insert(equal, spec.priority);
             return None;

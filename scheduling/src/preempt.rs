@@ -1,6 +1,8 @@
 //! Whose end makes room for a task that waits, at the least loss. Who may be ended at all is `statemachine::preemption`'s
 //! answer, and what fits is `statemachine::fit`'s.
 //!
+//! One that only its own tenant's limit keeps from starting ends others of that tenant, if it is of one machine.
+//!
 //! A task of one machine gets the set of victims that loses least of all sets on all machines (branch and bound, down to
 //! `SEARCH` looks a machine; beyond those, a set of which none can be spared). A gang takes the machines that add the
 //! least loss one after the other; then those victims are spared, the costliest first, without whom it fits too.
@@ -9,7 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use statemachine::account::Amounts;
 use statemachine::command::{PlacePart, Preempt};
-use statemachine::preemption::Rights;
+use statemachine::fit;
+use statemachine::preemption::{Headroom, Rights};
 use statemachine::record::{Alloc, Lease, NodeAdmin, PartState};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
@@ -115,6 +118,7 @@ struct Search<'a, 'b> {
     /// When it would end if it started now: no reservation of time may begin there before.
     until_ms: u64,
     rights: Rights<'a>,
+    headroom: Headroom<'a>,
     /// Not to be ended, beside those whom its rights protect.
     spared: BTreeSet<Token>,
     cost: BTreeMap<Token, Cost>,
@@ -147,6 +151,8 @@ pub(crate) fn make_room(
         let Some(mut rights) = Rights::new(state, task, &asks, &before.coming) else { continue };
         before.victims.iter().for_each(|token| rights.count(*token));
         let (spared, cost) = (BTreeSet::new(), BTreeMap::new());
+        let leaving = before.victims.iter().copied();
+        let headroom = Headroom::new(state, task, &before.coming, leaving);
         let (shape, until_ms) = (&spec.shape, machines.room_until(spec));
         let mut search = Search {
             machines,
@@ -157,6 +163,7 @@ pub(crate) fn make_room(
             gpu_type,
             until_ms,
             rights,
+            headroom,
             spared,
             cost,
         };
@@ -345,9 +352,17 @@ impl Search<'_, '_> {
         }
     }
 
-    /// A part of the shape fits on the machine once these and all that was decided before have drained.
+    /// A part of the shape fits on the machine once these and all that was decided before have drained. A task of one machine
+    /// must then be within its tenants' limits too.
     fn fits(&self, cache: &mut Cache, node: NodeId, victims: &[Token]) -> bool {
-        self.room(node, victims).is_some_and(|alloc| self.fits_in(cache, node, &alloc))
+        self.is_within_limits(node, victims)
+            && self.room(node, victims).is_some_and(|alloc| self.fits_in(cache, node, &alloc))
+    }
+
+    fn is_within_limits(&self, node: NodeId, victims: &[Token]) -> bool {
+        let Some(node) = self.machines.state.nodes.get(&node).filter(|_| self.shape.nodes == 1) else { return true };
+        let (cores, mem_mib) = fit::request_on(&node.value, self.shape);
+        self.headroom.hit(&Amounts { cores, mem_mib, ..asks(self.shape, self.gpu_type) }, victims).is_none()
     }
 
     fn fits_in(&self, cache: &mut Cache, id: NodeId, alloc: &Alloc) -> bool {
@@ -388,6 +403,10 @@ impl Search<'_, '_> {
         let parts: Option<Vec<PlacePart>> = nodes.iter().map(part).collect();
         let cost = victims.iter().fold(Cost::default(), |sum, token| sum.plus(self.cost[token]));
         let parts = parts?;
+        let amounts = self.machines.state.amounts_of(parts.iter().map(PlacePart::takes));
+        if self.headroom.hit(&amounts, &victims).is_some() {
+            return None;
+        }
         Some((cost, Preempt { task: self.task, victims, parts }))
     }
 }

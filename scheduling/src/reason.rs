@@ -231,6 +231,11 @@ impl Reason {
         CODES.iter().find(|(code, ..)| *code == self.code()).map_or("", |(.., advice)| advice)
     }
 
+    /// It may start once others have ended.
+    pub(crate) fn ends_for_room(&self) -> bool {
+        self.ends_with_time() || matches!(self, Reason::Quota { .. })
+    }
+
     /// It starts once enough of what runs has ended, if nothing else changes.
     pub(crate) fn ends_with_time(&self) -> bool {
         matches!(

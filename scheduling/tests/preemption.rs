@@ -213,6 +213,36 @@ fn where_nobody_may_be_ended_nothing_is_looked_at() {
     assert!(made > 0 && some > in_vain);
 }
 
+#[test]
+fn a_job_at_its_tenants_limit_ends_a_lower_one_of_that_tenant() {
+    let mut site = site();
+    for name in ["a", "b"] {
+        site.join(name, hgx("h100"));
+    }
+    site.tenant(SetTenant { name: "lab".into(), limit_gpus: Some(Some(8)), ..SetTenant::default() });
+    for tenant in ["lab", "default"] {
+        site.submit_of("low", tenant, shape(1, 1, 6));
+        site.start().into_iter().for_each(|token| started(&mut site, token));
+    }
+    site.wait_ms(1_000);
+    let urgent = site.submit_of("high", "lab", shape(1, 1, 4));
+    let plan = site.plan();
+    assert!(plan.places.is_empty());
+    let made = plan.preempts.first().expect("room is made under the limit").clone();
+    let victim = site.state.leases.get(&made.victims[0]).unwrap().value.task.job;
+    assert_eq!(made.victims.len(), 1);
+    let tenant = site.state.jobs.get(&victim).unwrap().value.tenant;
+    assert_eq!(site.state.tenants.get(&tenant).unwrap().name, "lab");
+    assert!(matches!(preempt(&mut site, &made), Outcome::Done(_)));
+    assert_eq!(site.reason(urgent).code(), "PREEMPTING");
+    drain(&mut site, made.victims[0]);
+    assert_eq!(turn(&mut site).places[0].task.job, urgent);
+    // Nobody of lower priority is left there: the next one waits for its tenant.
+    let next = site.submit_of("high", "lab", shape(1, 1, 5));
+    assert!(site.plan().preempts.is_empty());
+    assert_eq!(site.reason(next).code(), "QUOTA");
+}
+
 /// The least (loss, leases) of any set of leases on any machine, by brute force.
 fn least(site: &Site, urgent: JobId, tokens: &[Token]) -> Option<(u64, u64, usize)> {
     let state = &site.state;
@@ -286,7 +316,9 @@ proptest! {
         site.join("a", hgx("h100"));
         site.join("b", mock_v100());
         let guaranteed = Some([("h100".into(), 3), ("v100".into(), 2)].into());
-        site.tenant(SetTenant { name: "lab".into(), guaranteed, ..SetTenant::default() });
+        // In some mixes its own limit binds too.
+        let limit_gpus = (mix.len() % 2 == 0).then_some(Some(8));
+        site.tenant(SetTenant { name: "lab".into(), guaranteed, limit_gpus, ..SetTenant::default() });
         site.policy(SetPolicy { preemptions: Some(2), ..SetPolicy::default() });
         let mut jobs = Vec::new();
         for (class, tenant, gpus, what) in mix {

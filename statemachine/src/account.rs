@@ -67,6 +67,13 @@ impl Default for Policy {
     }
 }
 
+impl Policy {
+    /// Its use has an upper bound.
+    pub fn is_bounded(&self) -> bool {
+        self.limit != Ceiling::default() || !self.may_borrow
+    }
+}
+
 /// Upper bounds; absent = none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ceiling {

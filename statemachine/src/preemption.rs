@@ -1,14 +1,15 @@
 //! Who may be ended to make room for whom, what that loses, and what is kept for whom: the law that apply enforces and
 //! the planner plans by. Which victims are best is the planner's.
 //!
-//! A higher priority ends a lower one where the classes of both say so. A tenant within what is guaranteed to it ends
+//! A higher priority ends a lower one where the classes of both say so, also to get under a limit of its own tenant. A tenant within what is guaranteed to it ends
 //! those who borrow. Nobody is taken below what is guaranteed to him, an attempt may run for a least time, and a job makes
 //! room only so often. Nor may it end, for as long as its last attempts are remembered, the one for whom it made room: by priority it
 //! could not anyway, but that one's tenant may borrow by then.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use crate::account::QuotaHit;
 use crate::command::{Code, PlacePart, Rejection};
 use crate::fit::cores_of;
 use crate::id::*;
@@ -140,6 +141,60 @@ impl<'a> Rights<'a> {
     }
 }
 
+/// What a task's tenants use once all that drains has gone and what is kept for other tasks is taken: ends within a tenant make
+/// room under its limits too.
+#[derive(Clone, Debug)]
+pub struct Headroom<'a> {
+    state: &'a State,
+    /// Of the tenants in its chain that have a bound.
+    used: Vec<(TenantId, Amounts)>,
+}
+
+impl<'a> Headroom<'a> {
+    /// `planned`: what tenants, and those above them, get beside what the state says; `leaving`: leases that end for others.
+    pub fn new(
+        state: &'a State,
+        task: TaskKey,
+        planned: &BTreeMap<TenantId, Amounts>,
+        leaving: impl IntoIterator<Item = Token>,
+    ) -> Self {
+        let tenant = state.jobs.get(&task.job).map(|job| job.value.tenant).unwrap_or_default();
+        let bounded = state.tenant_chain(tenant).filter(|(_, tenant)| tenant.policy.is_bounded());
+        let used = bounded.map(|(id, tenant)| (id, tenant.used.clone())).collect();
+        let mut headroom = Self { state, used };
+        if headroom.used.is_empty() {
+            return headroom;
+        }
+        let draining = state.leases.iter().filter(|(_, lease)| state.is_draining(&lease.value));
+        let draining: Vec<Token> = draining.map(|(token, _)| *token).collect();
+        draining.into_iter().chain(leaving).collect::<BTreeSet<_>>().into_iter().for_each(|token| headroom.free(token));
+        let kept = state.kept_for_others(task);
+        for (id, used) in &mut headroom.used {
+            [planned.get(id), kept.get(id)].into_iter().flatten().for_each(|more| used.add(more));
+        }
+        headroom
+    }
+
+    fn free(&mut self, token: Token) {
+        let Some(lease) = self.state.leases.get(&token) else { return };
+        let Some(job) = self.state.jobs.get(&lease.value.task.job) else { return };
+        for (id, _) in self.state.tenant_chain(job.value.tenant) {
+            if let Some((_, used)) = self.used.iter_mut().find(|(other, _)| *other == id) {
+                used.take(&lease.value.amounts);
+            }
+        }
+    }
+
+    /// The bound that these amounts would pass once these leases have gone too.
+    pub fn hit(&self, asks: &Amounts, leaving: &[Token]) -> Option<QuotaHit> {
+        let mut after = Cow::Borrowed(self);
+        if !self.used.is_empty() && !leaving.is_empty() {
+            leaving.iter().for_each(|token| after.to_mut().free(*token));
+        }
+        after.used.iter().find_map(|(id, used)| self.state.tenants.get(id)?.hit(*id, used, asks))
+    }
+}
+
 impl State {
     /// What would be lost if the lease ended now.
     pub fn loss(&self, lease: &Lease) -> Loss {
@@ -209,8 +264,17 @@ impl State {
 
     /// What claims will give to each tenant and to those above it.
     fn incoming(&self) -> BTreeMap<TenantId, Amounts> {
+        self.claims_of(|_| true)
+    }
+
+    /// The same of the claims of all tasks but this one.
+    pub fn kept_for_others(&self, task: TaskKey) -> BTreeMap<TenantId, Amounts> {
+        self.claims_of(|other| other != task)
+    }
+
+    fn claims_of(&self, whose: impl Fn(TaskKey) -> bool) -> BTreeMap<TenantId, Amounts> {
         let mut incoming: BTreeMap<TenantId, Amounts> = BTreeMap::new();
-        for (task, claim) in self.claims.iter() {
+        for (task, claim) in self.claims.iter().filter(|(task, _)| whose(**task)) {
             let Some(job) = self.jobs.get(&task.job) else { continue };
             for (id, _) in self.tenant_chain(job.value.tenant) {
                 incoming.entry(id).or_default().add(&claim.amounts);

@@ -295,3 +295,26 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_tenants_own_jobs_make_room_under_its_limit_and_what_they_leave_is_kept() {
+    let (mut world, node) = site();
+    let limit_gpus = Some(Some(2));
+    let set = SetTenant { name: "lab".into(), create: true, limit_gpus, ..SetTenant::default() };
+    assert!(matches!(world.run(Command::SetTenant(Box::new(set))), Outcome::Done(_)));
+    let of = |tenant: &str, class: &str, gpus| SubmitJob { tenant: tenant.into(), ..of(class, gpus) };
+    let (empty, _) = world.register(machine("n2", 2, 1));
+    let (_, others) = start(&mut world, node, of("default", "low", 1));
+    let (_, first) = start(&mut world, node, of("lab", "low", 1));
+    let (_, second) = start(&mut world, node, of("lab", "low", 1));
+    let urgent = world.submit(of("lab", "high", 1));
+    let late = world.submit(of("lab", "low", 1));
+    assert_eq!(world.place(urgent, &[node]).map_err(|no| no.code), Err(Code::Quota), "a GPU is free, the limit is not");
+    assert_eq!(World::code(&world.preempt(urgent, &[others], &[node])), Some(Code::Quota), "another tenant's");
+    let both = world.preempt(urgent, &[first, second], &[node]);
+    assert_eq!(World::code(&both), Some(Code::VictimProtected), "one could be spared");
+    assert!(matches!(world.preempt(urgent, &[first], &[node]), Outcome::Done(_)));
+    drain(&mut world, node, first);
+    assert_eq!(world.place(late, &[empty]).map_err(|no| no.code), Err(Code::Quota), "it is kept for the urgent one");
+    assert!(world.place(urgent, &[node]).is_ok());
+}

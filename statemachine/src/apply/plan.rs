@@ -35,7 +35,12 @@ fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, R
     let job = check_task(state, place)?;
     let masks = check_parts(state, place.task, &job.spec, &place.parts)?;
     let amounts = state.amounts_of(place.parts.iter().map(PlacePart::takes));
-    if let Some(hit) = state.quota_hit(job.tenant, &amounts, &BTreeMap::new()) {
+    // What others ended for a task is its tenant's already; the task itself was granted it then.
+    let bounded =
+        !state.claims.is_empty() && state.tenant_chain(job.tenant).any(|(_, tenant)| tenant.policy.is_bounded());
+    let counts = bounded && !state.claims.contains(&place.task);
+    let kept = if counts { state.kept_for_others(place.task) } else { BTreeMap::new() };
+    if let Some(hit) = state.quota_hit(job.tenant, &amounts, &kept) {
         return Err(Rejection::new(Code::Quota, state.quota_text(&hit)));
     }
     let (ttl_ms, tenant, ranks) = (job.spec.lease_ttl_ms, job.tenant, job.spec.shape.ranks_per_node);

@@ -12,7 +12,7 @@ use crate::command::{Code, PlacePart, Preempt, Rejection, Reply};
 use crate::fit;
 use crate::id::*;
 use crate::lease::{Ruling, stale};
-use crate::preemption::{Ground, Rights};
+use crate::preemption::{Ground, Headroom, Rights};
 use crate::record::*;
 use crate::spec::{JobSpec, Shape};
 use crate::state::State;
@@ -28,11 +28,12 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, preempt: &Preempt) -> 
     let job = plan::waiting_job(state, task)?;
     check_room(state, preempt, &job.spec)?;
     let amounts = state.amounts_of(preempt.parts.iter().map(PlacePart::takes));
-    if let Some(hit) = state.quota_hit(job.tenant, &amounts, &BTreeMap::new()) {
+    let headroom = Headroom::new(state, task, &BTreeMap::new(), []);
+    if let Some(hit) = headroom.hit(&amounts, &preempt.victims) {
         return Err(Rejection::new(Code::Quota, state.quota_text(&hit)));
     }
     let grounds = check_rights(state, preempt, &amounts)?;
-    check_need(state, preempt, &job.spec.shape)?;
+    check_need(state, preempt, &job.spec.shape, |leaving| headroom.hit(&amounts, leaving).is_none())?;
 
     let (priority, tenant) = (job.spec.priority, state.tenants.get(&job.tenant).map_or("", |tenant| &tenant.name));
     let told = |ground: Ground, victim: &Job| match ground {
@@ -118,14 +119,19 @@ fn check_rights(state: &State, preempt: &Preempt, amounts: &Amounts) -> Result<V
     Ok(grounds)
 }
 
-/// None of them could be spared: without its end some part has no room.
-fn check_need(state: &State, preempt: &Preempt, shape: &Shape) -> Result<(), Rejection> {
+/// None of them could be spared: without its end some part has no room, or the tenant no headroom.
+fn check_need(
+    state: &State,
+    preempt: &Preempt,
+    shape: &Shape,
+    has_headroom: impl Fn(&[Token]) -> bool,
+) -> Result<(), Rejection> {
     for victim in &preempt.victims {
         let lease = &state.leases.get(victim).ok_or_else(|| stale(*victim))?.value;
         let others: Vec<Token> = preempt.victims.iter().filter(|other| *other != victim).copied().collect();
         let shared = preempt.parts.iter().filter(|part| lease.parts.iter().any(|held| held.node == part.node));
         let fits = |part: &PlacePart| fits_without(state, preempt.task, &others, shape, part).is_ok();
-        if shared.into_iter().all(fits) {
+        if shared.into_iter().all(fits) && has_headroom(&others) {
             let detail = format!("job {} could be spared: the parts have room beside it", lease.task.job);
             return Err(Rejection::new(Code::VictimProtected, detail));
         }
