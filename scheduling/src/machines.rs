@@ -12,7 +12,7 @@ use statemachine::command::PlacePart;
 use statemachine::fit;
 use statemachine::record::{Alloc, Class, Gpu, GpuHealth, Node, NodeAdmin};
 use statemachine::spec::{JobSpec, Shape};
-use statemachine::{ClassId, GpuTypeId, NodeId, State};
+use statemachine::{ClassId, GpuTypeId, JobId, NodeId, State, TaskKey};
 
 use crate::bandwidth::BandwidthTable;
 use crate::choose::{Choice, Shortage, Want, choose};
@@ -181,11 +181,21 @@ impl<'a> Machines<'a> {
         Some((node, alloc))
     }
 
-    /// The machine is heard of and may hold one more lease. `fit` decides the rest.
+    /// The machine is heard of and may hold one more lease, of a task for which nothing is kept. `fit` decides the rest.
     pub(crate) fn takes_leases(&self, id: NodeId) -> bool {
+        self.takes_lease_of(id, TaskKey::from(JobId(0)))
+    }
+
+    /// The same for this task.
+    pub(crate) fn takes_lease_of(&self, id: NodeId, task: TaskKey) -> bool {
         let held = self.state.allocs.get(&id).map_or(0, |alloc| alloc.leases.len());
+        !self.unheard.contains(&id) && self.takes_lease_beside(id, held, task)
+    }
+
+    /// It may hold one more beside so many and those that were planned there.
+    pub(crate) fn takes_lease_beside(&self, id: NodeId, held: usize, task: TaskKey) -> bool {
         let planned = self.left.get(&id).map_or(0, |left| left.parts.len());
-        !self.unheard.contains(&id) && held + planned < self.state.meta.settings.leases_per_node as usize
+        self.state.takes_lease(id, held + planned, task)
     }
 
     /// Every machine as it would be in service, healthy and empty.

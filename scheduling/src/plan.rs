@@ -375,7 +375,7 @@ impl<'a> Cycle<'a> {
             let node = &state.nodes.get(&part.node)?.value;
             let free = state.free_beside_claims(part.node, state.allocs.get(&part.node)?, task);
             let part = PlacePart { epoch: node.epoch, ..part.clone() };
-            let may = self.machines.takes_leases(part.node) && state.may_use(spec, part.node).is_ok();
+            let may = self.machines.takes_lease_of(part.node, task) && state.may_use(spec, part.node).is_ok();
             let fits = may && fit::fit(node, &free, &spec.shape, &part).is_ok();
             fits.then_some(part)
         };

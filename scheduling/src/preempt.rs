@@ -356,7 +356,10 @@ impl Search<'_, '_> {
     /// must then be within its tenants' limits too.
     fn fits(&self, cache: &mut Cache, node: NodeId, victims: &[Token]) -> bool {
         self.is_within_limits(node, victims)
-            && self.room(node, victims).is_some_and(|alloc| self.fits_in(cache, node, &alloc))
+            && self.room(node, victims).is_some_and(|alloc| {
+                self.machines.takes_lease_beside(node, alloc.leases.len(), self.task)
+                    && self.fits_in(cache, node, &alloc)
+            })
     }
 
     fn is_within_limits(&self, node: NodeId, victims: &[Token]) -> bool {

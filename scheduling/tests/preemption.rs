@@ -243,6 +243,26 @@ fn a_job_at_its_tenants_limit_ends_a_lower_one_of_that_tenant() {
     assert_eq!(site.reason(next).code(), "QUOTA");
 }
 
+#[test]
+fn a_machine_full_of_leases_loses_one_and_the_place_is_kept() {
+    let mut site = site();
+    site.state.meta.settings.leases_per_node = 2;
+    site.join("a", hgx("h100"));
+    for _ in 0..2 {
+        running(&mut site, "low", shape(1, 1, 1));
+    }
+    let urgent = site.submit_of("high", "default", shape(1, 1, 1));
+    let made = site.plan().preempts.first().expect("room is made").clone();
+    assert_eq!(made.victims.len(), 1);
+    assert!(matches!(preempt(&mut site, &made), Outcome::Done(_)));
+    drain(&mut site, made.victims[0]);
+    // Those who were ended and those who come get GPUs that are free, but no lease.
+    let late = site.submit_of("", "default", shape(1, 1, 1));
+    let places = turn(&mut site).places;
+    assert_eq!(places.iter().map(|place| place.task.job).collect::<Vec<_>>(), [urgent]);
+    assert_eq!(site.reason(late).code(), "LEASES_FULL");
+}
+
 /// The least (loss, leases) of any set of leases on any machine, by brute force.
 fn least(site: &Site, urgent: JobId, tokens: &[Token]) -> Option<(u64, u64, usize)> {
     let state = &site.state;

@@ -294,6 +294,11 @@ impl State {
         })
     }
 
+    /// A machine that holds so many leases may get one more for this task: what is kept there for others will be leases too.
+    pub fn takes_lease(&self, node: NodeId, held: usize, task: TaskKey) -> bool {
+        held + self.claimed(node, task).count() < self.meta.settings.leases_per_node as usize
+    }
+
     /// Of what is free on a node (`alloc`), what is not kept for another task. What the victims of the others still hold is
     /// not free yet, and is theirs once it is.
     pub fn free_beside_claims<'a>(&'a self, node: NodeId, alloc: &'a Alloc, task: TaskKey) -> Cow<'a, Alloc> {

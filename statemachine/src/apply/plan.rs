@@ -153,13 +153,7 @@ fn check_part(
     let node = &state.nodes.get(&part.node).ok_or_else(missing)?.value;
     let alloc = state.allocs.get(&part.node).ok_or_else(missing)?;
     check_epoch(node, part)?;
-    if alloc.leases.len() >= state.meta.settings.leases_per_node as usize {
-        let (held, limit) = (alloc.leases.len(), state.meta.settings.leases_per_node);
-        return Err(Rejection::new(
-            Code::Limit,
-            format!("node {}: holds {held} leases, the limit is {limit}", node.name),
-        ));
-    }
+    check_lease(state, node, (part.node, alloc), task)?;
     if planted(Bug::TrustedPlan) {
         let empty = fit::alloc_of(node, std::iter::empty(), Vec::new());
         return fit::fit(node, &empty, shape, part).map_err(|why| Rejection::new(Code::NoFit, why.to_string()));
@@ -172,6 +166,21 @@ fn check_part(
         })?;
     }
     Ok(fits)
+}
+
+/// The machine may hold one more lease.
+pub(super) fn check_lease(
+    state: &State,
+    node: &Node,
+    (id, alloc): (NodeId, &Alloc),
+    task: TaskKey,
+) -> Result<(), Rejection> {
+    if state.takes_lease(id, alloc.leases.len(), task) {
+        return Ok(());
+    }
+    let (held, limit) = (alloc.leases.len(), state.meta.settings.leases_per_node);
+    let detail = format!("node {}: holds {held} leases, or is kept for more; the limit is {limit}", node.name);
+    Err(Rejection::new(Code::Limit, detail))
 }
 
 pub(super) fn check_epoch(node: &Node, part: &PlacePart) -> Result<(), Rejection> {

@@ -101,6 +101,7 @@ fn fits_without(
     let node = &state.nodes.get(&part.node).ok_or_else(missing)?.value;
     plan::check_epoch(node, part)?;
     let alloc = state.free_after(part.node, leaving, task).ok_or_else(missing)?;
+    plan::check_lease(state, node, (part.node, &alloc), task)?;
     fit::fit(node, &alloc, shape, part).map_err(|why| plan::no_fit(node, &why))
 }
 
