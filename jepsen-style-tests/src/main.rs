@@ -12,6 +12,10 @@ use jepsen_style_tests::sim::{campaign, fault};
 use jepsen_style_tests::verdict::Verdict;
 use jepsen_style_tests::{cluster, corrupt, hunt, nemesis, powercut, reads, replays, report, soak};
 
+/// A simulation makes and drops small things all the time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Fault-injection runs against real `ares` processes
 ///
 /// Exit code 0: everything that must hold held. 1: something did not, or the run shows nothing (a fault never took

@@ -8,7 +8,7 @@ use gpu_agent::shim::record::Exit;
 use proto::v1::DesiredLease;
 use statemachine::command::{Code, Outcome, Reply};
 use statemachine::event::Change;
-use statemachine::record::{AttemptRow, StoredReply, TaskOutcome, VerdictKind};
+use statemachine::record::{AttemptRow, PartState, StoredReply, TaskOutcome, VerdictKind};
 use statemachine::{Command, Entry, JobId, RequestId, Revision, SessionId, TaskKey, Token};
 
 use super::event::Event;
@@ -71,6 +71,7 @@ impl World {
             let shared = self.raft.log[index as usize - 1].entry.clone().unwrap_or_else(|| unreachable!());
             for (place, outcome) in outcomes.iter().enumerate() {
                 self.audit_command(&shared, place, outcome);
+                self.audit_freed(at, &shared.cmds[place].body);
             }
         }
         let replica = &self.replicas[at];
@@ -121,6 +122,33 @@ impl World {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Who reports ends may free GPUs only of ranks that are gone. Before others get them, the agent would see that they are in use: there
+    /// nobody would notice.
+    fn audit_freed(&mut self, at: usize, command: &Command) {
+        let Command::Report(report) = command else { return };
+        let state = &self.replicas[at].state;
+        let name = state.nodes.get(&report.node).map(|node| node.value.name.clone());
+        let Some(agent) = self.machines.iter().position(|machine| Some(machine.name.as_str()) == name.as_deref())
+        else {
+            return;
+        };
+        for item in &report.items {
+            let held = state.leases.get(&item.token).is_some_and(|lease| {
+                lease.value.parts.iter().any(|part| part.node == report.node && part.state != PartState::Released)
+            });
+            let ranks = (agent, item.token.0, 0)..=(agent, item.token.0, u32::MAX);
+            let mut alive = self
+                .audit
+                .alive
+                .range(ranks)
+                .filter(|id| self.audit.ranks.get(id).is_some_and(|rank| self.counts(**id, rank)));
+            if let Some((_, token, local)) = alive.next().filter(|_| !held) {
+                let text = format!("GPUs of token {token} were freed on agent {agent} while its rank {local} runs");
+                return self.violate("gpu_in_one_lease", text);
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use raft_node::leader::settled::Settled;
 use raft_node::leader::touched::Touched;
 use raft_node::leader::{beats, duties, of_silence};
 use scheduling::plan::{Cache, Limits, plan};
-use statemachine::command::Code;
+use statemachine::command::{Code, Place};
 use statemachine::record::StoredReply;
 use statemachine::{Cmd, Command, JobId, NodeId, Outcome, Reply};
 
@@ -565,12 +565,28 @@ impl World {
         planner.reached = made.reached.clone();
         planner.busy = true;
         planner.woken = false;
-        let placements = made.commands().into_iter().map(Command::Plan);
-        let plans = placements.chain(made.preempts.into_iter().map(Command::Preempt)).collect();
         let unfinished = made.unfinished;
+        let mut placements = made.commands();
+        if self.planner_wrong_until > now {
+            placements.iter_mut().flat_map(|plan| &mut plan.places).for_each(|place| self.misplace(at, place));
+        }
+        let preempts = made.preempts.into_iter().map(Command::Preempt);
+        let plans = placements.into_iter().map(Command::Plan).chain(preempts).collect();
         // A plan takes its time: it meets the state as it has become since.
         let wait = self.rng.tail(1_500);
         self.after(wait, Event::Planned { replica: at, desk: id, plans, unfinished });
+    }
+
+    /// Every other gang is sent to machines that know nothing of it.
+    fn misplace(&mut self, at: usize, place: &mut Place) {
+        if self.rng.chance(500) {
+            return;
+        }
+        let nodes = &self.replicas[at].state.nodes;
+        let all: Vec<(NodeId, u64)> = nodes.iter().map(|(id, node)| (*id, node.value.epoch)).collect();
+        for part in &mut place.parts {
+            (part.node, part.epoch) = self.rng.pick(&all);
+        }
     }
 
     pub fn planned(&mut self, at: usize, id: u64, plans: Vec<Command>, unfinished: bool) {

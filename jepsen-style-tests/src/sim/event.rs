@@ -304,7 +304,8 @@ impl Event {
 struct Due {
     at: u64,
     serial: u64,
-    event: Event,
+    /// Where its event is: the heap moves what it holds.
+    place: usize,
 }
 
 impl PartialEq for Due {
@@ -332,16 +333,25 @@ impl Ord for Due {
 #[derive(Default)]
 pub struct Queue {
     heap: BinaryHeap<Due>,
+    events: Vec<Option<Event>>,
+    free: Vec<usize>,
     serial: u64,
 }
 
 impl Queue {
     pub fn push(&mut self, at: u64, event: Event) {
         self.serial += 1;
-        self.heap.push(Due { at, serial: self.serial, event });
+        let place = self.free.pop().unwrap_or_else(|| {
+            self.events.push(None);
+            self.events.len() - 1
+        });
+        self.events[place] = Some(event);
+        self.heap.push(Due { at, serial: self.serial, place });
     }
 
     pub fn pop(&mut self) -> Option<(u64, Event)> {
-        self.heap.pop().map(|due| (due.at, due.event))
+        let Due { at, place, .. } = self.heap.pop()?;
+        self.free.push(place);
+        Some((at, self.events[place].take()?))
     }
 }

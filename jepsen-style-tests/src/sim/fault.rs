@@ -143,6 +143,10 @@ pub enum Fault {
         agent: usize,
         for_ms: u64,
     },
+    /// The leaders' planner is wrong: it puts gangs on machines drawn at random.
+    WrongPlanner {
+        for_ms: u64,
+    },
     /// An operator takes the node out, and back in after a while.
     Drain {
         agent: usize,
@@ -184,6 +188,7 @@ impl Fault {
             Fault::LoseFence { .. } => "lose_fence",
             Fault::LoseGpu { .. } => "lose_gpu",
             Fault::BadMachine { .. } => "bad_machine",
+            Fault::WrongPlanner { .. } => "wrong_planner",
             Fault::Drain { .. } => "drain",
         }
     }
@@ -215,6 +220,7 @@ impl Fault {
             | Fault::KillAll { for_ms, .. }
             | Fault::Stubborn { for_ms, .. }
             | Fault::BadMachine { for_ms, .. }
+            | Fault::WrongPlanner { for_ms }
             | Fault::Drain { for_ms, .. } => *for_ms,
             Fault::Transfer
             | Fault::WallLeap { .. }
@@ -263,6 +269,7 @@ pub const KINDS: &[&str] = &[
     "lose_fence",
     "lose_gpu",
     "bad_machine",
+    "wrong_planner",
     "drain",
 ];
 
@@ -331,6 +338,7 @@ fn one(kind: &str, setup: &Setup, rng: &mut Rng) -> Fault {
         "lose_fence" => Fault::LoseFence { agent },
         "lose_gpu" => Fault::LoseGpu { agent, slot: rng.below(8) },
         "bad_machine" => Fault::BadMachine { agent, for_ms: long },
+        "wrong_planner" => Fault::WrongPlanner { for_ms: long },
         _ => Fault::Drain { agent, evict_ms: rng.pick(&[0, 2_000, 60_000]), for_ms: long },
     }
 }

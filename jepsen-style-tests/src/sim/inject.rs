@@ -150,6 +150,7 @@ impl World {
                 self.report_gpu(agent, slot);
             }
             Fault::BadMachine { agent, for_ms } => self.machines[agent].bad_until = now + for_ms * 1_000,
+            Fault::WrongPlanner { for_ms } => self.planner_wrong_until = now + for_ms * 1_000,
             Fault::Drain { agent, evict_ms, .. } => {
                 let node = self.machines[agent].agent.as_ref().map_or(0, |process| process.core.node_id());
                 if node == 0 {
@@ -227,6 +228,7 @@ impl World {
     /// The faults are over. In half of the runs a minority of the replicas stays away.
     pub fn heal(&mut self) {
         self.healed_at = Some(self.now);
+        self.planner_wrong_until = 0;
         self.net.cuts.clear();
         self.net.slow_words_us.clear();
         (self.net.loss_permille, self.net.duplicate_permille, self.net.extra_ms) = (0, 0, 0);

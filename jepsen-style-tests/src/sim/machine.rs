@@ -20,6 +20,8 @@ const SLOW_KILLS_PERMILLE: u64 = 150;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Script {
     pub run_ms: u64,
+    /// Each rank of a machine runs so much longer than the one before it.
+    pub apart_ms: u64,
     pub code: i32,
     /// From SIGTERM to its end, and the exit code then; `None` = it does not care.
     pub on_term: Option<(u64, i32)>,
@@ -30,15 +32,16 @@ pub struct Script {
 impl Script {
     pub fn argv(&self) -> Vec<String> {
         let (term, code) = self.on_term.map_or((String::from("-"), 0), |(ms, code)| (ms.to_string(), code));
-        let words =
-            [self.run_ms.to_string(), self.code.to_string(), term, code.to_string(), u8::from(self.forks).to_string()];
+        let (run, apart, own) = (self.run_ms.to_string(), self.apart_ms.to_string(), self.code.to_string());
+        let words = [run, apart, own, term, code.to_string(), u8::from(self.forks).to_string()];
         std::iter::once("script".to_owned()).chain(words).collect()
     }
 
     pub fn parse(argv: &[String]) -> Option<Self> {
-        let [_, run_ms, code, term, term_code, forks] = argv else { return None };
+        let [_, run_ms, apart_ms, code, term, term_code, forks] = argv else { return None };
         Some(Self {
             run_ms: run_ms.parse().ok()?,
+            apart_ms: apart_ms.parse().ok()?,
             code: code.parse().ok()?,
             on_term: term.parse().ok().map(|ms| (ms, term_code.parse().unwrap_or(0))),
             forks: forks == "1",
@@ -218,7 +221,8 @@ impl World {
                     shim.started = true;
                     if let Some(script) = shim.script {
                         let ends = Event::Process { agent, boot, key, what: Process::Ends { code: script.code } };
-                        self.after(script.run_ms * 1_000, ends);
+                        let run_ms = script.run_ms + u64::from(key.1) * script.apart_ms;
+                        self.after(run_ms * 1_000, ends);
                     }
                     self.shim_step(agent, key, Seen::Started);
                     self.tell_rank(agent, key, Rank::Started);

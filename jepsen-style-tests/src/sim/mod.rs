@@ -52,15 +52,26 @@ pub struct Report {
 
 /// Runs one seed under its own faults, or under the given ones.
 pub fn run(setup: &Setup, faults: &[Timed], loud: bool) -> Report {
-    let mut world = World::new(setup.clone(), faults, Trace::new(loud));
+    watch(World::new(setup.clone(), faults, Trace::new(loud)))
+}
+
+/// Runs one seed until one of these invariants breaks, whatever else breaks before. The report has another one's breach if none did.
+#[cfg(feature = "planted")]
+pub fn run_for(setup: &Setup, faults: &[Timed], looked_for: &'static [&'static str]) -> Report {
+    let mut world = World::new(setup.clone(), faults, Trace::new(false));
+    world.looked_for = looked_for;
+    watch(world)
+}
+
+fn watch(mut world: World) -> Report {
     let ended = catch_unwind(AssertUnwindSafe(|| world.run()));
     if let Err(panic) = ended {
         world.failure = Some(failure_of(&*panic, world.now / 1_000));
     }
     Report {
-        setup: setup.clone(),
+        setup: world.setup.clone(),
         hash: world.trace.hash(),
-        failure: world.failure.clone(),
+        failure: world.failure.clone().or(world.passed_over.take()),
         sometimes: world.sometimes.clone(),
         took: world.took.clone(),
         events: world.events,

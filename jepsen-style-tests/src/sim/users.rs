@@ -499,6 +499,7 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
             1..=6 => rng.range(200, 8_000),
             _ => rng.range(8_000, 30_000),
         },
+        apart_ms: rng.pick(&[0, 0, 0, 1_500]),
         code: if rng.chance(200) { rng.pick(&[1, 2, 137]) } else { 0 },
         on_term: rng.chance(700).then(|| (rng.range(5, 4_000), rng.pick(&[143, 0]))),
         forks: rng.chance(150),

@@ -52,7 +52,12 @@ pub struct World {
     /// Faults that took effect, by kind.
     pub took: BTreeMap<&'static str, u64>,
     pub failure: Option<Failure>,
+    /// Breaches of other invariants don't end the run, `liveness` aside; empty = any does.
+    pub looked_for: &'static [&'static str],
+    /// The first of those that ended nothing.
+    pub passed_over: Option<Failure>,
     pub healed_at: Option<u64>,
+    pub planner_wrong_until: u64,
     pub events: u64,
     ids: u64,
 }
@@ -87,7 +92,10 @@ impl World {
             trace,
             took: BTreeMap::new(),
             failure: None,
+            looked_for: &[],
+            passed_over: None,
             healed_at: None,
+            planner_wrong_until: 0,
             events: 0,
             ids: 0,
         };
@@ -225,9 +233,9 @@ impl World {
     }
 
     pub fn violate(&mut self, invariant: &str, detail: String) {
-        if self.failure.is_none() {
-            self.failure = Some(Failure { invariant: invariant.to_owned(), detail, at_ms: self.now / 1_000 });
-        }
+        let ends = self.looked_for.is_empty() || self.looked_for.contains(&invariant) || invariant == "liveness";
+        let place = if ends { &mut self.failure } else { &mut self.passed_over };
+        place.get_or_insert_with(|| Failure { invariant: invariant.to_owned(), detail, at_ms: self.now / 1_000 });
     }
 }
 
