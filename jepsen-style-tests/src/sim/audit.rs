@@ -160,6 +160,7 @@ impl World {
                     return self.violate("token_grows", text);
                 }
                 self.audit.token = *token;
+                self.audit_windows(at, task.job, *token);
                 let ranks = self.replicas[at].state.jobs.get(&task.job).map(|job| job.value.spec.shape.ranks());
                 self.audit.leases.insert(*token, ranks.unwrap_or(0));
             }
@@ -173,6 +174,10 @@ impl World {
                 let record = self.replicas[at].state.tasks.get(task);
                 if result.outcome == TaskOutcome::Succeeded && record.is_some_and(|task| task.value.displaced > 0) {
                     self.sometimes.hit("a preempted job ran to its end");
+                }
+                let sent_away = |row: &AttemptRow| row.text.starts_with("reservation ");
+                if record.is_some_and(|task| task.value.attempts.iter().any(sent_away)) {
+                    self.sometimes.hit("a job that a window sent away came to its end");
                 }
                 self.audit.jobs.insert(task.job, true);
                 let token = result.token.unwrap_or_default();
@@ -195,6 +200,22 @@ impl World {
                 self.audit.lock_token = holder.token;
             }
             _ => {}
+        }
+    }
+
+    /// Inside a window of reserved time nothing starts on its machines but what names it.
+    fn audit_windows(&mut self, at: usize, job: JobId, token: Token) {
+        let state = &self.replicas[at].state;
+        let own = state.jobs.get(&job).map_or("", |job| job.value.spec.reservation()).to_owned();
+        let Some(lease) = state.leases.get(&token) else { return };
+        let windows = state.reservations.iter().filter(|(_, window)| window.begun.is_some_and(|begun| begun < token));
+        let here = windows.filter(|(_, window)| lease.value.parts.iter().any(|part| window.nodes.contains(&part.node)));
+        let strange: Vec<String> = here.map(|(_, window)| window.name.clone()).filter(|name| *name != own).collect();
+        if !own.is_empty() {
+            self.sometimes.hit("a job started inside its reservation");
+        }
+        if let Some(name) = strange.first() {
+            self.violate("reservation_kept", format!("job {job} got token {token} inside {name}"));
         }
     }
 

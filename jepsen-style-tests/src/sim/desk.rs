@@ -11,6 +11,7 @@ use raft_node::leader::keeper::Keeper;
 use raft_node::leader::settled::Settled;
 use raft_node::leader::touched::Touched;
 use raft_node::leader::{beats, duties, of_silence};
+use scheduling::Reason;
 use scheduling::plan::{Cache, Limits, plan};
 use statemachine::command::{Code, Place};
 use statemachine::record::StoredReply;
@@ -561,6 +562,7 @@ impl World {
             return self.plan_after(at, PLAN_IDLE_US);
         }
         let made = plan(&replica.state, &mut planner.cache, &planner.limits, &unheard);
+        let set_aside = made.reasons.iter().any(|(_, reason)| matches!(**reason, Reason::SetAside { .. }));
         planner.settled = Settled::after(&made, &planner.limits, &replica.state, unheard);
         planner.reached = made.reached.clone();
         planner.busy = true;
@@ -572,6 +574,9 @@ impl World {
         }
         let preempts = made.preempts.into_iter().map(Command::Preempt);
         let plans = placements.into_iter().map(Command::Plan).chain(preempts).collect();
+        if set_aside {
+            self.sometimes.hit("a job waited for the end of a window");
+        }
         // A plan takes its time: it meets the state as it has become since.
         let wait = self.rng.tail(1_500);
         self.after(wait, Event::Planned { replica: at, desk: id, plans, unfinished });

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 /// Must be reached by a run over many seeds.
 pub const REQUIRED: &[&str] = &[
+    "a job started inside its reservation",
+    "a job that a window sent away came to its end",
+    "a job waited for the end of a window",
     "a leader was lost between a grant and its receipt",
     "a new leader gave running leases their grace",
     "a placement was refused",

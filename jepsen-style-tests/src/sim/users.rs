@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use proto::retry::{Action, Event as Tried, Retry};
-use statemachine::command::{Code, Outcome, Reply, SetPriority, SubmitJob};
+use statemachine::command::{Code, CreateReservation, Machines, Outcome, Reply, SetPriority, SubmitJob};
 use statemachine::record::{PartState, StoredReply};
-use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape};
+use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape, Terms};
 use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
 
 use super::event::{Answer, Event, Rpc, Site};
@@ -19,6 +19,8 @@ use super::world::World;
 const CALL_MS: u64 = 15_000;
 const TRY_MS: u64 = 5_000;
 const LOCKERS: usize = 3;
+/// Windows of reserved time that operators make in a run.
+const WINDOWS: u64 = 6;
 /// Jobs that are submitted before the named priorities exist.
 const FIRST: usize = 20;
 
@@ -187,9 +189,31 @@ impl World {
         for (at_ms, priority) in [(350, PREEMPTIBLE), (400, URGENT)] {
             self.at_ms(at_ms, Wish::Operate(Box::new(Command::SetPriority(priority_of(priority)))));
         }
+        for nth in 0..WINDOWS {
+            let at_ms = rng.range(300, until);
+            let create = self.draw_window(&mut rng, nth, at_ms);
+            self.at_ms(at_ms, Wish::Operate(Box::new(Command::CreateReservation(Box::new(create)))));
+        }
         for locker in 0..LOCKERS {
             self.users.sessions.push(None);
             self.at_ms(rng.range(300, 3_000), Wish::OpenSession(locker));
+        }
+    }
+
+    /// A window on a machine or two that begins at once or soon, for a maintenance or for the jobs that name it. Whether it
+    /// is refused, for it overlaps another or its machines have not joined, is all one.
+    fn draw_window(&self, rng: &mut Rng, nth: u64, at_ms: u64) -> CreateReservation {
+        let count = rng.range(1, 2).min(self.machines.len() as u64);
+        let first = rng.below(self.machines.len() as u64);
+        let name_of = |at: u64| self.machines[(at % self.machines.len() as u64) as usize].name.clone();
+        CreateReservation {
+            name: window_name(nth),
+            maintenance: nth.is_multiple_of(2),
+            machines: Machines { names: (first..first + count).map(name_of).collect(), ..Machines::default() },
+            start_wall_ms: if rng.chance(300) { 0 } else { EPOCH_MS + (at_ms + rng.range(0, 15_000)) as i64 },
+            duration_ms: rng.range(1_000, 15_000),
+            requeue: rng.chance(500),
+            ..CreateReservation::default()
         }
     }
 
@@ -388,6 +412,14 @@ impl World {
                     self.wish_after(500_000, Wish::Submit(n));
                 }
             }
+            // Its window may be yet to come, as long as operators make some.
+            Outcome::Rejected(no) if no.code == Code::ReservationUnknown => {
+                if self.healed_at.is_some() {
+                    self.users.jobs[n].gives_up = true;
+                } else if self.users.jobs[n].job.is_none() && !self.users.jobs[n].gives_up {
+                    self.wish_after(2_000_000, Wish::Submit(n));
+                }
+            }
             other => self.violate("request_once", format!("submission {n} was answered with {other:?}")),
         }
     }
@@ -433,6 +465,7 @@ impl World {
             .filter(|(_, job)| job.value.ended.is_none() && (job.value.holds.launch || job.value.holds.user));
         commands.extend(held.map(|(id, _)| Command::Release { job: *id }));
         commands.extend(self.found_dead(state));
+        commands.extend(ended_windows(state));
         for command in commands {
             self.wish_after(1_000, Wish::Operate(Box::new(command)));
         }
@@ -458,6 +491,18 @@ impl World {
         let shims = machine.shims.range((token, 0)..=(token, u32::MAX)).next();
         machine.asleep_until <= self.now && shims.is_none() && !self.audit.runs(agent, token)
     }
+}
+
+/// Windows that are left, and jobs whose windows have ended: nothing else ends these.
+fn ended_windows(state: &State) -> Vec<Command> {
+    let windows = state.reservations.iter().map(|(_, window)| Command::EndReservation { name: window.name.clone() });
+    let waits = |job: &statemachine::record::Job| job.ended.is_none() && !job.spec.reservation().is_empty();
+    let jobs = state.jobs.iter().filter(|(_, job)| waits(&job.value));
+    windows.chain(jobs.map(|(id, _)| Command::Cancel { job: *id })).collect()
+}
+
+fn window_name(nth: u64) -> String {
+    format!("window-{nth}")
 }
 
 fn site_of(owner: &Owner) -> Site {
@@ -510,6 +555,10 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
     let nodes = rng.pick(&[1, 1, 1, 1, 1, 1, 1, 2, 2, 3]);
     let ttl_ms = rng.pick(&setup.ttls_ms);
     let argv = if rng.chance(20) && !endless { vec!["missing".to_owned()] } else { script.argv() };
+    // Those of odd numbers are for jobs.
+    let inside = rng.chance(120) && n >= FIRST && nodes == 1;
+    let reservation = window_name(rng.below(WINDOWS / 2) * 2 + 1);
+    let terms = inside.then(|| Box::new(Terms { reservation, ..Terms::default() }));
     let spec = JobSpec {
         name: format!("job-{n}").into(),
         priority: if priority_class.is_empty() { rng.pick(&[0, 0, 0, 5]) } else { 0 },
@@ -534,7 +583,7 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
             on_exit: [].into(),
         },
         labels: Default::default(),
-        terms: None,
+        terms,
     };
     let body = Body { argv, env: Default::default(), cwd: String::new() };
     let command = SubmitJob {
