@@ -5,6 +5,7 @@
 
 pub mod bandwidth;
 pub mod choose;
+mod domains;
 pub mod explain;
 pub mod foresight;
 pub mod fragmentation;
@@ -29,6 +30,7 @@ mod windows;
 pub mod world;
 
 pub use bandwidth::BandwidthTable;
+pub use domains::LEVELS;
 pub use explain::{Explainer, reason_for};
 pub use holding::ENDLESS_MS;
 pub use outlook::{Outlook, Start};

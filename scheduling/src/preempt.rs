@@ -17,6 +17,7 @@ use statemachine::record::{Alloc, Lease, NodeAdmin, PartState};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 
+use crate::domains::along;
 use crate::machines::{Cache, Machines};
 use crate::seats::seats_on;
 
@@ -236,7 +237,7 @@ impl Search<'_, '_> {
             nodes.push(found.node);
             victims.extend(found.victims);
         }
-        nodes.sort_unstable();
+        nodes.sort_by_key(|id| along(self.machines.state, *id));
         let mut kept: Vec<Token> = victims.into_iter().collect();
         kept.sort_by_key(|token| std::cmp::Reverse((self.cost[token], *token)));
         for token in kept.clone() {

@@ -11,6 +11,7 @@ use statemachine::record::{Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId};
 
+use crate::domains::along;
 use crate::holding::Kept;
 use crate::machines::{Cache, Machines};
 use crate::seats::{Seat, seats_on};
@@ -19,7 +20,7 @@ use crate::seats::{Seat, seats_on};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Start {
     pub at_ms: u64,
-    /// One a machine, by node number.
+    /// One a machine, along their domains.
     pub parts: Vec<PlacePart>,
 }
 
@@ -66,7 +67,8 @@ fn earliest_before(machines: &Machines<'_>, cache: &mut Cache, asked: Asked<'_>,
             look_at(machines, cache, asked, *id, &mut soonest, steps);
         }
     }
-    let (at_ms, nodes) = pick(shape, &soonest)?;
+    let (at_ms, mut nodes) = pick(shape, &soonest)?;
+    nodes.sort_by_key(|(id, _)| along(machines.state, *id));
     let until_ms = room_until(asked, at_ms);
     let part = |(id, gpu_type): (NodeId, Option<GpuTypeId>)| {
         let (node, _) = machines.node(id)?;
@@ -184,9 +186,7 @@ fn pick(shape: &Shape, soonest: &Soonest) -> Option<(u64, Chosen)> {
     };
     match of_one_type.min_by_key(|(at_ms, preference, ..)| (*at_ms, *preference)) {
         Some((at_ms, _, gpu_type, seats)) => {
-            let mut nodes: Vec<_> = seats.iter().map(|(_, seat)| (seat.node, *gpu_type)).collect();
-            nodes.sort_unstable();
-            Some((at_ms, nodes))
+            Some((at_ms, seats.iter().map(|(_, seat)| (seat.node, *gpu_type)).collect()))
         }
         None if shape.mix_types => mixed(),
         None => None,

@@ -33,7 +33,8 @@ pub struct Args {
     /// Host under which clients and other machines reach this one [default: the host of --listen]
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
-    /// Labels of the machine, NAME=VALUE
+    /// Labels of the machine, NAME=VALUE; `block`, `rack` and `switch` say where it stands in the network, and gangs are kept together
+    /// by them
     #[arg(long = "label", value_name = "NAME=VALUE")]
     labels: Vec<String>,
     /// Run jobs as this user (the agent must be root)

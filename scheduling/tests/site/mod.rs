@@ -110,6 +110,11 @@ impl Site {
     }
 
     pub fn join(&mut self, name: &str, machine: Machine) -> NodeId {
+        self.join_with(name, machine, &[])
+    }
+
+    /// With labels.
+    pub fn join_with(&mut self, name: &str, machine: Machine, labels: &[(&str, &str)]) -> NodeId {
         let id = self.state.nodes.len() as u8 + 1;
         let gpus = (0..machine.class.gpus).map(|slot| GpuFacts {
             uuid: GpuUuid([id, slot, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, (self.state.nodes.len() >> 8) as u8]),
@@ -132,7 +137,7 @@ impl Site {
             mem_mib: machine.mem_mib,
             simulated: true,
             kill: KillStrength::PidNamespace,
-            labels: BTreeMap::new(),
+            labels: labels.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
             max_token: Token(0),
             fence_new: false,
             running: Vec::new(),
