@@ -19,6 +19,7 @@ use super::world::World;
 /// Agents' calls give up after this long, a try at one replica after the second.
 const CALL_MS: u64 = 15_000;
 const TRY_MS: u64 = 2_000;
+const AGENTS_PER_RACK: usize = 4;
 
 pub struct AgentProcess {
     pub core: Core,
@@ -456,6 +457,7 @@ impl World {
             mem_mib: 512 << 10,
             simulated: true,
             kill: if self.setup.weak { "weak" } else { "pidns" }.into(),
+            labels: [("rack".to_owned(), format!("r{}", agent / AGENTS_PER_RACK))].into(),
             ..Default::default()
         }
     }

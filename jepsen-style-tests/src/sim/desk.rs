@@ -13,7 +13,7 @@ use raft_node::leader::touched::Touched;
 use raft_node::leader::{beats, duties, of_silence};
 use scheduling::Reason;
 use scheduling::plan::{Cache, Limits, plan};
-use statemachine::command::{Code, Place};
+use statemachine::command::{Code, Place, PlacePart};
 use statemachine::record::StoredReply;
 use statemachine::{Cmd, Command, JobId, NodeId, Outcome, Reply};
 
@@ -567,6 +567,15 @@ impl World {
         planner.reached = made.reached.clone();
         planner.busy = true;
         planner.woken = false;
+        for gang in made.places.iter().filter(|place| place.parts.len() > 1) {
+            let node = |part: &PlacePart| replica.state.nodes.get(&part.node);
+            let racks: BTreeSet<_> =
+                gang.parts.iter().filter_map(node).map(|node| node.value.labels.get("rack")).collect();
+            self.sometimes.hit(match racks.len() {
+                1 => "a gang was planned whole into one rack",
+                _ => "a gang was planned over several racks",
+            });
+        }
         let unfinished = made.unfinished;
         let mut placements = made.commands();
         if self.planner_wrong_until > now {

@@ -1,0 +1,46 @@
+//! Gangs by the racks of their machines, on a cluster of real processes.
+
+mod cluster;
+
+use cluster::Cluster;
+
+/// Four machines in two racks, joined crosswise: a gang of two is in one rack, and one of four goes rack by rack.
+#[test]
+fn a_gang_is_kept_in_a_rack_and_its_ranks_go_along() {
+    let mut cluster = Cluster::start();
+    let machines = [("a", "r2"), ("b", "r1"), ("c", "r2"), ("d", "r1")];
+    for (at, (name, rack)) in machines.into_iter().enumerate() {
+        cluster.agent(name, &["--gpus", "sim:dgx1-v100", "--label", &format!("rack={rack}")]);
+        cluster.until("it is ready", |cluster| {
+            let nodes = cluster.json(&["nodes"]);
+            nodes.as_array().is_some_and(|nodes| nodes.iter().filter(|node| node["state"] == "READY").count() == at + 1)
+        });
+    }
+    assert_eq!(cluster.json(&["nodes"])[0]["labels"]["rack"], "r2");
+
+    // It leaves one machine of r2: the smallest rack with room for two is the other one, then.
+    let single = cluster.submit(&["--gpus", "8"], "sleep 300");
+    cluster.until_state(&single, "RUNNING");
+    let taken = nodes_of(&cluster, &single);
+    let pair = cluster.submit(&["--nodes", "2", "--gpus-per-node", "8"], "sleep 300");
+    cluster.until_state(&pair, "RUNNING");
+    let rack = |name: &str| machines.into_iter().find(|(known, _)| *known == name).map(|(_, rack)| rack);
+    let racks: Vec<_> = nodes_of(&cluster, &pair).iter().map(|name| rack(name)).collect();
+    assert_eq!(racks[0], racks[1]);
+    assert_ne!(racks[0], rack(&taken[0]));
+    for job in [&single, &pair] {
+        cluster.ares(&["cancel", job]).ok();
+        cluster.until_state(job, "CANCELLED");
+    }
+
+    let four = cluster.submit(&["--nodes", "4", "--gpus-per-node", "8"], "true");
+    cluster.ares(&["wait", &four]).ok();
+    assert_eq!(cluster.json(&["show", &four])["attempts"][0]["nodes"], serde_json::json!(["b", "d", "a", "c"]));
+}
+
+/// In the order of its ranks.
+fn nodes_of(cluster: &Cluster, job: &str) -> Vec<String> {
+    let placement = cluster.json(&["show", job])["placement"].clone();
+    let parts = placement.as_array().expect("a placement").iter();
+    parts.map(|part| part["node"].as_str().expect("a name").to_owned()).collect()
+}
