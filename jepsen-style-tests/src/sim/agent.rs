@@ -458,7 +458,6 @@ impl World {
             simulated: true,
             kill: if self.setup.weak { "weak" } else { "pidns" }.into(),
             labels: [("rack".to_owned(), format!("r{}", agent / AGENTS_PER_RACK))].into(),
-            ..Default::default()
         }
     }
 }
