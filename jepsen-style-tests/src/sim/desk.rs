@@ -43,6 +43,8 @@ pub struct Conn {
     pub generation: u64,
     pub node: Option<u32>,
     last: Option<v1::Desired>,
+    /// Said while no way led to the agent: the stream repeats it when one does.
+    unsent: Vec<v1::leader_message::What>,
     sent_until: u64,
 }
 
@@ -375,7 +377,8 @@ impl World {
     ) {
         let id = self.fresh();
         let Some(desk) = self.replicas[at].desk.as_deref_mut() else { return };
-        desk.conns.insert(id, Conn { agent, life, generation, node: None, last: None, sent_until: 0 });
+        desk.conns
+            .insert(id, Conn { agent, life, generation, node: None, last: None, unsent: Vec::new(), sent_until: 0 });
         self.answer(at, waiter, Answer::Opened { replica: at, conn: id });
         self.from_agent(at, id, hello);
     }
@@ -444,7 +447,7 @@ impl World {
         }
     }
 
-    /// In order, unless the stream breaks.
+    /// In order and without a gap, unless the stream breaks.
     fn say(&mut self, at: usize, id: u64, what: v1::leader_message::What) {
         let lost = self.net.loses(&mut self.rng);
         let late = lost && self.rng.chance(500);
@@ -459,14 +462,18 @@ impl World {
             }
             return self.close(at, &conn);
         }
+        conn.unsent.push(what);
         if !self.net.reaches(Site::Replica(at), Site::Agent(agent)) {
             return;
         }
         let slow = self.net.slow_words_us.get(&agent).copied().unwrap_or(0);
         let arrives = (now + way + slow).max(conn.sent_until + 1);
-        conn.sent_until = arrives;
-        let word = Word::Message(v1::LeaderMessage { what: Some(what) });
-        self.after(arrives - now, Event::ToAgent { agent, life, generation, word });
+        let said = std::mem::take(&mut conn.unsent);
+        conn.sent_until = arrives + said.len() as u64 - 1;
+        for (nth, what) in said.into_iter().enumerate() {
+            let word = Word::Message(v1::LeaderMessage { what: Some(what) });
+            self.after(arrives - now + nth as u64, Event::ToAgent { agent, life, generation, word });
+        }
     }
 
     fn offer(&mut self, at: usize, nodes: Option<&BTreeSet<NodeId>>) {
