@@ -44,6 +44,9 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
 /// Why nothing in this tier has shown the bug so far; `None` = it is looked for.
 pub fn out_of_reach(bug: Bug) -> Option<&'static str> {
     match bug {
+        Bug::AckAfterEnd => {
+            Some("an agent must be heard between the proposal of an end and its commit: rarer than once in 500 seeds")
+        }
         Bug::WatchSkips | Bug::TokenNotInSnapshot => Some("watches and stored snapshots are of real runs alone"),
         bug if in_raft(bug) => Some("log, votes and elections are the Raft tier's"),
         _ => None,
