@@ -161,7 +161,7 @@ fn list(global: &Global) -> Outcome {
         name: window.name.clone(),
         cells: vec![
             window.name.clone(),
-            if window.begun { "ACTIVE" } else { "AHEAD" }.to_owned(),
+            state_of(window).to_owned(),
             time(window.start_unix_ms),
             time(window.end_unix_ms),
             who_may(window),
@@ -188,7 +188,7 @@ fn show(name: &str, global: &Global) -> Outcome {
         Format::Table => {
             let lines = [
                 ("Reservation", window.name.clone()),
-                ("State", if window.begun { "ACTIVE" } else { "AHEAD" }.to_owned()),
+                ("State", state_of(&window).to_owned()),
                 ("Start", time(window.start_unix_ms)),
                 ("End", time(window.end_unix_ms)),
                 ("Who may", who_may(&window)),
@@ -204,6 +204,10 @@ fn show(name: &str, global: &Global) -> Outcome {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn state_of(window: &v1::Reservation) -> &'static str {
+    if window.begun { "ACTIVE" } else { "AHEAD" }
 }
 
 fn who_may(window: &v1::Reservation) -> String {
@@ -223,7 +227,7 @@ fn nodes_of(window: &v1::Reservation) -> String {
 fn shown(window: &v1::Reservation) -> Value {
     json!({
         "name": window.name,
-        "state": if window.begun { "ACTIVE" } else { "AHEAD" },
+        "state": state_of(window),
         "maintenance": window.maintenance,
         "tenants": window.tenants,
         "users": window.users,

@@ -130,9 +130,8 @@ impl World {
     fn audit_freed(&mut self, at: usize, command: &Command) {
         let Command::Report(report) = command else { return };
         let state = &self.replicas[at].state;
-        let name = state.nodes.get(&report.node).map(|node| node.value.name.clone());
-        let Some(agent) = self.machines.iter().position(|machine| Some(machine.name.as_str()) == name.as_deref())
-        else {
+        let name = state.nodes.get(&report.node).map(|node| node.value.name.as_str());
+        let Some(agent) = self.machines.iter().position(|machine| Some(machine.name.as_str()) == name) else {
             return;
         };
         for item in &report.items {

@@ -70,7 +70,7 @@ impl v1::reservations_server::Reservations for Api {
     }
 }
 
-pub(super) fn shown(state: &State, window: &Reservation) -> v1::Reservation {
+fn shown(state: &State, window: &Reservation) -> v1::Reservation {
     let (tenants, users) = match &window.whom {
         Whom::Maintenance => (Vec::new(), Vec::new()),
         Whom::Jobs { tenants, users } => (
