@@ -30,6 +30,7 @@ pub fn job(job: &v1::Job) -> Value {
         "ranks_per_node": shape.ranks_per_node,
         "gpus_per_rank": shape.gpus_per_rank,
         "gpu_types": shape.gpu_types,
+        "topology": none_if_empty(&shape.topology),
         "limit_ms": spec.limit_ms,
         "lease_ttl_ms": spec.lease_ttl_ms,
         "reservation": none_if_empty(&spec.reservation),

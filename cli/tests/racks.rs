@@ -28,10 +28,28 @@ fn a_gang_is_kept_in_a_rack_and_its_ranks_go_along() {
     let racks: Vec<_> = nodes_of(&cluster, &pair).iter().map(|name| rack(name)).collect();
     assert_eq!(racks[0], racks[1]);
     assert_ne!(racks[0], rack(&taken[0]));
+    // The other machine of r2 is the only one left.
+    let two = ["--nodes", "2", "--gpus-per-node", "4", "--topology", "rack:require"];
+    let wider = cluster.submit(&["--nodes", "3", "--gpus-per-node", "8", "--topology", "rack:require"], "true");
+    let waiting = cluster.json(&["show", &wider]);
+    assert_eq!((&waiting["topology"], &waiting["reason_code"]), (&"rack:require".into(), &"NEVER".into()), "{waiting}");
+    cluster.ares(&["cancel", &wider]).ok();
+    let apart = cluster.submit(&two, "true");
+    let why = cluster.json(&["why", &apart]);
+    assert_eq!(why["code"], "GPUS_BUSY", "{why}");
+    let reason = why["reason"].as_str().expect("a text");
+    assert!(reason.starts_with("needs 2 machines with 4 GPUs each in one rack; 1 machine has room now"), "{why}");
+    cluster.ares(&["show", &apart]).ok().shows(&["Topology", "rack:require"]);
     for job in [&single, &pair] {
         cluster.ares(&["cancel", job]).ok();
         cluster.until_state(job, "CANCELLED");
     }
+
+    // Both racks are free.
+    cluster.ares(&["wait", &apart]).ok();
+    let placed = cluster.json(&["show", &apart])["attempts"][0]["nodes"].clone();
+    let placed: Vec<_> = placed.as_array().expect("its nodes").iter().filter_map(|name| rack(name.as_str()?)).collect();
+    assert_eq!((placed.len(), placed[0]), (2, placed[1]));
 
     let four = cluster.submit(&["--nodes", "4", "--gpus-per-node", "8"], "true");
     cluster.ares(&["wait", &four]).ok();

@@ -95,6 +95,10 @@ fn fields_that_the_cluster_refuses(cluster: &Cluster) {
     refused(&["--retry-on", "900"], &["900 is above the limit of 255", "Correct --retry-on."]);
     refused(&["--lease-ttl", "1s"], &["1000", "10000 to 86400000", "Correct --lease-ttl."]);
     refused(&["--kill-grace", "1000s"], &["a quarter of lease_ttl_ms", "--kill-grace"]);
+    refused(
+        &["--topology", "row:require"],
+        &["shape.topology", "\"row:require\"", "block, rack, switch", "Correct --topology."],
+    );
     refused(&["--gpu-type", "h100"], &["set without GPUs", "Correct --gpu-type."]);
     refused(&["--name", &"x".repeat(300)], &["name has 300 bytes, must have 1 to 128"]);
     // All that is wrong comes at once.

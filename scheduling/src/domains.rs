@@ -1,40 +1,41 @@
 //! Machines by the levels of the network: which domain a gang goes to, and the order of its ranks.
 //!
-//! A machine's domains are its labels `block`, `rack` and `switch`, outermost first; a label that it lacks says nothing, and
-//! machines without any lie side by side as if there were no levels. A gang goes to the smallest domain that holds it: the
-//! innermost level at which one does, and there the domain with the fewest machines that have room, so that emptier ones
-//! stay whole. One that no domain holds fills as few as it can. Which seats a machine offers is `seats`'.
+//! Machines without labels lie side by side as if there were no levels (`statemachine::domain` says what a domain is). A gang
+//! goes to the smallest domain that holds it: the innermost level at which one does, or first of all the level that it prefers,
+//! and there the domain with the fewest machines that have room, so that emptier ones stay whole. One that no domain holds
+//! fills as few as it can, unless it requires one. Which seats a machine offers is `seats`'.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
+use statemachine::domain::{Level, Path, Topology, down_to};
 use statemachine::record::Node;
+use statemachine::spec::Shape;
 use statemachine::{NodeId, State};
 
 use crate::seats::Seat;
 
-/// The labels that name a machine's domains, outermost first.
-pub const LEVELS: [&str; 3] = ["block", "rack", "switch"];
+/// The path of machines without labels, before all others.
+pub(crate) const NOWHERE: Path<'static> = [""; Level::ALL.len()];
 
-/// A machine's domain at each level; empty = its labels name none.
-pub(crate) type Path<'a> = [&'a str; LEVELS.len()];
-
-pub(crate) fn path_of(node: &Node) -> Path<'_> {
-    LEVELS.map(|level| node.labels.get(level).map_or("", String::as_str))
+/// The domain in which a gang of this shape would be with this machine, where it must be in one; else all are in one. `None`:
+/// the machine is in no such domain.
+pub(crate) fn domain_for<'a>(node: &'a Node, shape: &Shape) -> Option<Path<'a>> {
+    shape.required_level().map_or(Some(NOWHERE), |level| node.domain(level))
 }
 
 /// Where a machine stands among those that its gang's ranks go along: neighbours in a domain follow each other.
 pub(crate) fn along(state: &State, id: NodeId) -> (Path<'_>, NodeId) {
-    (state.nodes.get(&id).map_or([""; LEVELS.len()], |node| path_of(&node.value)), id)
+    (state.nodes.get(&id).map_or(NOWHERE, |node| node.value.path()), id)
 }
 
 /// The seats of one type by domain, with what each domain has room for counted as seats come and go.
 #[derive(Debug, Default)]
 pub(crate) struct Domains<'a> {
     seats: BTreeMap<Path<'a>, BTreeSet<Seat>>,
-    counts: BTreeMap<(usize, Path<'a>), usize>,
+    counts: BTreeMap<(Level, Path<'a>), usize>,
     /// By level and count: the first one that is large enough is the one that fits best.
-    sizes: BTreeSet<(usize, usize, Path<'a>)>,
+    sizes: BTreeSet<(Level, usize, Path<'a>)>,
 }
 
 impl<'a> Domains<'a> {
@@ -55,7 +56,7 @@ impl<'a> Domains<'a> {
 
     /// Of each level at which the path names a domain.
     fn recount(&mut self, path: Path<'a>, change: impl Fn(usize) -> usize) {
-        for level in (0..LEVELS.len()).filter(|level| !path[*level].is_empty()) {
+        for level in Level::ALL.into_iter().filter(|level| !path[*level as usize].is_empty()) {
             let domain = down_to(path, level);
             let before = self.counts.remove(&(level, domain)).unwrap_or(0);
             self.sizes.remove(&(level, before, domain));
@@ -67,29 +68,41 @@ impl<'a> Domains<'a> {
         }
     }
 
-    /// So many seats, as near to each other as they can be, and how near: 0 = in one innermost domain, `LEVELS.len()` = in
-    /// none. `None` when there are not as many.
-    pub(crate) fn pick(&self, needed: usize) -> Option<(usize, Vec<Seat>)> {
-        for level in (0..LEVELS.len()).rev() {
-            let large = self.sizes.range((level, needed, [""; LEVELS.len()])..);
-            let Some((_, _, domain)) = large.take_while(|(at, ..)| *at == level).next() else { continue };
+    /// So many seats, as near to each other as they can be or the job wants them, and how near: 0 = in one of the best
+    /// domains, `APART` = in none. `None` when there are not as many.
+    pub(crate) fn pick(&self, needed: usize, wanted: Option<Topology>) -> Option<(usize, Vec<Seat>)> {
+        // A switch outside all racks is in no rack.
+        let required = wanted.filter(|topology| topology.required).map(|topology| topology.level as usize);
+        let has_required = |path: &Path<'_>| required.is_none_or(|level| !path[level].is_empty());
+        for (spread, level) in levels(wanted).enumerate() {
+            let large = self.sizes.range((level, needed, NOWHERE)..);
+            let mut large = large.take_while(|(at, ..)| *at == level);
+            let Some((_, _, domain)) = large.find(|(.., path)| has_required(path)) else { continue };
             let inside = self.seats.range(*domain..).take_while(|(path, _)| down_to(**path, level) == *domain);
             let inside: Vec<Leaf<'_>> = inside.map(|(path, seats)| (*path, seats)).collect();
-            return Some((LEVELS.len() - 1 - level, fill(&inside, level + 1, needed)));
+            return Some((spread, fill(&inside, level as usize + 1, needed)));
+        }
+        if required.is_some() {
+            return None;
         }
         let all: Vec<Leaf<'_>> = self.seats.iter().map(|(path, seats)| (*path, seats)).collect();
-        (room_in(&all) >= needed).then(|| (LEVELS.len(), fill(&all, 0, needed)))
+        (room_in(&all) >= needed).then(|| (APART, fill(&all, 0, needed)))
     }
+}
+
+/// How near the seats of no one domain are, as `Domains::pick` tells it.
+pub(crate) const APART: usize = Level::ALL.len();
+
+/// The levels at which a domain will do, the best first.
+fn levels(wanted: Option<Topology>) -> impl Iterator<Item = Level> {
+    let will_do = move |level: &Level| wanted.is_none_or(|it| !it.required || *level >= it.level);
+    let preferred = wanted.filter(|it| !it.required).map(|it| it.level);
+    let others = Level::ALL.into_iter().rev().filter(move |level| will_do(level) && preferred != Some(*level));
+    preferred.into_iter().chain(others)
 }
 
 /// The machines of one path.
 type Leaf<'a> = (Path<'a>, &'a BTreeSet<Seat>);
-
-fn down_to(path: Path<'_>, level: usize) -> Path<'_> {
-    let mut domain = path;
-    domain[level + 1..].fill("");
-    domain
-}
 
 fn room_in(leaves: &[Leaf<'_>]) -> usize {
     leaves.iter().map(|(_, seats)| seats.len()).sum()
@@ -98,7 +111,7 @@ fn room_in(leaves: &[Leaf<'_>]) -> usize {
 /// `needed` of the seats, which are at least as many, in as few domains of this level and those below as can be: the
 /// largest whole, what is left in the one that it fits best.
 fn fill(leaves: &[Leaf<'_>], level: usize, needed: usize) -> Vec<Seat> {
-    if leaves.len() < 2 || level == LEVELS.len() {
+    if leaves.len() < 2 || level == Level::ALL.len() {
         return leaves.iter().flat_map(|(_, seats)| seats.iter().copied()).take(needed).collect();
     }
     let mut groups: Vec<&[Leaf<'_>]> = leaves.chunk_by(|a, b| a.0[level] == b.0[level]).collect();

@@ -1,15 +1,18 @@
 //! Why a task waits: finds the first thing that binds. The planner's reasons and every replica's answer to
 //! `ares queue` and `ares show` come from here.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use statemachine::domain::Path;
 use statemachine::fit::{self, NoFit};
 use statemachine::record::{Alloc, GpuHealth, Job, Node, NodeAdmin, Phase};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
 use crate::choose::Shortage;
+use crate::domains::domain_for;
 use crate::machines::{Cache, Machines, is_present, want_of};
 use crate::outlook::{Outlook, Start};
 use crate::plan::waiting_task;
@@ -36,6 +39,9 @@ pub(crate) fn reason_with(
 ) -> Option<Reason> {
     Explainer::new(state, cache, unheard).reason_for(task).map(|reason| Reason::clone(&reason))
 }
+
+/// Domains that a reason names.
+const DOMAINS: usize = 4;
 
 /// Answers for many tasks of one state: equal shapes are looked at once.
 pub struct Explainer<'a> {
@@ -153,8 +159,8 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
 /// What the gang asks for, whichever machines it gets.
 pub(crate) fn needs_of(state: &State, shape: &Shape) -> Needs {
     let (cores, mem_mib) = (shape.cores_per_rank.into(), shape.mem_mib_per_rank);
-    let types = type_names(state, &shape.gpu_types);
-    Needs { machines: shape.nodes.into(), gpus: shape.gpus_per_node(), types, cores, mem_mib }
+    let (types, within) = (type_names(state, &shape.gpu_types), shape.required_level());
+    Needs { machines: shape.nodes.into(), gpus: shape.gpus_per_node(), types, cores, mem_mib, within }
 }
 
 fn present_types(state: &State) -> BTreeSet<GpuTypeId> {
@@ -175,6 +181,8 @@ enum Step {
     Links,
     /// Fewer leases than a machine may hold.
     Leases,
+    /// As many of them in one domain as the gang has.
+    Together,
     /// Nothing is short.
     Fits,
 }
@@ -204,19 +212,47 @@ impl<'a> Question<'a> {
         if let Some((step, tally)) = idle.short_step(needed) {
             return ((false, false, step, tally.passed, tally.best().has), self.never(step, tally));
         }
-        let away = idle.out + idle.silent;
-        if idle.able() - away < needed {
-            let (able, out, silent) = (idle.able(), idle.out, idle.silent);
-            let reason = Reason::NodesOut { needs: self.needs(None), able, out, silent };
+        if let Some((domain, able)) = idle.short_domain(needed, |room| room.able) {
+            let lack = Lack::Domain { domain, able };
+            return ((false, false, Step::Together, able, 0), Reason::Never { needs: self.needs(None), lack });
+        }
+        if let Some(reason) = self.nodes_out(&idle, needed) {
             return ((true, false, Step::Gpus, 0, 0), reason);
         }
+        let away = idle.all.away();
         let now = self.survey_now(cache);
-        match now.short_step(needed) {
-            Some((step, tally)) => {
-                ((true, true, step, tally.passed, tally.best().has), self.busy(step, tally, now.unhealthy, away))
-            }
+        if let Some((step, tally)) = now.short_step(needed) {
+            let progress = (true, true, step, tally.passed, tally.best().has);
+            return (progress, self.busy(step, tally, now.unhealthy, away));
+        }
+        match now.short_domain(needed, |room| room.able) {
+            Some((_, most)) => ((true, true, Step::Together, most, 0), self.apart(&now, away)),
             None => ((true, true, Step::Fits, 0, 0), Reason::Soon),
         }
+    }
+
+    /// Too few of those that could run it are in service: in all, or in each domain.
+    fn nodes_out(&self, idle: &Survey<'_>, needed: u32) -> Option<Reason> {
+        let told = |room: Room, domain: String| {
+            let Room { able, out, silent } = room;
+            Reason::NodesOut { needs: self.needs(None), able, out, silent, domain }
+        };
+        if idle.all.in_service() < needed {
+            return Some(told(idle.all, String::new()));
+        }
+        idle.short_domain(needed, Room::in_service)?;
+        let fullest = idle.rooms.iter().max_by_key(|(_, room)| (room.able >= needed, room.in_service()));
+        fullest.map(|(domain, room)| told(*room, name_of(domain)))
+    }
+
+    /// The domains with the most machines that have room.
+    fn apart(&self, now: &Survey<'_>, away: u32) -> Reason {
+        let mut rooms: Vec<(String, u32)> =
+            now.rooms.iter().map(|(domain, room)| (name_of(domain), room.able)).collect();
+        rooms.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+        let more = rooms.len().saturating_sub(DOMAINS);
+        rooms.truncate(DOMAINS);
+        Reason::Topology { needs: self.needs(None), rooms, more: u32::try_from(more).unwrap_or(u32::MAX), away }
     }
 
     fn never(&self, step: Step, tally: &Tally) -> Reason {
@@ -225,7 +261,7 @@ impl<'a> Question<'a> {
             Step::Gpus => Lack::Gpus(tally.best()),
             Step::Cores => Lack::Cores(tally.best()),
             Step::Memory => Lack::Memory(tally.best()),
-            Step::Links | Step::Leases | Step::Fits => Lack::Bandwidth(tally.best()),
+            Step::Links | Step::Leases | Step::Together | Step::Fits => Lack::Bandwidth(tally.best()),
         };
         Reason::Never { needs: self.needs(tally.nearest()), lack }
     }
@@ -237,7 +273,7 @@ impl<'a> Question<'a> {
             Step::Cores => Reason::CoresBusy { needs, ready, best, away },
             Step::Memory => Reason::MemBusy { needs, ready, best, away },
             Step::Links => Reason::Bandwidth { needs, ready, best, wanted_mbps: self.shape.min_bandwidth_mbps },
-            Step::Leases | Step::Fits => {
+            Step::Leases | Step::Together | Step::Fits => {
                 Reason::LeasesFull { needs, limit: self.machines.state.meta.settings.leases_per_node }
             }
         }
@@ -253,26 +289,27 @@ impl<'a> Question<'a> {
             types: type_names(self.machines.state, &self.asked.gpu_types),
             cores,
             mem_mib,
+            within: self.shape.required_level(),
         }
     }
 
     /// Every machine as it would be in service, healthy and empty.
-    fn survey_idle(&self, cache: &mut Cache) -> Survey {
-        let mut survey = Survey::default();
+    fn survey_idle(&self, cache: &mut Cache) -> Survey<'a> {
+        let mut survey = self.new_survey();
         for (id, node, alloc) in self.machines.idle() {
             if survey.count(*id, node, self.first_lack(cache, node, alloc)) {
                 let in_service =
                     self.machines.state.nodes.get(id).is_some_and(|node| node.value.admin == NodeAdmin::Ready);
-                survey.out += u32::from(!in_service);
-                survey.silent += u32::from(in_service && self.machines.unheard.contains(id));
+                let (out, silent) = (!in_service, in_service && self.machines.unheard.contains(id));
+                survey.add(node, &self.shape, Room { able: 1, out: out.into(), silent: silent.into() });
             }
         }
         survey
     }
 
     /// The machines in service as the plan has left them.
-    fn survey_now(&self, cache: &mut Cache) -> Survey {
-        let mut survey = Survey::default();
+    fn survey_now(&self, cache: &mut Cache) -> Survey<'a> {
+        let mut survey = self.new_survey();
         for (id, _) in self.machines.state.nodes.iter() {
             let Some((node, alloc)) = self.machines.node(*id) else { continue };
             if node.admin != NodeAdmin::Ready || self.machines.unheard.contains(id) || !self.machines.is_open(*id) {
@@ -280,10 +317,16 @@ impl<'a> Question<'a> {
             }
             let lack = self.first_lack(cache, node, alloc);
             let full = lack == (Step::Fits, 0) && !self.machines.takes_leases(*id);
-            survey.count(*id, node, if full { (Step::Leases, 0) } else { lack });
+            if survey.count(*id, node, if full { (Step::Leases, 0) } else { lack }) {
+                survey.add(node, &self.shape, Room { able: 1, ..Room::default() });
+            }
             survey.unhealthy += self.unhealthy(node, alloc);
         }
         survey
+    }
+
+    fn new_survey(&self) -> Survey<'a> {
+        Survey { must_be_together: self.shape.required_level().is_some(), ..Survey::default() }
     }
 
     /// The first step that the machine fails, and how much it has of what is short there.
@@ -322,12 +365,43 @@ const STEPS: [Step; 5] = [Step::Gpus, Step::Cores, Step::Memory, Step::Links, St
 
 /// The machines, counted at each step.
 #[derive(Default)]
-struct Survey {
+struct Survey<'a> {
     tallies: [Tally; STEPS.len()],
-    /// Of the machines that pass every step.
+    all: Room,
+    /// By domain, where the gang must be in one.
+    rooms: BTreeMap<Path<'a>, Room>,
+    must_be_together: bool,
+    unhealthy: u32,
+}
+
+/// Machines that pass every step.
+#[derive(Clone, Copy, Default)]
+struct Room {
+    able: u32,
+    /// Of these.
     out: u32,
     silent: u32,
-    unhealthy: u32,
+}
+
+impl Room {
+    fn add(&mut self, more: Room) {
+        self.able += more.able;
+        self.out += more.out;
+        self.silent += more.silent;
+    }
+
+    fn away(&self) -> u32 {
+        self.out + self.silent
+    }
+
+    fn in_service(self) -> u32 {
+        self.able - self.away()
+    }
+}
+
+/// Its names, outermost first.
+fn name_of(domain: &Path<'_>) -> String {
+    domain.iter().filter(|name| !name.is_empty()).copied().collect::<Vec<_>>().join("/")
 }
 
 /// One step: who passes it and all before it, and who of those that fail it comes nearest.
@@ -337,7 +411,7 @@ struct Tally {
     nearest: Option<(NodeId, Best)>,
 }
 
-impl Survey {
+impl<'a> Survey<'a> {
     /// Counts a machine with the first step that it fails; true when it fails none.
     fn count(&mut self, id: NodeId, node: &Node, (lacks, has): (Step, u64)) -> bool {
         for (step, tally) in STEPS.into_iter().zip(&mut self.tallies) {
@@ -357,8 +431,19 @@ impl Survey {
         STEPS.into_iter().zip(&self.tallies).find(|(_, tally)| tally.passed < needed)
     }
 
-    fn able(&self) -> u32 {
-        self.tallies.last().map_or(0, |tally| tally.passed)
+    fn add(&mut self, node: &'a Node, shape: &Shape, machine: Room) {
+        self.all.add(machine);
+        if let Some(domain) = domain_for(node, shape).filter(|_| self.must_be_together) {
+            self.rooms.entry(domain).or_default().add(machine);
+        }
+    }
+
+    /// The domain that comes nearest, and how many it has, where the gang must be in one and none has as many as are needed.
+    fn short_domain(&self, needed: u32, count: impl Fn(Room) -> u32) -> Option<(String, u32)> {
+        let counted = self.rooms.iter().map(|(domain, room)| (count(*room), domain));
+        let most = counted.max_by_key(|(count, domain)| (*count, Reverse(*domain)));
+        let (count, domain) = most.map_or((0, String::new()), |(count, domain)| (count, name_of(domain)));
+        (self.must_be_together && count < needed).then_some((domain, count))
     }
 }
 

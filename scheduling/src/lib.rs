@@ -30,7 +30,6 @@ mod windows;
 pub mod world;
 
 pub use bandwidth::BandwidthTable;
-pub use domains::LEVELS;
 pub use explain::{Explainer, reason_for};
 pub use holding::ENDLESS_MS;
 pub use outlook::{Outlook, Start};

@@ -379,6 +379,9 @@ impl<'a> Cycle<'a> {
             let fits = may && fit::fit(node, &free, &spec.shape, &part).is_ok();
             fits.then_some(part)
         };
+        if !state.are_near_enough(&spec.shape, claim.parts.iter().map(|part| part.node)) {
+            return None;
+        }
         claim.parts.iter().map(part).collect()
     }
 

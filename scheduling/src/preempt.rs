@@ -5,19 +5,21 @@
 //!
 //! A task of one machine gets the set of victims that loses least of all sets on all machines (branch and bound, down to
 //! `SEARCH` looks a machine; beyond those, a set of which none can be spared). A gang takes the machines that add the
-//! least loss one after the other; then those victims are spared, the costliest first, without whom it fits too.
+//! least loss one after the other; then those victims are spared, the costliest first, without whom it fits too. One that
+//! must be in one domain is looked for in each, and takes the one that loses least.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use statemachine::account::Amounts;
 use statemachine::command::{PlacePart, Preempt};
+use statemachine::domain::Path;
 use statemachine::fit;
 use statemachine::preemption::{Headroom, Rights};
 use statemachine::record::{Alloc, Lease, NodeAdmin, PartState};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 
-use crate::domains::along;
+use crate::domains::{along, domain_for};
 use crate::machines::{Cache, Machines};
 use crate::seats::seats_on;
 
@@ -221,10 +223,27 @@ impl Search<'_, '_> {
 
     /// Machine after machine, the least addition first; then who is not needed is spared.
     fn gang(&mut self, cache: &mut Cache, steps: &mut u64) -> Option<(Vec<NodeId>, Vec<Token>)> {
-        let mut left: Vec<Found> = Vec::new();
-        for node in self.nodes() {
-            left.extend(self.on_node(cache, node, Cost::MOST, steps));
+        let state = self.machines.state;
+        let mut by_domain: BTreeMap<Path<'_>, Vec<Found>> = BTreeMap::new();
+        for id in self.nodes() {
+            if let Some(domain) = state.nodes.get(&id).and_then(|node| domain_for(&node.value, self.shape)) {
+                by_domain.entry(domain).or_default().extend(self.on_node(cache, id, Cost::MOST, steps));
+            }
         }
+        let gangs = by_domain.into_values().filter_map(|found| self.gang_among(cache, found, steps));
+        gangs.min_by_key(|(_, victims)| self.cost_of(victims))
+    }
+
+    fn cost_of(&self, victims: &[Token]) -> Cost {
+        victims.iter().fold(Cost::default(), |sum, token| sum.plus(self.cost[token]))
+    }
+
+    fn gang_among(
+        &self,
+        cache: &mut Cache,
+        mut left: Vec<Found>,
+        steps: &mut u64,
+    ) -> Option<(Vec<NodeId>, Vec<Token>)> {
         let (mut nodes, mut victims) = (Vec::new(), BTreeSet::new());
         while nodes.len() < usize::from(self.shape.nodes) {
             let added = |found: &Found| {
@@ -279,7 +298,7 @@ impl Search<'_, '_> {
         }
         let mut looks = 0;
         let mut best = self.greedy(cache, node, &able, &mut looks);
-        let mut cost = best.iter().fold(Cost::default(), |sum, token| sum.plus(self.cost[token]));
+        let mut cost = self.cost_of(&best);
         let mut walk = Walk { able: &able, costs: &costs, chosen: Vec::new(), looks };
         if cost > bound {
             (cost, best) = (bound, Vec::new());
@@ -405,7 +424,7 @@ impl Search<'_, '_> {
             self.machines.part(cache, (*id, node, &alloc), self.shape, self.gpu_type)
         };
         let parts: Option<Vec<PlacePart>> = nodes.iter().map(part).collect();
-        let cost = victims.iter().fold(Cost::default(), |sum, token| sum.plus(self.cost[token]));
+        let cost = self.cost_of(&victims);
         let parts = parts?;
         let amounts = self.machines.state.amounts_of(parts.iter().map(PlacePart::takes));
         if self.headroom.hit(&amounts, &victims).is_some() {

@@ -5,6 +5,7 @@ use std::fmt;
 
 use statemachine::JobId;
 use statemachine::account::QuotaHit;
+use statemachine::domain::Level;
 use statemachine::record::Holds;
 use statemachine::spec::AfterKind;
 
@@ -27,6 +28,8 @@ pub enum Reason {
         able: u32,
         out: u32,
         silent: u32,
+        /// The domain whose machines these are, where the gang must be in one; else empty.
+        domain: String,
     },
     GpusBusy {
         needs: Needs,
@@ -58,6 +61,14 @@ pub enum Reason {
         ready: u32,
         best: Best,
         wanted_mbps: u32,
+    },
+    /// Enough machines have room, but not those of one domain: how many of each have, the most first, and how many domains are
+    /// not named.
+    Topology {
+        needs: Needs,
+        rooms: Vec<(String, u32)>,
+        more: u32,
+        away: u32,
     },
     /// What it could have is kept for `job`; with a limit of `fits_ms` or less it would end before that starts.
     Reserved {
@@ -126,6 +137,11 @@ pub const CODES: &[(&str, &str, &str)] = &[
     ("LEASES_FULL", "the machines with room hold as many leases as a machine may", "wait"),
     ("BANDWIDTH", "the GPUs that are free are linked too slowly", "wait, or ask for a lower --min-bandwidth"),
     (
+        "TOPOLOGY",
+        "enough machines have room, but not in one block, rack or switch, as it requires",
+        "wait, or prefer the level: --topology LEVEL:prefer",
+    ),
+    (
         "RESERVED",
         "what is free is kept for a job before it in the order, and it would not end in time",
         "wait, or give it a --time-limit that ends before that job starts",
@@ -174,6 +190,8 @@ pub struct Needs {
     /// Cores and MiB on the machine that `best` names.
     pub cores: u32,
     pub mem_mib: u64,
+    /// All in one domain of it.
+    pub within: Option<Level>,
 }
 
 /// The machine that comes nearest, and how much of the scarce thing it has.
@@ -196,6 +214,11 @@ pub enum Lack {
     Machines {
         able: u32,
     },
+    /// The domain with the most such machines, and how many; empty where no such machine names its domain.
+    Domain {
+        domain: String,
+        able: u32,
+    },
 }
 
 impl Reason {
@@ -211,6 +234,7 @@ impl Reason {
             Reason::MemBusy { .. } => "MEM_BUSY",
             Reason::LeasesFull { .. } => "LEASES_FULL",
             Reason::Bandwidth { .. } => "BANDWIDTH",
+            Reason::Topology { .. } => "TOPOLOGY",
             Reason::Reserved { .. } => "RESERVED",
             Reason::SetAside { maintenance: true, .. } => "MAINTENANCE",
             Reason::SetAside { .. } => "SET_ASIDE",
@@ -245,6 +269,7 @@ impl Reason {
                 | Reason::MemBusy { .. }
                 | Reason::LeasesFull { .. }
                 | Reason::Bandwidth { .. }
+                | Reason::Topology { .. }
                 | Reason::Reserved { .. }
                 | Reason::SetAside { .. }
                 | Reason::ReservationAhead { .. }
@@ -260,8 +285,9 @@ impl fmt::Display for Reason {
             Reason::NoNodes => f.write_str("no machine has joined the cluster"),
             Reason::NoSuchGpuType { wanted, present } => no_such_type(f, wanted, present),
             Reason::Never { needs, lack } => never(f, needs, lack),
-            Reason::NodesOut { needs, able, out, silent } => {
-                write!(f, "needs {needs}; {able} could run it, {out} of them out of service, {silent} silent")
+            Reason::NodesOut { needs, able, out, silent, domain } => {
+                let of = if domain.is_empty() { String::new() } else { format!(" of {domain}") };
+                write!(f, "needs {needs}; {able}{of} could run it, {out} of them out of service, {silent} silent")
             }
             Reason::GpusBusy { needs, ready, best, unhealthy, away } => {
                 write!(f, "needs {needs}; {}", ready_now(needs, *ready))?;
@@ -287,6 +313,18 @@ impl fmt::Display for Reason {
             Reason::Bandwidth { needs, ready, best, wanted_mbps } => {
                 write!(f, "needs {needs} at {} or more; {}", gbps(*wanted_mbps), ready_now(needs, *ready))?;
                 write!(f, "{} {} among the free GPUs of {}", best_of(*ready), speed(best), best.node)
+            }
+            Reason::Topology { needs, rooms, more, away } => {
+                let rooms: Vec<String> = rooms.iter().map(|(domain, ready)| format!("{domain} has {ready}")).collect();
+                write!(
+                    f,
+                    "needs {needs}; {} now",
+                    if rooms.is_empty() { "none has any".into() } else { rooms.join(", ") }
+                )?;
+                if *more > 0 {
+                    write!(f, ", {more} more not as many")?;
+                }
+                write_away(f, *away)
             }
             Reason::Reserved { needs, job, starts_in_ms, fits_ms } => {
                 write!(f, "needs {needs}; what is free is kept for job {job}, ")?;
@@ -372,12 +410,19 @@ fn never(f: &mut fmt::Formatter<'_>, needs: &Needs, lack: &Lack) -> fmt::Result 
                 speed(best)
             )
         }
+        Lack::Domain { domain, able } => {
+            let level = needs.within.map_or("", Level::name);
+            match domain.as_str() {
+                "" => write!(f, "needs {needs}; no such machine names its {level}: ares agent --label {level}=NAME"),
+                domain => write!(f, "needs {needs}; the largest, {domain}, has {able}, in service or not"),
+            }
+        }
         Lack::Machines { able } => write!(f, "needs {needs}; the cluster has {able} such, in service or not"),
     }
 }
 
 impl fmt::Display for Needs {
-    /// "8 h100 on one machine", "2 machines with 8 h100 each", "one machine".
+    /// "8 h100 on one machine", "2 machines with 8 h100 each in one rack", "one machine".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gpus = match self.types.as_slice() {
             [] => format!("{} {}", self.gpus, plural(self.gpus, "GPU", "GPUs")),
@@ -388,7 +433,8 @@ impl fmt::Display for Needs {
             (1, _) => write!(f, "{gpus} on one machine"),
             (machines, 0) => write!(f, "{machines} machines"),
             (machines, _) => write!(f, "{machines} machines with {gpus} each"),
-        }
+        }?;
+        self.within.map_or(Ok(()), |level| write!(f, " in one {}", level.name()))
     }
 }
 

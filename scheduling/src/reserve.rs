@@ -6,12 +6,13 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use statemachine::command::PlacePart;
+use statemachine::domain::Path;
 use statemachine::fit;
 use statemachine::record::{Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId};
 
-use crate::domains::along;
+use crate::domains::{along, domain_for};
 use crate::holding::Kept;
 use crate::machines::{Cache, Machines};
 use crate::seats::{Seat, seats_on};
@@ -30,8 +31,9 @@ type Asked<'a> = (&'a Shape, Option<u64>, u64);
 /// Windows of reserved time before which a gang is tried to fit: each costs a look at every machine.
 const HORIZONS: usize = 4;
 
-/// By the type of the GPUs, the machines that have room soonest.
-type Soonest = BTreeMap<Option<GpuTypeId>, BTreeSet<(u64, Seat)>>;
+/// By the domain, where the gang must be in one (else all in one), and by the type of the GPUs: the machines that have room
+/// soonest.
+type Soonest<'a> = BTreeMap<(Path<'a>, Option<GpuTypeId>), BTreeSet<(u64, Seat)>>;
 
 /// Machines, each with the type of its GPUs.
 type Chosen = Vec<(NodeId, Option<GpuTypeId>)>;
@@ -63,8 +65,9 @@ fn earliest_before(machines: &Machines<'_>, cache: &mut Cache, asked: Asked<'_>,
     let mut soonest = Soonest::new();
     for (id, node) in machines.state.nodes.iter() {
         *steps += 1;
-        if node.value.admin == NodeAdmin::Ready && !machines.unheard.contains(id) && machines.is_open(*id) {
-            look_at(machines, cache, asked, *id, &mut soonest, steps);
+        let usable = node.value.admin == NodeAdmin::Ready && !machines.unheard.contains(id) && machines.is_open(*id);
+        if let Some(domain) = domain_for(&node.value, shape).filter(|_| usable) {
+            look_at(machines, cache, asked, (*id, domain), &mut soonest, steps);
         }
     }
     let (at_ms, mut nodes) = pick(shape, &soonest)?;
@@ -86,12 +89,12 @@ fn room_until((shape, length_ms, horizon_ms): Asked<'_>, at_ms: u64) -> u64 {
 }
 
 /// Enters the machine's first moment with room, for each type, unless enough others have theirs sooner.
-fn look_at(
+fn look_at<'a>(
     machines: &Machines<'_>,
     cache: &mut Cache,
     asked: Asked<'_>,
-    id: NodeId,
-    soonest: &mut Soonest,
+    (id, domain): (NodeId, Path<'a>),
+    soonest: &mut Soonest<'a>,
     steps: &mut u64,
 ) {
     let (shape, ..) = asked;
@@ -113,7 +116,7 @@ fn look_at(
     let (mut free, mut ended) = (alloc.clone(), 0);
     let mut found: BTreeSet<Option<GpuTypeId>> = BTreeSet::new();
     for time in times {
-        if found.len() == types.len() || is_late(shape, soonest, &types, time) {
+        if found.len() == types.len() || is_late(shape, soonest, (domain, &types), time) {
             return;
         }
         // Beside what is kept the machine is looked at as often as something begins there.
@@ -132,7 +135,7 @@ fn look_at(
         let Some(during) = during else { return };
         for (gpu_type, seat) in seats_on(machines, cache, shape, (id, node, &during)) {
             if found.insert(gpu_type) {
-                enter(shape, soonest.entry(gpu_type).or_default(), (time, seat));
+                enter(shape, soonest.entry((domain, gpu_type)).or_default(), (time, seat));
             }
         }
     }
@@ -147,12 +150,12 @@ fn types_on(node: &Node, shape: &Shape) -> Vec<Option<GpuTypeId>> {
     fit::acceptable_types(node, shape).into_iter().filter(has).map(Some).collect()
 }
 
-/// Enough machines have room before this time, whichever of these types it is.
-fn is_late(shape: &Shape, soonest: &Soonest, types: &[Option<GpuTypeId>], time: u64) -> bool {
+/// Enough machines of the domain have room before this time, whichever of these types it is.
+fn is_late(shape: &Shape, soonest: &Soonest<'_>, (domain, types): (Path<'_>, &[Option<GpuTypeId>]), time: u64) -> bool {
     let full = |seats: &BTreeSet<(u64, Seat)>| {
         seats.len() == usize::from(shape.nodes) && seats.last().is_some_and(|(last, _)| *last < time)
     };
-    !shape.mix_types && types.iter().all(|gpu_type| soonest.get(gpu_type).is_some_and(full))
+    !shape.mix_types && types.iter().all(|gpu_type| soonest.get(&(domain, *gpu_type)).is_some_and(full))
 }
 
 /// Keeps as many as the gang has machines.
@@ -163,17 +166,18 @@ fn enter(shape: &Shape, seats: &mut BTreeSet<(u64, Seat)>, entry: (u64, Seat)) {
     }
 }
 
-/// The machines of the type that has enough of them first; of equal ones the most preferred.
-fn pick(shape: &Shape, soonest: &Soonest) -> Option<(u64, Chosen)> {
+/// The machines of the type and domain that have enough of them first; of equal ones the most preferred type.
+fn pick(shape: &Shape, soonest: &Soonest<'_>) -> Option<(u64, Chosen)> {
     let needed = usize::from(shape.nodes);
     let preference = |gpu_type: &Option<GpuTypeId>| {
         gpu_type.and_then(|gpu_type| shape.gpu_types.iter().position(|wanted| *wanted == gpu_type))
     };
     let whole = soonest.iter().filter(|(_, seats)| seats.len() == needed);
     let of_one_type =
-        whole.filter_map(|(gpu_type, seats)| Some((seats.last()?.0, preference(gpu_type), gpu_type, seats)));
-    let mixed = || {
-        let all = soonest.iter().flat_map(|(gpu_type, seats)| seats.iter().map(move |seat| (*seat, *gpu_type)));
+        whole.filter_map(|((_, gpu_type), seats)| Some((seats.last()?.0, preference(gpu_type), gpu_type, seats)));
+    let mixed = |domain: Path<'_>| {
+        let inside = soonest.iter().filter(|((of, _), _)| *of == domain);
+        let all = inside.flat_map(|((_, gpu_type), seats)| seats.iter().map(move |seat| (*seat, *gpu_type)));
         let sorted: BTreeSet<((u64, Seat), Option<GpuTypeId>)> = all.collect();
         let mut nodes = BTreeMap::new();
         for ((time, seat), gpu_type) in sorted {
@@ -182,13 +186,17 @@ fn pick(shape: &Shape, soonest: &Soonest) -> Option<(u64, Chosen)> {
             }
         }
         let at_ms = nodes.values().map(|(time, _)| *time).max()?;
-        (nodes.len() == needed).then(|| (at_ms, nodes.into_iter().map(|(id, (_, gpu_type))| (id, gpu_type)).collect()))
+        let nodes: Chosen = nodes.into_iter().map(|(id, (_, gpu_type))| (id, gpu_type)).collect();
+        (nodes.len() == needed).then_some((at_ms, nodes))
     };
     match of_one_type.min_by_key(|(at_ms, preference, ..)| (*at_ms, *preference)) {
         Some((at_ms, _, gpu_type, seats)) => {
             Some((at_ms, seats.iter().map(|(_, seat)| (seat.node, *gpu_type)).collect()))
         }
-        None if shape.mix_types => mixed(),
+        None if shape.mix_types => {
+            let domains: BTreeSet<Path<'_>> = soonest.keys().map(|(domain, _)| *domain).collect();
+            domains.into_iter().filter_map(mixed).min_by_key(|(at_ms, _)| *at_ms)
+        }
         None => None,
     }
 }

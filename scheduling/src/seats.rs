@@ -5,12 +5,13 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use statemachine::domain::{Level, Path};
 use statemachine::fit;
 use statemachine::record::{Alloc, Node};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State};
 
-use crate::domains::{Domains, LEVELS, Path, along, path_of};
+use crate::domains::{APART, Domains, along};
 use crate::machines::{Cache, Machines, want_of};
 
 /// A machine with room, in the order of best fit: the fewest free GPUs, the highest bandwidth in GB/s among those, the
@@ -93,7 +94,7 @@ impl<'a> Seats<'a> {
         if self.shape.nodes < 2 {
             return None;
         }
-        self.state.nodes.get(&node).map(|node| path_of(&node.value))
+        self.state.nodes.get(&node).map(|node| node.value.path())
     }
 
     /// Machines for the whole gang with the type of their GPUs, along their domains; `None` when too few have room.
@@ -123,7 +124,7 @@ impl<'a> Seats<'a> {
     fn pick_type(&self, gpu_type: &Option<GpuTypeId>, avoid: &VecDeque<NodeId>) -> Option<(usize, Vec<Seat>)> {
         let seats = self.by_type.get(gpu_type)?;
         if self.shape.nodes > 1 && avoid.is_empty() {
-            return self.domains.get(gpu_type)?.pick(usize::from(self.shape.nodes));
+            return self.domains.get(gpu_type)?.pick(usize::from(self.shape.nodes), self.shape.topology);
         }
         self.nearest(seats.iter().map(|seat| (*seat, ())), avoid).map(|(spread, picked)| {
             let seats = picked.into_iter().map(|(seat, ())| seat);
@@ -152,11 +153,34 @@ impl<'a> Seats<'a> {
             for seat in liked.keys() {
                 domains.insert(along(self.state, seat.node).0, *seat);
             }
-            if let Some((spread, picked)) = domains.pick(usize::from(self.shape.nodes)) {
+            if let Some((spread, picked)) = domains.pick(usize::from(self.shape.nodes), self.shape.topology) {
                 return Some((spread, picked.into_iter().map(|seat| (seat, liked[&seat])).collect()));
             }
         }
-        self.first(seats, avoid).map(|picked| (LEVELS.len(), picked))
+        let picked = match self.shape.required_level() {
+            Some(level) => self.first_inside(level, seats, avoid),
+            None => self.first(seats, avoid),
+        };
+        picked.map(|picked| (APART, picked))
+    }
+
+    /// Seats of the domain in which the fewest of those to avoid are needed; of such the one with the fewest machines.
+    fn first_inside<T: Copy>(
+        &self,
+        level: Level,
+        seats: impl Iterator<Item = (Seat, T)>,
+        avoid: &VecDeque<NodeId>,
+    ) -> Option<Vec<(Seat, T)>> {
+        let mut inside: BTreeMap<Path<'_>, Vec<(Seat, T)>> = BTreeMap::new();
+        for (seat, what) in seats {
+            if let Some(domain) = self.state.nodes.get(&seat.node).and_then(|node| node.value.domain(level)) {
+                inside.entry(domain).or_default().push((seat, what));
+            }
+        }
+        let picked =
+            inside.into_values().filter_map(|seats| Some((seats.len(), self.first(seats.into_iter(), avoid)?)));
+        let avoided = |seats: &[(Seat, T)]| seats.iter().filter(|(seat, _)| avoid.contains(&seat.node)).count();
+        picked.min_by_key(|(size, seats)| (avoided(seats), *size)).map(|(_, seats)| seats)
     }
 
     /// As many seats as the gang has machines, from the front; those to avoid come last.

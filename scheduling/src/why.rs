@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use statemachine::account::{QuotaHit, Resource};
 use statemachine::command::Place;
+use statemachine::domain::Topology;
 use statemachine::record::{Node, NodeAdmin};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::state::QueueKey;
@@ -242,6 +243,7 @@ fn assumptions(look: &Look, reason: &Reason, holders: &[Holder]) -> Vec<String> 
 enum Kind {
     Limit,
     Type,
+    Topology,
     Request,
     Spread,
     Machines,
@@ -320,6 +322,11 @@ fn alternatives(state: &State, task: TaskKey, spec: &JobSpec, reason: &Reason) -
     if shape.nodes > 1 && !shape.mix_types && shape.gpus_per_node() > 0 {
         with(Kind::Type, "--mix-types".to_owned(), &|spec| spec.shape.mix_types = true);
     }
+    if let Some(topology) = shape.topology.filter(|_| shape.required_level().is_some()) {
+        let preferred = Topology { required: false, ..topology };
+        let ask = format!("--topology {preferred}");
+        with(Kind::Topology, ask, &move |spec| spec.shape.topology = Some(preferred));
+    }
     for (ask, smaller) in smaller_requests(shape, reason) {
         with(Kind::Request, ask, &move |spec| spec.shape = smaller.clone());
     }
@@ -376,8 +383,9 @@ fn other_shapes(shape: &Shape, reason: &Reason) -> Vec<(Kind, Shape)> {
     shapes.extend([2, 4].into_iter().filter_map(|parts| spread(shape, parts)).map(|shape| (Kind::Spread, shape)));
     let (ready, room) = match reason {
         Reason::GpusBusy { ready, best, .. } => (*ready, best.has),
+        Reason::Topology { rooms, .. } => (rooms.first().map_or(0, |(_, ready)| *ready), 0),
         Reason::Never { lack: Lack::Gpus(best), .. } => (0, best.has),
-        Reason::Never { lack: Lack::Machines { able }, .. } => (*able, 0),
+        Reason::Never { lack: Lack::Machines { able } | Lack::Domain { able, .. }, .. } => (*able, 0),
         _ => (0, 0),
     };
     let fewer = |counts: [u64; 4], of: u64| {

@@ -3,13 +3,16 @@
 //! where and when it may start. The law itself is `statemachine::reservation`'s.
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
 use statemachine::command::PlacePart;
+use statemachine::domain::Path;
 use statemachine::fit;
 use statemachine::record::{Node, Reservation};
 use statemachine::spec::JobSpec;
 use statemachine::{NodeId, State};
 
+use crate::domains::domain_for;
 use crate::explain::needs_of;
 use crate::machines::Machines;
 use crate::reason::Reason;
@@ -65,9 +68,18 @@ pub(crate) fn in_the_way(machines: &Machines<'_>, spec: &JobSpec, until_ms: u64)
         let machine = machines.node(*id).filter(|_| machines.is_open(*id) && machines.takes_leases(*id));
         machine.is_some_and(|(node, alloc)| fit::room_for(node, alloc, &spec.shape).is_ok())
     };
-    let with_room = state.nodes.iter().map(|(id, _)| id).filter(|id| has_room(id));
-    let first: Vec<Option<Window<'_>>> = with_room.map(|id| machines.window_on(*id, until_ms)).collect();
     let needed = usize::from(spec.shape.nodes);
+    let mut by_domain: BTreeMap<Path<'_>, Vec<Option<Window<'_>>>> = BTreeMap::new();
+    for (id, node) in state.nodes.iter().filter(|(id, _)| has_room(id)) {
+        if let Some(domain) = domain_for(&node.value, &spec.shape) {
+            by_domain.entry(domain).or_default().push(machines.window_on(*id, until_ms));
+        }
+    }
+    // Where it comes nearest, if it must be in one domain.
+    let room = |windows: &Vec<Option<Window<'_>>>| {
+        (windows.len() >= needed, windows.iter().filter(|window| window.is_none()).count())
+    };
+    let first = by_domain.into_values().max_by_key(room).unwrap_or_default();
     let others = first.iter().filter(|window| window.is_none()).count();
     let mut barred: Vec<Window<'_>> = first.into_iter().flatten().collect();
     // Those that begin last leave most time.

@@ -25,21 +25,10 @@ fn site() -> Site {
     site
 }
 
-/// All the ranks of the lease run.
-fn started(site: &mut Site, token: Token) {
-    let lease = site.state.leases.get(&token).unwrap().value.clone();
-    for what in [PartReport::Prepared { port: 1 }, PartReport::Started { port: 1 }] {
-        for part in lease.parts.iter().filter(|_| lease.parts.len() > 1 || what != PartReport::Prepared { port: 1 }) {
-            let items = vec![ReportItem { token, what: what.clone() }];
-            site.command(Command::Report(Report { node: part.node, epoch: part.epoch, items }));
-        }
-    }
-}
-
 fn running(site: &mut Site, class: &str, shape: Shape) -> (JobId, Token) {
     let id = site.submit_of(class, "default", shape);
     let tokens = site.start();
-    tokens.iter().for_each(|token| started(site, *token));
+    tokens.iter().for_each(|token| site.started(*token));
     (id, *tokens.last().expect("it fits"))
 }
 
@@ -68,7 +57,7 @@ fn draining(state: &State) -> Vec<Token> {
 fn turn(site: &mut Site) -> Plan {
     let plan = site.plan();
     for token in site.grant(&plan) {
-        started(site, token);
+        site.started(token);
     }
     for made in &plan.preempts {
         let outcome = preempt(site, made);
@@ -222,7 +211,7 @@ fn a_job_at_its_tenants_limit_ends_a_lower_one_of_that_tenant() {
     site.tenant(SetTenant { name: "lab".into(), limit_gpus: Some(Some(8)), ..SetTenant::default() });
     for tenant in ["lab", "default"] {
         site.submit_of("low", tenant, shape(1, 1, 6));
-        site.start().into_iter().for_each(|token| started(&mut site, token));
+        site.start().into_iter().for_each(|token| site.started(token));
     }
     site.wait_ms(1_000);
     let urgent = site.submit_of("high", "lab", shape(1, 1, 4));
@@ -301,7 +290,7 @@ proptest! {
             let class = if low { "low" } else { "" };
             site.submit_of(class, "default", shape(1, 1, gpus));
             for token in site.start() {
-                started(&mut site, token);
+                site.started(token);
                 tokens.extend(low.then_some(token));
             }
             site.wait_ms(ms);

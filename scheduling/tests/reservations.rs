@@ -10,6 +10,7 @@ use scheduling::plan::{Cache, Limits, plan};
 use scheduling::{ENDLESS_MS, Reason};
 use site::{Site, hgx, mock_v100, shape};
 use statemachine::command::{SetPolicy, SetTenant};
+use statemachine::domain::{Level, Topology};
 use statemachine::spec::Shape;
 use statemachine::{JobId, Token};
 
@@ -264,6 +265,8 @@ fn an_aged_job_starts_once_what_ran_at_its_age_has_ended() {
     assert_eq!(start_in_a_stream_of_urgent_jobs(0), None, "without ageing it starves");
 }
 
+const IN_A_RACK: Topology = Topology { level: Level::Rack, required: true };
+
 #[derive(Clone, Debug)]
 struct Ask {
     shape: Shape,
@@ -273,9 +276,10 @@ struct Ask {
 }
 
 fn asks() -> impl Strategy<Value = Vec<Ask>> {
-    let ask = (1u16..=3, 1u16..=4, 0u16..=6, prop_oneof![1 => Just(0u64), 6 => 1u64..30], 20u64..=100).prop_map(
-        |(nodes, gpus, cores_per_rank, limit_minutes, runs)| Ask {
-            shape: Shape { cores_per_rank, ..shape(nodes, 1, gpus) },
+    let limit = prop_oneof![1 => Just(0u64), 6 => 1u64..30];
+    let ask = (1u16..=3, 1u16..=4, 0u16..=6, any::<bool>(), limit, 20u64..=100).prop_map(
+        |(nodes, gpus, cores_per_rank, together, limit_minutes, runs)| Ask {
+            shape: Shape { cores_per_rank, topology: together.then_some(IN_A_RACK), ..shape(nodes, 1, gpus) },
             limit_minutes,
             runs,
         },
@@ -291,7 +295,8 @@ proptest! {
     fn the_first_that_waits_is_never_later_than_it_was_told(machines in 1usize..4, asks in asks()) {
         let mut running = Running { site: Site::default(), ends: BTreeMap::new(), started: BTreeMap::new() };
         for n in 0..machines {
-            running.site.join(&format!("n{n}"), mock_v100());
+            // Two racks, of two and of one.
+            running.site.join_with(&format!("n{n}"), mock_v100(), &[("rack", ["r0", "r1", "r0"][n])]);
         }
         let mut told: BTreeMap<JobId, u64> = BTreeMap::new();
         for ask in asks {

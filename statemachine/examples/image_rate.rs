@@ -208,6 +208,7 @@ fn job(id: JobId, request: RequestId, state: &State) -> Job {
         mem_mib_per_rank: 0,
         mix_types: false,
         min_bandwidth_mbps: 0,
+        topology: None,
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: [].into() };
     Job {

@@ -77,6 +77,7 @@ fn submission(number: u64) -> Cmd {
         cores_per_rank: 0,
         mem_mib_per_rank: 0,
         min_bandwidth_mbps: 0,
+        topology: None,
     };
     let spec = JobSpec {
         name: "bench".into(),

@@ -110,6 +110,16 @@ impl State {
             lease.parts.len() == usize::from(shape.nodes) && ranks == shape.ranks()
         });
         must(whole, "gang_whole", || format!("lease {token} does not hold its whole gang"))?;
+        // A machine may have registered since with other labels.
+        let stands = |part: &Part| {
+            let node = self.nodes.get(&part.node);
+            node.is_some_and(|node| node.value.registered_clock_ms < lease.granted_ms)
+        };
+        let nodes = || lease.parts.iter().map(|part| part.node);
+        let near = shape.is_none_or(|shape| self.are_near_enough(shape, nodes()));
+        must(near || !lease.parts.iter().all(stands), "gang_together", || {
+            format!("lease {token} is on nodes {:?}, its job requires {:?}", nodes(), shape.and_then(|it| it.topology))
+        })?;
         let open = lease.parts.iter().any(|part| part.state != PartState::Released);
         must(open, "lease_iff_running", || format!("lease {token} has no part left and is not closed"))?;
         for part in &lease.parts {

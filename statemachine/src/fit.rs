@@ -280,6 +280,7 @@ mod tests {
             mem_mib_per_rank: 0,
             mix_types: false,
             min_bandwidth_mbps: 0,
+            topology: None,
         }
     }
 

@@ -7,6 +7,7 @@ pub mod account;
 pub mod apply;
 pub mod check;
 pub mod command;
+pub mod domain;
 pub mod event;
 pub mod fit;
 pub mod id;

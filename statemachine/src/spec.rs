@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::domain::Topology;
 use crate::id::{GpuTypeId, JobId};
 
 /// The immutable, small half of a job, read by apply and by the planner.
@@ -126,6 +127,8 @@ pub struct Shape {
     pub mem_mib_per_rank: u64,
     /// The least predicted collective bandwidth that is acceptable inside a machine, in MB/s; 0 = any.
     pub min_bandwidth_mbps: u32,
+    /// How near to each other the machines must, or had better, be; absent = as near as there is room.
+    pub topology: Option<Topology>,
 }
 
 impl Shape {

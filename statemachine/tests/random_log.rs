@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use statemachine::command::*;
+use statemachine::domain::{Level, Topology};
 use statemachine::keyspace::{self, Kv};
 use statemachine::record::*;
 use statemachine::settings::Settings;
@@ -201,6 +202,8 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
                 submit.spec.priority = 0;
                 submit.priority_class = ["low", "high"][usize::from(kind / 5 % 2)].into();
             }
+            submit.spec.shape.topology = [None, Some(true), Some(false)][usize::from(kind / 8 % 3)]
+                .map(|required| Topology { level: Level::Rack, required });
             submit.spec.terms = some_terms(state, &jobs, *terms);
             let windows = state.reservations.iter().filter(|(_, window)| !window.is_maintenance());
             let windows: Vec<String> = windows.map(|(_, window)| window.name.clone()).collect();
@@ -448,6 +451,9 @@ fn registration(state: &State, n: u8, boot: u8, gpus: u8, fate: u8, fence_new: b
     let mut register = machine(&format!("n{n}"), n + 1, gpus);
     register.boot_id = [boot; 16];
     register.fence_new = fence_new;
+    // Two of three machines stand in one rack, until one is carried away.
+    let rack = if fate.is_multiple_of(5) { 2 } else { n / 2 };
+    register.labels = [("rack".to_owned(), format!("r{rack}"))].into();
     register.max_token = Token(max_token);
     register.kill = if n == 1 { KillStrength::Weak } else { KillStrength::Cgroup };
     if fate % 5 == 4 {
@@ -655,7 +661,7 @@ fn random_logs_reach_what_matters() {
     use proptest::strategy::ValueTree;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (mut verdicts, mut states, mut codes) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-    let (mut preempted, mut checkpoints, mut inside, mut sent_away) = (0, 0, 0, 0);
+    let (mut preempted, mut checkpoints, mut inside, mut sent_away, mut together) = (0, 0, 0, 0, 0);
     for _ in 0..240 {
         let ops = ops().new_tree(&mut runner).expect("a list of operations").current();
         let (world, _) = play(&ops);
@@ -677,6 +683,8 @@ fn random_logs_reach_what_matters() {
                     let granted = plan.places.iter().zip(all).filter(|(_, answer)| answer.is_ok());
                     let spec = |place: &Place| again.jobs.get(&place.task.job).map(|job| job.value.spec.clone());
                     let own = |place: &Place| spec(place).is_some_and(|spec| !spec.reservation().is_empty());
+                    let near = |place: &Place| spec(place).is_some_and(|spec| spec.shape.required_level().is_some());
+                    together += granted.clone().filter(|(place, _)| near(place)).count();
                     inside += granted.filter(|(place, _)| own(place)).count();
                 }
                 match outcome {
@@ -692,6 +700,7 @@ fn random_logs_reach_what_matters() {
             }
         }
     }
+    assert!(together > 0, "{together} gangs were granted machines in the rack that they require");
     assert!(inside > 0 && sent_away > 0, "{inside} started in a reservation, {sent_away} were sent away by one");
     println!("{verdicts:?} {states:?} {codes:?}");
     assert!(preempted > 0 && checkpoints > 3, "room was made {preempted} times, {checkpoints} have a checkpoint");

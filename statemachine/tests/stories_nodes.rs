@@ -3,6 +3,7 @@
 mod world;
 
 use statemachine::command::*;
+use statemachine::domain::{Level, Topology};
 use statemachine::record::*;
 use statemachine::spec::Shape;
 use statemachine::*;
@@ -97,6 +98,40 @@ fn a_gang_gets_one_gpu_type_unless_it_may_mix() {
     assert_eq!(code(world.place(pure, &nodes)), Some(Code::NoFit));
     let mixed = world.submit(job(Shape { mix_types: true, ..shape(2, 1, 1) }));
     assert!(world.place(mixed, &nodes).is_ok());
+}
+
+#[test]
+fn a_gang_that_requires_a_rack_is_refused_in_two() {
+    let mut world = World::new();
+    let racks = [Some("r1"), Some("r1"), Some("r2"), None, None];
+    let nodes: Vec<NodeId> = (1u8..)
+        .zip(racks)
+        .map(|(nth, rack)| {
+            let labels = rack.map(|rack| ("rack".to_owned(), rack.to_owned())).into_iter().collect();
+            world.register(RegisterNode { labels, ..machine(&format!("n{nth}"), nth, 1) }).0
+        })
+        .collect();
+    let wants = |required| Some(Topology { level: Level::Rack, required });
+    let gang = world.submit(job(Shape { topology: wants(true), ..shape(2, 1, 1) }));
+    for apart in [[1, 2], [0, 3], [3, 4]] {
+        let refused = world.place(gang, &apart.map(|nth| nodes[nth]));
+        assert_eq!(code(refused.clone()), Some(Code::NoFit));
+        let detail = refused.unwrap_err().detail;
+        assert!(detail.starts_with("the gang requires one rack: nodes n"), "{detail}");
+    }
+    world.wait(1_000);
+    let token = world.place(gang, &[nodes[1], nodes[0]]).expect("in one rack");
+    // It runs on where its machine is carried to another rack; what starts next knows.
+    let labels = [("rack".to_owned(), "r2".to_owned())].into();
+    let second = machine("n2", 2, 1);
+    let running = vec![RunningPart { token, job: gang, gpus: vec![second.gpus[0].uuid], started: false }];
+    world.wait(1_000);
+    world.register(RegisterNode { labels, running, ..second });
+    assert!(world.state.leases.contains(&token));
+    let preferred = world.submit(job(Shape { topology: wants(false), ..shape(2, 1, 1) }));
+    assert!(world.place(preferred, &[nodes[2], nodes[3]]).is_ok());
+    let alone = world.submit(job(Shape { topology: wants(true), ..shape(1, 1, 1) }));
+    assert!(world.place(alone, &[nodes[4]]).is_ok());
 }
 
 #[test]

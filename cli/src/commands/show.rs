@@ -67,6 +67,7 @@ fn print(job: &v1::Job) {
             }
         ),
     );
+    line("Topology", &shape.topology);
     let labels = sorted(&spec.labels).join(", ");
     line("Labels", &labels);
     if spec.limit_ms > 0 {

@@ -55,6 +55,9 @@ pub struct JobArgs {
     /// Least predicted bandwidth among the GPUs of a machine, such as 100GB/s
     #[arg(long, default_value = "", hide_default_value = true, value_name = "RATE", help_heading = MACHINES)]
     min_bandwidth: String,
+    /// Machines of a gang in one block, rack or switch: rack:require (or it waits), rack:prefer (where one has room)
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "LEVEL:HOW", help_heading = MACHINES)]
+    topology: String,
     /// Higher goes first
     #[arg(long, short = 'p', default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
     priority: i32,
@@ -202,6 +205,7 @@ impl JobArgs {
                 mix_types: self.mix_types,
                 cores_per_rank: self.cores,
                 mem_mib_per_rank: if self.mem.is_empty() { 0 } else { size_mib("--mem", &self.mem)? },
+                topology: self.topology.clone(),
                 min_bandwidth_mbps: if self.min_bandwidth.is_empty() { 0 } else { rate_mbps(&self.min_bandwidth)? },
             }),
             limit_ms: optional_ms("--time-limit", &self.time_limit)?,
@@ -241,7 +245,7 @@ impl JobArgs {
 }
 
 /// The options behind the fields that a cluster may refuse.
-const FLAGS: [(&str, &str); 21] = [
+const FLAGS: [(&str, &str); 22] = [
     ("checkpoint_signal", "--checkpoint-signal"),
     ("shape.nodes", "--nodes"),
     ("shape.ranks_per_node", "--ranks-per-node"),
@@ -250,6 +254,7 @@ const FLAGS: [(&str, &str); 21] = [
     ("shape.cores_per_rank", "--cores"),
     ("mem_mib_per_rank", "--mem"),
     ("min_bandwidth_mbps", "--min-bandwidth"),
+    ("shape.topology", "--topology"),
     ("limit_ms", "--time-limit"),
     ("lease_ttl_ms", "--lease-ttl"),
     ("kill_grace_ms", "--kill-grace"),

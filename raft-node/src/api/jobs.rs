@@ -434,6 +434,7 @@ mod tests {
             mem_mib_per_rank: 0,
             mix_types: false,
             min_bandwidth_mbps: 0,
+            topology: None,
         };
         let spec = JobSpec {
             name: "job".into(),

@@ -3,6 +3,7 @@
 use proto::error::invalid_fields;
 use proto::{reason, v1};
 use statemachine::command::*;
+use statemachine::domain::Topology;
 use statemachine::record::{Class, Exit, Nic};
 use statemachine::spec::{After, Body, JobSpec, Retry, Shape, Terms};
 use statemachine::{JobId, NodeId, RequestId, State, Token};
@@ -107,6 +108,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
             cores_per_rank: fields.narrow("shape.cores_per_rank", shape.cores_per_rank, 4_096),
             mem_mib_per_rank: shape.mem_mib_per_rank,
             min_bandwidth_mbps: shape.min_bandwidth_mbps,
+            topology: topology(&shape.topology, &mut fields),
         },
         limit_ms: job.limit_ms,
         lease_ttl_ms: ttl_ms,
@@ -145,6 +147,14 @@ fn after(parent: &v1::After, fields: &mut Fields) -> Option<After> {
         fields.refuse("after", format!("{:?}; afterok, afterany, afternotok or aftercorr", parent.kind));
     }
     kind.map(|kind| After { kind, job: JobId(parent.job_id) })
+}
+
+/// Empty = none.
+fn topology(text: &str, fields: &mut Fields) -> Option<Topology> {
+    if text.is_empty() {
+        return None;
+    }
+    text.parse().map_err(|what: String| fields.refuse("shape.topology", what)).ok()
 }
 
 fn check_environment(env: &std::collections::HashMap<String, String>, fields: &mut Fields) {

@@ -143,6 +143,7 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             mem_mib_per_rank: shape.mem_mib_per_rank,
             min_bandwidth_mbps: shape.min_bandwidth_mbps,
             mix_types: shape.mix_types,
+            topology: shape.topology.map(|topology| topology.to_string()).unwrap_or_default(),
         }),
         limit_ms: spec.limit_ms,
         lease_ttl_ms: spec.lease_ttl_ms,

@@ -38,6 +38,7 @@ pub fn shape(nodes: u16, ranks_per_node: u16, gpus_per_rank: u16) -> Shape {
         mem_mib_per_rank: 0,
         mix_types: false,
         min_bandwidth_mbps: 0,
+        topology: None,
     }
 }
 
@@ -173,6 +174,12 @@ impl Site {
         self.submitted(submit)
     }
 
+    /// Of a named priority, with a time limit.
+    pub fn submit_of_limited(&mut self, class: &str, shape: Shape, limit_ms: u64) -> JobId {
+        let submit = SubmitJob { priority_class: class.into(), ..asked("default", shape, 0, &[], limit_ms) };
+        self.submitted(submit)
+    }
+
     /// With a time limit in ms; 0 = none. The kill grace is 10 s.
     pub fn submit_limited(
         &mut self,
@@ -275,6 +282,14 @@ impl Site {
                 .collect(),
             released: true,
         });
+    }
+
+    /// All its ranks run.
+    pub fn started(&mut self, token: Token) {
+        if self.state.leases.get(&token).unwrap().value.parts.len() > 1 {
+            self.report(token, |_, _| PartReport::Prepared { port: 1 });
+        }
+        self.report(token, |_, _| PartReport::Started { port: 1 });
     }
 
     /// The launch fails by the node's fault, and nothing of it is left.

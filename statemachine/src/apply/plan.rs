@@ -12,6 +12,7 @@ use planted::{Bug, planted};
 
 use super::Ctx;
 use crate::command::{Code, Place, PlacePart, Plan, Rejection, Reply};
+use crate::domain::Level;
 use crate::event::Change;
 use crate::fit::{self, NoFit};
 use crate::id::*;
@@ -112,7 +113,7 @@ pub(super) fn check_parts(
     spec: &JobSpec,
     parts: &[PlacePart],
 ) -> Result<Vec<u128>, Rejection> {
-    check_gang(&spec.shape, parts, |part| {
+    check_gang(state, &spec.shape, parts, |part| {
         state.may_use(spec, part.node)?;
         check_part(state, task, &spec.shape, part)
     })
@@ -120,6 +121,7 @@ pub(super) fn check_parts(
 
 /// Each part by itself, then what makes them one gang.
 pub(super) fn check_gang(
+    state: &State,
     shape: &crate::spec::Shape,
     parts: &[PlacePart],
     check_part: impl Fn(&PlacePart) -> Result<(u128, Option<GpuTypeId>), Rejection>,
@@ -139,6 +141,12 @@ pub(super) fn check_gang(
             return Err(Rejection::new(Code::NoFit, "the parts' GPUs are of different types"));
         }
         masks.push(mask);
+    }
+    if !state.are_near_enough(shape, nodes.iter().copied()) {
+        let names: Vec<&str> = nodes.iter().map(|node| state.node_name(*node)).collect();
+        let level = shape.required_level().map_or("", Level::name);
+        let detail = format!("the gang requires one {level}: nodes {} are not in one", names.join(", "));
+        return Err(Rejection::new(Code::NoFit, detail));
     }
     Ok(masks)
 }

@@ -83,7 +83,7 @@ fn check_counts(state: &State, preempt: &Preempt) -> Result<(), Rejection> {
 
 /// The parts fit once the victims, and all that was decided before, have drained.
 fn check_room(state: &State, preempt: &Preempt, spec: &JobSpec) -> Result<(), Rejection> {
-    plan::check_gang(&spec.shape, &preempt.parts, |part| {
+    plan::check_gang(state, &spec.shape, &preempt.parts, |part| {
         state.may_use(spec, part.node)?;
         fits_without(state, preempt.task, &preempt.victims, &spec.shape, part)
     })?;

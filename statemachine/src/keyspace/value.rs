@@ -43,6 +43,7 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
         "cores_per_rank": shape.cores_per_rank,
         "mem_mib_per_rank": shape.mem_mib_per_rank,
         "min_bandwidth_mbps": shape.min_bandwidth_mbps,
+        "topology": shape.topology.map(|topology| topology.to_string()),
         "limit_ms": spec.limit_ms,
         "lease_ttl_ms": spec.lease_ttl_ms,
         "kill_grace_ms": spec.kill_grace_ms,

@@ -14,6 +14,7 @@ use super::codec::{self, StoredKey, Tag};
 use super::history::HistoryKey;
 use super::image::Head;
 use crate::command::*;
+use crate::domain::{Level, Topology};
 use crate::event::{Change, Event, QueuePlace};
 use crate::record::*;
 use crate::settings::{OrderBy, Settings};
@@ -83,6 +84,7 @@ fn spec() -> JobSpec {
         mem_mib_per_rank: 65_536,
         mix_types: false,
         min_bandwidth_mbps: 20_000,
+        topology: Some(Topology { level: Level::Rack, required: true }),
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: [1, 137].into() };
     JobSpec {

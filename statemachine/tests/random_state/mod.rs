@@ -200,6 +200,7 @@ fn job(random: &mut Random, request: RequestId) -> Job {
         mem_mib_per_rank: random.next(),
         mix_types: false,
         min_bandwidth_mbps: 0,
+        topology: None,
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 9, on_exit: [1, 137].into() };
     let labels = [("team".to_string(), random.text(9))].into();

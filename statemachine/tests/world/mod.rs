@@ -175,6 +175,7 @@ pub fn shape(nodes: u16, ranks_per_node: u16, gpus_per_rank: u16) -> Shape {
         mem_mib_per_rank: 0,
         mix_types: false,
         min_bandwidth_mbps: 0,
+        topology: None,
     }
 }
 
