@@ -19,7 +19,7 @@ use super::world::World;
 /// Agents' calls give up after this long, a try at one replica after the second.
 const CALL_MS: u64 = 15_000;
 const TRY_MS: u64 = 2_000;
-const AGENTS_PER_RACK: usize = 4;
+pub const AGENTS_PER_RACK: usize = 4;
 
 pub struct AgentProcess {
     pub core: Core,

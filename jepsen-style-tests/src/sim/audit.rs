@@ -8,9 +8,10 @@ use gpu_agent::shim::record::Exit;
 use proto::v1::DesiredLease;
 use statemachine::command::{Code, Outcome, Reply};
 use statemachine::event::Change;
-use statemachine::record::{AttemptRow, PartState, StoredReply, TaskOutcome, VerdictKind};
+use statemachine::record::{AttemptRow, Part, PartState, StoredReply, TaskOutcome, VerdictKind};
 use statemachine::{Command, Entry, JobId, RequestId, Revision, SessionId, TaskKey, Token};
 
+use super::agent::AGENTS_PER_RACK;
 use super::event::Event;
 use super::machine::Key;
 use super::world::World;
@@ -160,6 +161,7 @@ impl World {
                 }
                 self.audit.token = *token;
                 self.audit_windows(at, task.job, *token);
+                self.audit_racks(at, task.job, *token);
                 let ranks = self.replicas[at].state.jobs.get(&task.job).map(|job| job.value.spec.shape.ranks());
                 self.audit.leases.insert(*token, ranks.unwrap_or(0));
             }
@@ -215,6 +217,25 @@ impl World {
         }
         if let Some(name) = strange.first() {
             self.violate("reservation_kept", format!("job {job} got token {token} inside {name}"));
+        }
+    }
+
+    /// A gang that requires a rack is where its machines really stand in one.
+    fn audit_racks(&mut self, at: usize, job: JobId, token: Token) {
+        let state = &self.replicas[at].state;
+        let topology = state.jobs.get(&job).and_then(|job| job.value.spec.shape.topology);
+        let Some(lease) = state.leases.get(&token).filter(|lease| lease.value.parts.len() > 1) else { return };
+        let stands = |part: &Part| {
+            let name = &state.nodes.get(&part.node)?.value.name;
+            self.machines.iter().position(|machine| machine.name == *name).map(|agent| agent / AGENTS_PER_RACK)
+        };
+        let racks: BTreeSet<Option<usize>> = lease.value.parts.iter().map(stands).collect();
+        if topology.is_none_or(|topology| !topology.required) {
+            return;
+        }
+        self.sometimes.hit("a gang started in the rack that it requires");
+        if racks.len() > 1 {
+            self.violate("gang_together", format!("job {job} got token {token} in racks {racks:?}, and requires one"));
         }
     }
 

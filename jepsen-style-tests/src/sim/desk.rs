@@ -569,6 +569,7 @@ impl World {
             return self.plan_after(at, PLAN_IDLE_US);
         }
         let made = plan(&replica.state, &mut planner.cache, &planner.limits, &unheard);
+        let apart = made.reasons.iter().any(|(_, reason)| matches!(**reason, Reason::Topology { .. }));
         let set_aside = made.reasons.iter().any(|(_, reason)| matches!(**reason, Reason::SetAside { .. }));
         planner.settled = Settled::after(&made, &planner.limits, &replica.state, unheard);
         planner.reached = made.reached.clone();
@@ -590,6 +591,9 @@ impl World {
         }
         let preempts = made.preempts.into_iter().map(Command::Preempt);
         let plans = placements.into_iter().map(Command::Plan).chain(preempts).collect();
+        if apart {
+            self.sometimes.hit("a gang waited for a rack");
+        }
         if set_aside {
             self.sometimes.hit("a job waited for the end of a window");
         }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 /// Must be reached by a run over many seeds.
 pub const REQUIRED: &[&str] = &[
+    "a gang started in the rack that it requires",
+    "a gang waited for a rack",
     "a gang was planned over several racks",
     "a gang was planned whole into one rack",
     "a job started inside its reservation",

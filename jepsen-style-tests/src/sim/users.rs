@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use proto::retry::{Action, Event as Tried, Retry};
 use statemachine::command::{Code, CreateReservation, Machines, Outcome, Reply, SetPriority, SubmitJob};
+use statemachine::domain::{Level, Topology};
 use statemachine::record::{PartState, StoredReply};
 use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape, Terms};
 use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
@@ -571,6 +572,8 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
             cores_per_rank: 0,
             mem_mib_per_rank: 0,
             min_bandwidth_mbps: 0,
+            topology: (nodes > 1 && rng.chance(600))
+                .then(|| Topology { level: Level::Rack, required: rng.chance(700) }),
         },
         limit_ms: if rng.chance(250) { rng.range(1_000, 12_000) } else { 0 },
         lease_ttl_ms: ttl_ms,
