@@ -11,6 +11,7 @@ pub fn job(job: &v1::Job) -> Value {
     json!({
         "id": job.id,
         "name": spec.name,
+        "array": array(job),
         "user": job.user,
         "tenant": spec.tenant,
         "queue": spec.queue,
@@ -48,6 +49,25 @@ pub fn job(job: &v1::Job) -> Value {
         "attempts": job.attempts.iter().map(attempt).collect::<Vec<_>>(),
         "create_revision": job.create_revision,
         "mod_revision": job.mod_revision,
+    })
+}
+
+/// How far an array has come; of which array a task is.
+fn array(job: &v1::Job) -> Value {
+    if job.array_job_id != 0 {
+        return json!({ "job": job.array_job_id, "index": job.array_index });
+    }
+    let Some(progress) = &job.array else { return Value::Null };
+    json!({
+        "tasks": progress.tasks,
+        "not_started": progress.left,
+        "next_index": (progress.left > 0).then_some(progress.next_index),
+        "under_way": progress.open,
+        "succeeded": progress.succeeded,
+        "failed": progress.failed,
+        "timed_out": progress.timed_out,
+        "cancelled": progress.cancelled,
+        "skipped": progress.skipped,
     })
 }
 

@@ -10,7 +10,7 @@ use tokio_stream::StreamExt;
 use tonic::Code;
 
 use crate::Global;
-use crate::commands::wait_known as known;
+use crate::commands::{JobRef, wait_known as known};
 use crate::connect::{client, runtime};
 use crate::exit::{Failure, NOT_FOUND, Outcome, UNAVAILABLE};
 use crate::output;
@@ -19,7 +19,7 @@ use crate::output;
 pub struct Args {
     /// Id of a job that runs or ended
     #[arg(value_name = "JOB")]
-    job: u64,
+    job: JobRef,
     /// Stay until the job has ended
     #[arg(long, short = 'f')]
     follow: bool,
@@ -38,7 +38,7 @@ pub fn run(args: Args, global: Global) -> Outcome {
     let client = client(&global)?;
     let which =
         Which { rank: args.rank, attempt: args.attempt, follow: args.follow, tail_bytes: args.tail, say_where: false };
-    runtime()?.block_on(stream_job(&client, args.job, which))?;
+    runtime()?.block_on(async { stream_job(&client, args.job.resolve(&client).await?, which).await })?;
     Ok(ExitCode::SUCCESS)
 }
 

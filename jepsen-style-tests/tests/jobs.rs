@@ -140,6 +140,52 @@ fn an_agent_stopped_past_its_lease_loses_its_job_and_its_late_report_is_refused(
 }
 
 #[test]
+fn each_task_of_an_array_runs_once_while_the_leader_is_killed_and_a_cancel_ends_all() {
+    block_on(async {
+        let mut cluster = Cluster::start(3).await;
+        cluster.agent("n1", "sim:hgx-h100").await;
+        let file = cluster.path().join("tasks");
+        let script = format!(
+            "echo \"$ARES_ARRAY_JOB_ID $ARES_TASK_INDEX $ARES_ATTEMPT\" >> '{}'; sleep 0.7; [ $ARES_TASK_INDEX != 9 ]",
+            file.display()
+        );
+        let array = |ranges: &[(u32, u32)], throttle: u32| {
+            let ranges = ranges.iter().map(|(first, last)| v1::IndexRange { first: *first, last: *last }).collect();
+            Some(v1::Array { ranges, throttle })
+        };
+        let id = cluster.submit(&script, |job| job.array = array(&[(0, 9), (20, 21)], 3)).await;
+        cluster.job_running(id + 4).await;
+        let (leader, term) = cluster.wait_for_leader().await;
+        cluster.kill_replica(leader);
+        cluster.find_leader(term, SOON).await.expect("another leads");
+        let job = cluster.job_ended(id, Duration::from_secs(60)).await;
+        assert_eq!(job.state, "FAILED", "task 9 did");
+        let progress = job.array.expect("an array");
+        assert_eq!((progress.succeeded, progress.failed, progress.left, progress.open), (11, 1, 0, 0));
+        let mut ran = lines(&file, &id.to_string());
+        ran.sort();
+        let mut all: Vec<String> = (0..10).chain(20..22).map(|index| format!("{id} {index} 1")).collect();
+        all.sort();
+        assert_eq!(ran, all, "each once, in attempt 1");
+        let of = |index: u32| cluster.ares(&["show", &format!("{id}_{index}"), "-o", "json"]);
+        let (code, out, _) = of(20);
+        assert_eq!((code, out.contains(&format!("\"id\":{},", id + 11))), (0, true), "{out}");
+        let (code, _, err) = of(10);
+        assert_eq!((code, err.contains(&format!("array {id} has no task 10"))), (3, true), "{err}");
+
+        let long = cluster.submit("sleep 600", |job| job.array = array(&[(0, 999_999)], 0)).await;
+        cluster.job_running(long + 8).await;
+        let (_, queue, _) = cluster.ares(&["queue"]);
+        assert!(queue.contains(&format!("{long}_0")) && queue.contains(&format!("{long}_[")), "{queue}");
+        cluster.cancel(long).await;
+        let job = cluster.job_ended(long, Duration::from_secs(30)).await;
+        assert_eq!((job.state.as_str(), job.array.expect("an array").cancelled), ("CANCELLED", 1_000_000));
+        let (code, _, err) = cluster.ares(&["wait", &format!("{long}_500000")]);
+        assert_ne!(code, 0, "{err}");
+    });
+}
+
+#[test]
 fn a_cancelled_job_is_dead_with_all_its_children() {
     block_on(async {
         let mut cluster = Cluster::start(1).await;

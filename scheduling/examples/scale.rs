@@ -45,10 +45,10 @@ fn main() {
     compare(&site, &mut cache, "all of them and 100,000 jobs of 1,000 shapes");
     let began = Instant::now();
     let outlook = Outlook::new(&site.state, &mut cache, &site.unheard, 400_000);
-    println!("outlook: {:?}, the gang {:?}", began.elapsed(), outlook.start(gang.into()));
+    println!("outlook: {:?}, the gang {:?}", began.elapsed(), outlook.start(site.state.front_task(gang)));
     for (name, job) in [("the first", gang), ("the last", last)] {
         let began = Instant::now();
-        let answer = why(&site.state, &mut cache, job.into(), &site.unheard).expect("it waits");
+        let answer = why(&site.state, &mut cache, site.state.front_task(job), &site.unheard).expect("it waits");
         println!(
             "why of {name}: {:?}, {} {:?} {:?}",
             began.elapsed(),

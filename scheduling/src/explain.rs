@@ -77,6 +77,9 @@ impl<'a> Explainer<'a> {
         if task.is_none_or(|task| task.phase == Phase::Pending) && job.holds.any() {
             return Some(Arc::new(held(state, job)));
         }
+        if let Some(reason) = of_array(state, job) {
+            return Some(Arc::new(reason));
+        }
         let (spec, _) = waiting_task(state, key)?;
         if let Some(reason) = windows::not_yet(state, spec) {
             return Some(Arc::new(reason));
@@ -108,6 +111,17 @@ impl<'a> Explainer<'a> {
     pub fn start_of(&self, key: TaskKey) -> Start {
         self.outlook.as_ref().map_or(Start::Unknown, |outlook| outlook.start(key))
     }
+}
+
+/// What an array holds back: its own tasks under way, or a person's word against it.
+fn of_array(state: &State, job: &Job) -> Option<Reason> {
+    if let Some(holds) = state.array_of(job).map(|array| array.holds).filter(|holds| holds.user) {
+        return Some(Reason::Held { holds });
+    }
+    let (array, progress) = job.array()?;
+    let full = progress.left(array) > 0 && progress.room(array, &state.meta.settings) == 0;
+    let limit = array.most_open(&state.meta.settings);
+    full.then_some(Reason::ArrayLimit { open: progress.open, limit })
 }
 
 /// Which hold binds: a person's or a fault's first, then other jobs, then the calendar.

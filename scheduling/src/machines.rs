@@ -183,7 +183,7 @@ impl<'a> Machines<'a> {
 
     /// The machine is heard of and may hold one more lease, of a task for which nothing is kept. `fit` decides the rest.
     pub(crate) fn takes_leases(&self, id: NodeId) -> bool {
-        self.takes_lease_of(id, TaskKey::from(JobId(0)))
+        self.takes_lease_of(id, TaskKey::only(JobId(0)))
     }
 
     /// The same for this task.

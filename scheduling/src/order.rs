@@ -45,6 +45,9 @@ pub struct Order<'a> {
     passed: Position,
     /// By tenant, its tasks that have aged and were not passed, the oldest first.
     aged: BTreeMap<TenantId, VecDeque<QueueKey>>,
+    /// Tasks of arrays that were started, and by tenant the array whose next one goes on.
+    started: BTreeMap<JobId, u32>,
+    again: BTreeMap<TenantId, QueueKey>,
 }
 
 /// A place in the tree: the root, a tenant with all below it, or a tenant's own tasks.
@@ -80,8 +83,9 @@ struct Standing {
 impl<'a> Order<'a> {
     /// The order behind a position of the same state.
     pub fn new(state: &'a State, passed: Position) -> Self {
-        let (capacity, places, aged) = (capacity(state), BTreeMap::new(), BTreeMap::new());
-        let mut order = Self { state, capacity, places, passed, aged };
+        let (places, aged) = (BTreeMap::new(), BTreeMap::new());
+        let (started, again) = (BTreeMap::new(), BTreeMap::new());
+        let mut order = Self { state, capacity: capacity(state), places, passed, aged, started, again };
         order.places.insert(Place::Root, Standing::default());
         let below = sums_below(state);
         for tenant in waiting_tenants(state) {
@@ -101,6 +105,18 @@ impl<'a> Order<'a> {
     /// Something is left.
     pub fn has_more(&self) -> bool {
         self.places.get(&Place::Root).is_some_and(|root| !root.below.is_empty())
+    }
+
+    /// A task starts. Of an array the next one is at the front again.
+    pub fn started(&mut self, key: QueueKey) {
+        let array = key.task.job;
+        if self.state.jobs.get(&array).is_some_and(|job| job.value.array().is_some()) {
+            let started = self.started.entry(array).or_default();
+            *started += 1;
+            if let Some(task) = self.state.task_to_start(array, *started) {
+                self.again.insert(key.tenant, QueueKey { task, ..key });
+            }
+        }
     }
 
     /// A placement of a tenant's task: its share grows, and that of those above it.
@@ -179,6 +195,9 @@ impl<'a> Order<'a> {
     }
 
     fn next_of(&self, tenant: TenantId) -> Option<QueueKey> {
+        if let Some(again) = self.again.get(&tenant) {
+            return Some(*again);
+        }
         if let Some(aged) = self.first_aged(tenant) {
             return Some(aged);
         }
@@ -210,6 +229,10 @@ impl Iterator for Order<'_> {
     fn next(&mut self) -> Option<QueueKey> {
         let (_, lowest) = self.places.get(&Place::Root)?.below.first()?;
         let (_, key) = self.places.get(lowest)?.first?;
+        if self.again.remove(&key.tenant).is_some() {
+            self.rank(key.tenant);
+            return Some(key);
+        }
         match self.aged.get_mut(&key.tenant).filter(|aged| aged.front() == Some(&key)) {
             Some(aged) => {
                 aged.pop_front();
@@ -220,7 +243,9 @@ impl Iterator for Order<'_> {
             }
         }
         self.rank(key.tenant);
-        Some(key)
+        // The queue has an array once, whatever its next task.
+        let task = self.state.task_to_start(key.task.job, 0).unwrap_or(key.task);
+        Some(QueueKey { task, ..key })
     }
 }
 

@@ -229,6 +229,7 @@ impl<'a> Cycle<'a> {
             let Some(key) = front.or_else(|| order.next()) else { break };
             let kept = self.plan.reservations.len();
             if let Some(takes) = self.look_at(key.task, key.tenant) {
+                order.started(key);
                 order.placed(key.tenant, &takes);
             }
             if self.plan.reservations.len() > kept {
@@ -483,7 +484,7 @@ pub(crate) fn waiting_task(state: &State, key: TaskKey) -> Option<(&JobSpec, Opt
     let job = &state.jobs.get(&key.job)?.value;
     let task = state.tasks.get(&key).map(|task| &task.value);
     let pending = task.is_none_or(|task| task.phase == Phase::Pending);
-    let may_start = pending && !job.holds.any() && job.stop.is_none() && job.ended.is_none();
+    let may_start = pending && !state.is_barred(job) && job.ended.is_none();
     may_start.then_some((&job.spec, task))
 }
 

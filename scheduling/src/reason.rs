@@ -118,6 +118,11 @@ pub enum Reason {
         attempt: u32,
         in_ms: u64,
     },
+    /// So many tasks of the array are under way, its limit.
+    ArrayLimit {
+        open: u32,
+        limit: u32,
+    },
     Soon,
 }
 
@@ -176,6 +181,11 @@ pub const CODES: &[(&str, &str, &str)] = &[
     ("DEPENDENCY", "jobs that it was told to wait for have not ended", "wait, or ask why they do: ares why"),
     ("BEGIN_TIME", "it was told to start later", "wait"),
     ("BACKOFF", "it failed, and the wait before its next attempt is not over", "wait, or ares requeue"),
+    (
+        "ARRAY_LIMIT",
+        "as many tasks of the array have started and not ended as its %LIMIT allows",
+        "wait, or submit it with a higher limit",
+    ),
     ("SOON", "it fits; the planner starts it, or one before it in the order, next", "nothing"),
 ];
 
@@ -246,6 +256,7 @@ impl Reason {
             Reason::Dependency { .. } => "DEPENDENCY",
             Reason::BeginTime { .. } => "BEGIN_TIME",
             Reason::Backoff { .. } => "BACKOFF",
+            Reason::ArrayLimit { .. } => "ARRAY_LIMIT",
             Reason::Soon => "SOON",
         }
     }
@@ -358,6 +369,9 @@ impl fmt::Display for Reason {
             Reason::BeginTime { in_ms } => write!(f, "begins in {}", seconds(*in_ms)),
             Reason::Backoff { attempt, in_ms } => {
                 write!(f, "attempt {attempt} may start in {}", seconds(*in_ms))
+            }
+            Reason::ArrayLimit { open, limit } => {
+                write!(f, "{open} of its tasks have started and not ended, at most {limit} may at a time")
             }
             Reason::Soon => f.write_str("fits; its turn comes next"),
         }

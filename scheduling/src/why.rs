@@ -460,7 +460,7 @@ fn other_tenants<'a>(state: &'a State, task: TaskKey, reason: &Reason) -> impl I
         queue: job.queue,
         priority: std::cmp::Reverse(job.spec.priority),
         seq: job.seq,
-        task,
+        task: TaskKey::only(task.job),
     });
     let differs = move |id: TenantId| own.is_some_and(|own| own.tenant != id);
     let others = state.tenants.iter().filter(move |(id, tenant)| binds && differs(**id) && !tenant.removed);

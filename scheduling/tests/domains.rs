@@ -13,7 +13,7 @@ use site::{Site, hgx, shape};
 use statemachine::command::{CreateReservation, Machines, Preempt, SetPriority};
 use statemachine::domain::{Level, Topology};
 use statemachine::spec::Shape;
-use statemachine::{Command, JobId, Outcome};
+use statemachine::{Command, JobId, Outcome, TaskKey};
 
 /// A machine's labels, outermost first; empty = none.
 type Path = [String; 3];
@@ -301,7 +301,7 @@ fn who_requires_a_rack_waits_for_one_and_is_told_how_far_each_is() {
     let reason = site.reason(job);
     assert_eq!(reason.code(), "TOPOLOGY");
     assert_eq!(reason.to_string(), "needs 3 machines with 8 GPUs each in one rack; r1 has 2, r0 has 1 now");
-    let why = why(&site.state, &mut Cache::default(), job.into(), &site.unheard).unwrap();
+    let why = why(&site.state, &mut Cache::default(), TaskKey::only(job), &site.unheard).unwrap();
     let asks: Vec<(&str, Start)> = why.changes.iter().map(|change| (&*change.ask, change.start)).collect();
     assert_eq!(asks[0], ("--topology rack:prefer", Start::Now));
     assert!(asks.contains(&("--nodes 2 --gpus-per-node 8", Start::Now)), "{asks:?}");
@@ -341,7 +341,7 @@ fn a_start_to_come_is_when_one_rack_has_room() {
     let kept = plan.reservations.iter().find(|kept| kept.task.job == job).expect("a reservation");
     let names: Vec<String> = kept.parts.iter().map(|part| site.name(part.node)).collect();
     assert_eq!(names, ["n2", "n3"]);
-    let start = Outlook::new(&site.state, &mut Cache::default(), &site.unheard, 100_000).start(job.into());
+    let start = Outlook::new(&site.state, &mut Cache::default(), &site.unheard, 100_000).start(TaskKey::only(job));
     let in_s = |start: Start| match start {
         Start::At(at) => (at - site.state.meta.clock_ms) / 1_000,
         _ => 0,
@@ -416,7 +416,7 @@ fn a_window_keeps_a_rack_from_a_gang() {
     let job = site.submit_limited("default", gang(2, in_one(Level::Rack)), 0, &[], 3_600_000);
     assert!(site.plan().places.is_empty());
     assert_eq!(site.reason(job).code(), "MAINTENANCE");
-    let start = Outlook::new(&site.state, &mut Cache::default(), &site.unheard, 100_000).start(job.into());
+    let start = Outlook::new(&site.state, &mut Cache::default(), &site.unheard, 100_000).start(TaskKey::only(job));
     assert!(matches!(start, Start::At(at) if at >= site.state.meta.clock_ms + 899_000), "{start:?}");
 }
 

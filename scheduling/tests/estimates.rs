@@ -15,7 +15,7 @@ use scheduling::plan::{Cache, Limits, plan};
 use scheduling::simulate::trace::{Trace, TraceJob, read};
 use scheduling::why::why;
 use site::{Machine, Site, pairs, shape};
-use statemachine::{JobId, Token};
+use statemachine::{JobId, TaskKey, Token};
 
 /// Jobs of a log that are played, from its beginning.
 const JOBS: usize = 10_000;
@@ -94,7 +94,7 @@ impl Play {
     }
 
     fn ask(&mut self, job: JobId) -> Told {
-        let answer = why(&self.site.state, &mut self.cache, job.into(), &self.site.unheard).expect("it waits");
+        let answer = why(&self.site.state, &mut self.cache, TaskKey::only(job), &self.site.unheard).expect("it waits");
         let now = self.site.state.meta.clock_ms;
         let time = |start| match start {
             Start::Now => Some(now),

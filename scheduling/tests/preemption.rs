@@ -10,7 +10,7 @@ use site::*;
 use statemachine::command::{PartReport, Preempt, Report, ReportItem, SetPolicy, SetPriority, SetTenant};
 use statemachine::record::{ExitCause, PartState, Phase};
 use statemachine::spec::Shape;
-use statemachine::{Command, JobId, NodeId, Outcome, State, Token};
+use statemachine::{Command, JobId, NodeId, Outcome, State, TaskKey, Token};
 
 fn class(site: &mut Site, name: &str, value: i32, preempts: bool, preemptible: bool) {
     let set = SetPriority { name: name.into(), create: true, value, tenants: Vec::new(), preempts, preemptible };
@@ -260,7 +260,7 @@ fn least(site: &Site, urgent: JobId, tokens: &[Token]) -> Option<(u64, u64, usiz
     for set in 1u32..1 << tokens.len() {
         let chosen: Vec<Token> = (0..tokens.len()).filter(|nth| set & 1 << nth != 0).map(|nth| tokens[nth]).collect();
         let fits = |node: &NodeId| {
-            let alloc = state.free_after(*node, &chosen, urgent.into()).unwrap();
+            let alloc = state.free_after(*node, &chosen, TaskKey::only(urgent)).unwrap();
             statemachine::fit::room_for(&state.nodes.get(node).unwrap().value, &alloc, shape).is_ok()
         };
         if state.nodes.iter().any(|(node, _)| fits(node)) {
@@ -358,7 +358,7 @@ proptest! {
             prop_assert!(round + 1 < jobs.len() * 6 || site.state.index.queue.is_empty(), "some wait for ever");
         }
         for job in jobs {
-            let task = site.state.tasks.get(&job.into()).map(|task| task.value.clone());
+            let task = site.state.tasks.get(&TaskKey::only(job)).map(|task| task.value.clone());
             if let Some(task) = task {
                 prop_assert!(task.displaced <= 2, "job {job} made room {} times", task.displaced);
                 prop_assert!(matches!(task.phase, Phase::Ended { .. }), "job {job} is {:?}", task.phase);

@@ -100,7 +100,7 @@ fn a_gang_starts_whole_or_not_at_all() {
     let gang = site.submit(shape(2, 1, 2), 0, &[]);
     let plan = site.plan();
     assert_eq!(plan.places.len(), 1);
-    assert_eq!(plan.reasons[0].0, TaskKey::from(gang));
+    assert_eq!(plan.reasons[0].0, TaskKey::only(gang));
     assert_eq!(
         plan.reasons[0].1.to_string(),
         "needs 2 machines with 2 GPUs each; 1 machine has room now, best of the others has 1 free on n01"
@@ -327,7 +327,7 @@ fn a_running_job_has_no_reason_to_wait() {
     site.join("n02", mock_v100());
     let job = site.submit(shape(2, 1, 2), 0, &[]);
     let token = site.start()[0];
-    assert_eq!(scheduling::reason_for(&site.state, job.into(), &site.unheard), None);
+    assert_eq!(scheduling::reason_for(&site.state, TaskKey::only(job), &site.unheard), None);
     assert_eq!(site.state.leases.get(&token).unwrap().value.parts.len(), 2);
 }
 

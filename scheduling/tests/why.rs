@@ -7,9 +7,9 @@ use scheduling::plan::Cache;
 use scheduling::why::why;
 use scheduling::{Outlook, Start, Why};
 use site::{Machine, Site, hgx, mock_v100, shape};
-use statemachine::JobId;
 use statemachine::command::SetTenant;
 use statemachine::spec::Shape;
+use statemachine::{JobId, TaskKey};
 
 const MINUTE: u64 = 60_000;
 const GRACE: u64 = 10_000;
@@ -19,7 +19,7 @@ fn submit(site: &mut Site, shape: Shape, limit_ms: u64) -> JobId {
 }
 
 fn ask(site: &Site, job: JobId) -> Why {
-    why(&site.state, &mut Cache::default(), job.into(), &site.unheard).expect("it waits")
+    why(&site.state, &mut Cache::default(), site.state.front_task(job), &site.unheard).expect("it waits")
 }
 
 /// From now, in ms.
@@ -82,7 +82,7 @@ fn the_interval_counts_those_before_it_in_the_order() {
     let why = ask(&site, second);
     assert!(why.assumes.iter().any(|text| text.starts_with("1 job before it")), "{:?}", why.assumes);
     let outlook = Outlook::new(&site.state, &mut Cache::default(), &site.unheard, 10_000);
-    assert_eq!(outlook.start(second.into()), why.latest, "ares queue says the same");
+    assert_eq!(outlook.start(TaskKey::only(second)), why.latest, "ares queue says the same");
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn what_is_not_the_planners_has_a_reason_and_no_start() {
     let why = ask(&site, job);
     assert_eq!((why.reason.code(), why.soonest, why.latest), ("HELD", Start::Unknown, Start::Unknown));
     assert!(!why.reason.advice().is_empty());
-    assert!(scheduling::why(&site.state, &mut Cache::default(), JobId(99).into(), &site.unheard).is_none());
+    assert!(scheduling::why(&site.state, &mut Cache::default(), TaskKey::only(JobId(99)), &site.unheard).is_none());
 }
 
 #[test]

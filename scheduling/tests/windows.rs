@@ -11,7 +11,7 @@ use scheduling::{Outlook, Reason, Start, why};
 use site::{Site, mock_v100, shape};
 use statemachine::command::{CreateReservation, Machines};
 use statemachine::spec::Shape;
-use statemachine::{Code, Command, JobId, NodeId, Outcome, ReservationId, Token};
+use statemachine::{Code, Command, JobId, NodeId, Outcome, ReservationId, TaskKey, Token};
 
 const MINUTE: u64 = 60_000;
 /// SIGTERM to SIGKILL of the site's jobs.
@@ -51,7 +51,7 @@ fn placed(plan: &Plan) -> Vec<JobId> {
 
 /// In how many ms a waiting job starts at the latest.
 fn starts_in(site: &Site, job: JobId) -> Option<u64> {
-    match Outlook::new(&site.state, &mut Cache::default(), &site.unheard, 1_000_000).start(job.into()) {
+    match Outlook::new(&site.state, &mut Cache::default(), &site.unheard, 1_000_000).start(TaskKey::only(job)) {
         Start::At(at) => Some(at - site.state.meta.clock_ms),
         Start::Now | Start::Unknown => None,
     }
@@ -74,7 +74,7 @@ fn who_would_run_into_a_maintenance_waits_and_is_told_what_would_help() {
         let text = reason.to_string();
         assert!(text.contains("kept for maintenance spring, which begins in 600 s and ends in 900 s"), "{text}");
         assert!(text.contains("with a time limit of 589 s or less"), "{text}");
-        let answer = why::why(&site.state, &mut Cache::default(), job.into(), &site.unheard).unwrap();
+        let answer = why::why(&site.state, &mut Cache::default(), TaskKey::only(job), &site.unheard).unwrap();
         assert!(matches!(answer.soonest, Start::At(at) if at >= now_ms + 15 * MINUTE - 100), "{:?}", answer.soonest);
         assert!(answer.changes.iter().any(|change| change.ask == "--time-limit 580s" && change.start == Start::Now));
     }

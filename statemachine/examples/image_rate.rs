@@ -231,8 +231,7 @@ fn job(id: JobId, request: RequestId, state: &State) -> Job {
         submitted_wall_ms: 1_764_000_000_000,
         seq: state.meta.rev.0,
         holds: Holds::default(),
-        stop: None,
-        tasks: 1,
+        rare: None,
         ended: None,
         unmet: 0,
     }

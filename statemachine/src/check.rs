@@ -32,6 +32,7 @@ impl State {
             self.check_lease(*token, &lease.value)?;
         }
         self.check_strays()?;
+        self.check_open_tasks()?;
         self.check_tenants()?;
         self.check_claims()?;
         self.check_reservations()?;
@@ -46,9 +47,9 @@ impl State {
 
     pub(crate) fn check_job(&self, id: JobId) -> Result<(), Violation> {
         let Some(job) = self.jobs.get(&id) else { return Ok(()) };
-        let task = self.tasks.get(&id.into()).map(|task| &task.value);
+        let task = self.tasks.get(&TaskKey::only(id)).map(|task| &task.value);
         must(id.0 < self.meta.next_job, "nothing_lost", || format!("job {id} is above the counter"))?;
-        must(self.bodies.contains(&id), "nothing_lost", || format!("job {id} has no body"))?;
+        must(self.body(id).is_some(), "nothing_lost", || format!("job {id} has no body"))?;
         let ended = matches!(task.map(|task| &task.phase), Some(Phase::Ended { .. }));
         must(ended == job.value.ended.is_some(), "result_once", || format!("job {id} and its task differ on the end"))?;
         let orphan = job.value.holds.orphan == self.has_orphan(id) || ended;
@@ -58,13 +59,34 @@ impl State {
             format!("job {id} waits for a job that is not older")
         })?;
         must(orphan, "queue_iff_pending", || format!("job {id} is on hold for an orphan that is not there"))?;
+        self.check_array(id, &job.value)?;
         task.map_or(Ok(()), |task| self.check_task(id, &job.value, task))
+    }
+
+    /// An array's numbers add up, and a task is what its array says it is.
+    fn check_array(&self, id: JobId, job: &Job) -> Result<(), Violation> {
+        if let Some((array, progress)) = job.array() {
+            let ended = progress.ended.iter().fold(0u32, |sum, count| sum.saturating_add(*count));
+            let sum = ended.saturating_add(progress.open).saturating_add(progress.left(array));
+            must(sum == array.tasks(), "array_counts", || format!("array {id} counts {progress:?}"))?;
+            let most = array.most_open(&self.meta.settings);
+            return must(progress.open <= most, "array_throttle", || {
+                format!("array {id} has {} tasks under way, its limit is {most}", progress.open)
+            });
+        }
+        let Some(element) = job.element() else { return Ok(()) };
+        let array = self.jobs.get(&element.array).and_then(|array| array.value.array());
+        let nth = array.and_then(|(array, _)| array.nth_of(element.index));
+        let begun = nth.zip(array).is_some_and(|(nth, (_, progress))| nth < progress.begun);
+        must(begun && nth.map(|nth| element.array.nth_task(nth)) == Some(id), "array_counts", || {
+            format!("job {id} is not task {} of array {}", element.index, element.array)
+        })
     }
 
     fn check_task(&self, id: JobId, job: &Job, task: &Task) -> Result<(), Violation> {
         match &task.phase {
             Phase::Leased { token } => {
-                let held = self.leases.get(token).is_some_and(|lease| lease.value.task == TaskKey::from(id));
+                let held = self.leases.get(token).is_some_and(|lease| lease.value.task == TaskKey::only(id));
                 must(held, "lease_iff_running", || format!("job {id} names lease {token}, which is not its own"))?;
                 let fence = task.fence.as_ref().map(|fence| fence.value);
                 must(fence == Some(*token), "token_grows", || {
@@ -179,6 +201,24 @@ impl State {
         Ok(())
     }
 
+    /// Of each array, those tasks are under way that are there and have not ended.
+    fn check_open_tasks(&self) -> Result<(), Violation> {
+        let mut open: BTreeMap<JobId, u32> = BTreeMap::new();
+        for (_, job) in self.jobs.iter().filter(|(_, job)| job.value.ended.is_none()) {
+            if let Some(element) = job.value.element() {
+                *open.entry(element.array).or_default() += 1;
+            }
+        }
+        for (id, job) in self.jobs.iter() {
+            let Some((_, progress)) = job.value.array() else { continue };
+            let counted = open.remove(id).unwrap_or_default();
+            must(progress.open == counted, "array_counts", || {
+                format!("array {id} has {counted} tasks under way, it counts {}", progress.open)
+            })?;
+        }
+        Ok(())
+    }
+
     fn check_tenants(&self) -> Result<(), Violation> {
         let mut counted: BTreeMap<TenantId, (u64, u64, u64)> = BTreeMap::new();
         let mut used: BTreeMap<TenantId, Amounts> = BTreeMap::new();
@@ -216,12 +256,13 @@ impl State {
     /// What is kept for a task is free or drains, is kept for nobody else, and the task waits.
     fn check_claims(&self) -> Result<(), Violation> {
         let mut kept: BTreeMap<NodeId, u128> = BTreeMap::new();
-        let waiting: BTreeSet<TaskKey> = match self.claims.is_empty() {
+        let waiting: BTreeSet<JobId> = match self.claims.is_empty() {
             true => BTreeSet::new(),
-            false => self.index.queue.keys().map(|key| key.task).collect(),
+            false => self.index.queue.keys().map(|key| key.task.job).collect(),
         };
         for (task, claim) in self.claims.iter() {
-            must(waiting.contains(task), "claim_kept", || format!("job {} has a claim and does not wait", task.job))?;
+            let waits = waiting.contains(&task.job) && self.task_to_start(task.job, 0) == Some(*task);
+            must(waits, "claim_kept", || format!("job {} has a claim and does not wait", task.job))?;
             for part in &claim.parts {
                 let mask = mask_of(part);
                 let before = kept.entry(part.node).or_default();

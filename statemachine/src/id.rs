@@ -92,15 +92,17 @@ impl fmt::Display for Token {
     }
 }
 
-/// One index of a job's array: the unit that waits, is placed, leased and retried. A plain job has exactly index 0.
+/// The unit that waits, is placed, leased and retried. A plain job, and so each task of an array that has started, has exactly
+/// index 0; with its index, a task of an array is named that has not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct TaskKey {
     pub job: JobId,
     pub index: u32,
 }
 
-impl From<JobId> for TaskKey {
-    fn from(job: JobId) -> Self {
+impl TaskKey {
+    /// The one task of a plain job.
+    pub fn only(job: JobId) -> Self {
         Self { job, index: 0 }
     }
 }

@@ -19,6 +19,7 @@ struct Standing {
     begin: Option<Calendar>,
     deadline: Option<Calendar>,
     restoring: Option<(u64, JobId)>,
+    sweeping: Option<JobId>,
 }
 
 /// What the keyspace shows of a job.
@@ -33,6 +34,9 @@ struct Shown {
     parents: Vec<JobId>,
     /// It has not ended.
     live: bool,
+    array: bool,
+    /// Tasks of an array that have become jobs.
+    begun: u32,
 }
 
 impl State {
@@ -48,8 +52,12 @@ impl State {
         let after = self.shown(id);
         self.move_parents(id, before.as_ref(), after.as_ref());
         let waits = |shown: &Option<Shown>| shown.as_ref().is_some_and(|shown| shown.standing.queue.is_some());
-        if waits(&before) && !waits(&after) {
-            self.drop_claim(id.into());
+        let begun = |shown: &Option<Shown>| shown.as_ref().map_or(0, |shown| shown.begun);
+        if !waits(&before) && after.as_ref().is_some_and(|shown| shown.standing.queue.is_some() && shown.array) {
+            self.note_queued(id, ctx.rev);
+        }
+        if waits(&before) && (!waits(&after) || begun(&before) != begun(&after)) {
+            self.drop_claims_of(id);
         }
         self.index.move_standing(
             before.as_ref().map(|shown| shown.standing).unwrap_or_default(),
@@ -86,7 +94,7 @@ impl State {
 
     fn shown(&self, id: JobId) -> Option<Shown> {
         let job = &self.jobs.get(&id)?.value;
-        let task = self.tasks.get(&id.into()).map(|task| &task.value);
+        let task = self.tasks.get(&TaskKey::only(id)).map(|task| &task.value);
         let lease = task.and_then(|task| match task.phase {
             Phase::Leased { token } => self.leases.get(&token).map(|lease| {
                 let lease = &lease.value;
@@ -102,6 +110,8 @@ impl State {
             result: task.is_some_and(|task| task.result.is_some()),
             parents: job.waits_for().map(|after| after.job).collect(),
             live: job.ended.is_none(),
+            array: job.array().is_some(),
+            begun: job.array().map_or(0, |(_, progress)| progress.begun),
         })
     }
 
@@ -125,9 +135,9 @@ impl State {
         match after.task.not_before_ms {
             new if new == old => {}
             Some(not_before_ms) => {
-                ctx.tell(Change::RetrySet { task: id.into(), attempt: after.task.attempt, not_before_ms });
+                ctx.tell(Change::RetrySet { task: TaskKey::only(id), attempt: after.task.attempt, not_before_ms });
             }
-            None => ctx.tell(Change::RetryOver { task: id.into() }),
+            None => ctx.tell(Change::RetryOver { task: TaskKey::only(id) }),
         }
     }
 
@@ -153,18 +163,18 @@ impl State {
         if before.is_some_and(|shown| shown.task == after.task) {
             return;
         }
-        if self.tasks.update(&id.into(), |task| task.bump(ctx.rev)).is_none() {
+        if self.tasks.update(&TaskKey::only(id), |task| task.bump(ctx.rev)).is_none() {
             self.jobs.update(&id, |job| job.bump(ctx.rev));
         }
-        ctx.tell(Change::TaskState { task: id.into(), state: after.task.clone() });
+        ctx.tell(Change::TaskState { task: TaskKey::only(id), state: after.task.clone() });
     }
 
     fn tell_result(&self, ctx: &mut Ctx<'_>, id: JobId, before: Option<&Shown>, after: &Shown) {
         if before.is_some_and(|shown| shown.result) || !after.result {
             return;
         }
-        if let Some(result) = self.tasks.get(&id.into()).and_then(|task| task.value.result.clone()) {
-            ctx.tell(Change::ResultCommitted { task: id.into(), result });
+        if let Some(result) = self.tasks.get(&TaskKey::only(id)).and_then(|task| task.value.result.clone()) {
+            ctx.tell(Change::ResultCommitted { task: TaskKey::only(id), result });
         }
     }
 
@@ -176,7 +186,7 @@ impl State {
     pub(crate) fn indexes_of_tables(&self) -> Index {
         let mut index = Index::default();
         for (id, job) in self.jobs.iter() {
-            let task = self.tasks.get(&(*id).into()).map(|task| &task.value);
+            let task = self.tasks.get(&TaskKey::only(*id)).map(|task| &task.value);
             index.move_standing(Standing::default(), standing(*id, &job.value, task, &self.meta.settings));
             for parent in job.value.waits_for() {
                 index.dependants.insert((parent.job, *id));
@@ -227,10 +237,12 @@ impl State {
 }
 
 fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::settings::Settings) -> Standing {
-    let task_key = TaskKey::from(id);
+    let task_key = TaskKey::only(id);
     let mut standing = Standing::default();
     if let Some(end) = &job.ended {
-        let due_ms = end.clock_ms.saturating_add(settings.linger_ms);
+        // An array leaves memory behind its tasks, which share its body.
+        let last = u64::from(job.array().is_some());
+        let due_ms = end.clock_ms.saturating_add(settings.linger_ms).saturating_add(last);
         standing.timer = Some(Timer { due_ms, what: TimerKind::Archive(id) });
         return standing;
     }
@@ -241,11 +253,19 @@ fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::setting
         standing.restoring = Some((restore::span_ms(job), id));
     }
     let leased = matches!(task.map(|task| &task.phase), Some(Phase::Leased { .. }));
-    if let Some(due_wall_ms) = job.spec.latest_start_wall_ms().filter(|_| !leased) {
+    let array = job.array();
+    standing.sweeping = array.and_then(|(_, progress)| progress.sweep).map(|_| id);
+    let all_begun = array.is_some_and(|(array, progress)| progress.left(array) == 0);
+    if let Some(due_wall_ms) = job.spec.latest_start_wall_ms().filter(|_| !leased && !all_begun) {
         standing.deadline = Some(Calendar { due_wall_ms, what: CalendarKind::Deadline(id) });
     }
     match task.map_or(&Phase::Pending, |task| &task.phase) {
-        Phase::Pending if job.holds.any() || job.stop.is_some() => standing.waiting = Some(task_key),
+        // Its last tasks are under way.
+        Phase::Pending if all_begun => {}
+        Phase::Pending if job.holds.any() || job.stop().is_some() => standing.waiting = Some(task_key),
+        Phase::Pending if array.is_some_and(|(array, progress)| progress.room(array, settings) == 0) => {
+            standing.waiting = Some(task_key);
+        }
         Phase::Pending => {
             standing.queue = Some(QueueKey {
                 tenant: job.tenant,
@@ -289,6 +309,12 @@ impl Index {
         }
         if let Some(held) = old.restoring {
             self.restoring.remove(&held);
+        }
+        if let Some(array) = old.sweeping {
+            self.sweeping.remove(&array);
+        }
+        if let Some(array) = new.sweeping {
+            self.sweeping.insert(array);
         }
         if let Some(held) = new.restoring {
             self.restoring.insert(held);

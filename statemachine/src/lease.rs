@@ -174,7 +174,7 @@ impl State {
         if let Some(tenant) = self.jobs.get(&lease.task.job).map(|job| job.value.tenant) {
             self.discharge(tenant, lease);
         }
-        let stopped = self.jobs.get(&lease.task.job).is_some_and(|job| job.value.stop.is_some());
+        let stopped = self.jobs.get(&lease.task.job).is_some_and(|job| self.is_stopped(&job.value));
         let verdict = if stopped { verdict } else { soften(lease, verdict) };
         let Some(facts) = self.close_facts(ctx, lease, &verdict) else { return };
         let Some(phase) = self.tasks.get(&lease.task).map(|task| &task.value.phase) else { return };
@@ -218,7 +218,7 @@ impl State {
             nth => retry::backoff_ms(spec, nth, ctx.salt, lease.task, lease.attempt),
         };
         Some(CloseFacts {
-            stop: job.stop.is_some(),
+            stop: self.is_stopped(job),
             retry_left: wanted && task.used.retries < spec.max,
             excused_out: task.excused_in_row.saturating_add(1) >= settings.excused_in_row
                 || task.used.excused().saturating_add(1) >= settings.excused_in_sum,
@@ -263,17 +263,20 @@ impl State {
         });
     }
 
-    /// Ends a task and with it its job: a plain job has one task. The phase is already Ended.
-    pub(crate) fn end_task(&mut self, ctx: &Ctx<'_>, task: TaskKey, result: TaskResult) {
+    /// Ends a task and with it its job, and tells the array that it is of. The phase is already Ended.
+    pub(crate) fn end_task(&mut self, ctx: &mut Ctx<'_>, task: TaskKey, result: TaskResult) {
         let end = JobEnd { outcome: result.outcome, clock_ms: self.meta.clock_ms, wall_ms: self.meta.wall_ms };
         debug_assert_eq!(result.rev, ctx.rev);
         self.tasks.update(&task, |task| task.value.result = Some(result));
-        let tenant = self.jobs.update(&task.job, |job| {
+        let outcome = end.outcome;
+        let job = self.jobs.update(&task.job, |job| {
             job.value.ended = Some(Box::new(end));
-            job.value.tenant
+            (job.value.tenant, job.value.element())
         });
-        if let Some(tenant) = tenant {
-            self.tenants.update(&tenant, |tenant| tenant.live_jobs = tenant.live_jobs.saturating_sub(1));
+        let Some((tenant, element)) = job else { return };
+        self.tenants.update(&tenant, |tenant| tenant.live_jobs = tenant.live_jobs.saturating_sub(1));
+        if let Some(element) = element {
+            self.count_ended(ctx, element.array, outcome);
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod account;
 pub mod apply;
+pub mod array;
 pub mod check;
 pub mod command;
 pub mod domain;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 
 pub use crate::account::{Amounts, Ceiling, Policy, Tenant, Usage};
+pub use crate::array::{Array, ArrayRole, Element, Progress};
 use crate::command::PlacePart;
 use crate::id::*;
 use crate::settings::Settings;
@@ -48,13 +49,20 @@ pub struct Job {
     pub seq: u64,
     /// Why the job must not start although nothing else forbids it.
     pub holds: Holds,
-    /// Set once by a cancel: no task starts any more, and a way back to the queue becomes CANCELLED.
-    pub stop: Option<Box<Stop>>,
-    /// Tasks of the job; 1 until arrays exist.
-    pub tasks: u32,
+    /// What few jobs have.
+    pub rare: Option<Box<Rare>>,
     pub ended: Option<Box<JobEnd>>,
     /// Which of `spec.after` are still waited for: bit n is the n-th.
     pub unmet: u64,
+}
+
+/// Apart from the job so that a plain one that waits stays small.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rare {
+    /// Set once by a cancel: no task starts any more, and a way back to the queue becomes CANCELLED.
+    pub stop: Option<Stop>,
+    /// It is an array, or the task of one.
+    pub role: Option<ArrayRole>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -79,7 +87,7 @@ impl Holds {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stop {
     pub by: UserId,
     pub rev: Revision,

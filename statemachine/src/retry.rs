@@ -51,7 +51,7 @@ mod tests {
     #[test]
     fn jitter_stays_within_a_quarter_and_differs_by_salt() {
         let retry = default_retry();
-        let waits: Vec<u64> = (0..500).map(|salt| backoff_ms(&retry, 3, salt, JobId(7).into(), 3)).collect();
+        let waits: Vec<u64> = (0..500).map(|salt| backoff_ms(&retry, 3, salt, TaskKey::only(JobId(7)), 3)).collect();
         assert!(waits.iter().all(|wait| (3_000..=5_000).contains(wait)));
         assert!(waits.iter().any(|wait| *wait < 3_500) && waits.iter().any(|wait| *wait > 4_500));
     }
@@ -59,6 +59,6 @@ mod tests {
     #[test]
     fn extreme_settings_do_not_overflow() {
         let retry = Retry { max: 9, initial_ms: u64::MAX, mult_milli: u32::MAX, max_ms: u64::MAX, on_exit: [].into() };
-        assert!(backoff_ms(&retry, u32::MAX, 1, JobId(u64::MAX).into(), u32::MAX) > u64::MAX / 2);
+        assert!(backoff_ms(&retry, u32::MAX, 1, TaskKey::only(JobId(u64::MAX)), u32::MAX) > u64::MAX / 2);
     }
 }

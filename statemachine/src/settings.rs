@@ -59,6 +59,8 @@ impl Default for Planning {
 pub struct Settings {
     /// Jobs that have not ended (memory: ~1 KiB each beyond their own bytes).
     pub live_jobs: u64,
+    /// Tasks of one array that have started and not ended.
+    pub array_open: u32,
     /// Bytes of one body; the wire's message limit is 4 MiB, an entry's 320 KiB.
     pub body_bytes: u64,
     /// Bytes of all live bodies together.
@@ -113,6 +115,7 @@ impl Default for Settings {
         const HOUR: u64 = 60 * MIN;
         Self {
             live_jobs: 1_000_000,
+            array_open: 100_000,
             body_bytes: 256 << 10,
             bodies_bytes: 1 << 30,
             labels: 32,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::array::Array;
 use crate::domain::Topology;
 use crate::id::{GpuTypeId, JobId};
 
@@ -42,6 +43,8 @@ pub struct Terms {
     pub checkpoint_signal: u8,
     /// Runs on the machines of this reservation, in its time alone; empty = on those that none sets aside.
     pub reservation: String,
+    /// It stands for so many tasks.
+    pub array: Option<Array>,
 }
 
 /// A job that another one waits for, and how it must end.
@@ -94,6 +97,31 @@ impl JobSpec {
     /// The reservation that it runs in; empty = none.
     pub fn reservation(&self) -> &str {
         self.terms.as_ref().map_or("", |terms| terms.reservation.as_str())
+    }
+
+    pub fn array(&self) -> Option<&Array> {
+        self.terms.as_ref()?.array.as_ref()
+    }
+
+    /// What of an array's spec holds for a task that starts.
+    pub(crate) fn of_element(&self) -> Self {
+        let terms = self.terms.as_ref().map(|terms| Terms {
+            begin_wall_ms: 0,
+            after: Vec::new(),
+            array: None,
+            class: terms.class.clone(),
+            reservation: terms.reservation.clone(),
+            ..**terms
+        });
+        let terms = terms.filter(|terms| *terms != Terms::default()).map(Box::new);
+        Self {
+            terms,
+            name: self.name.clone(),
+            shape: self.shape.clone(),
+            retry: self.retry.clone(),
+            labels: self.labels.clone(),
+            ..*self
+        }
     }
 
     /// How long one attempt may hold its machines: its time limit and the grace behind it; `None` = without end.

@@ -74,6 +74,8 @@ pub struct Index {
     pub reserved: OrdSet<(NodeId, ReservationId)>,
     /// Jobs on hold `restore`, by how long after the restore that ends.
     pub restoring: OrdSet<(u64, JobId)>,
+    /// Arrays whose cancel has not reached all of their tasks.
+    pub sweeping: OrdSet<JobId>,
 }
 
 /// Sorts by tenant, then by priority descending, then by queue position.

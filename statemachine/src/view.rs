@@ -153,7 +153,7 @@ pub struct JobView {
     pub verdict_text: String,
 }
 
-/// The shown state of task 0 of `job`.
+/// The shown state of `job`.
 pub(crate) fn task_view(state: &State, job: &Job, task: Option<&Task>) -> TaskView {
     let mut view = TaskView {
         state: ShownState::Pending,
@@ -165,6 +165,10 @@ pub(crate) fn task_view(state: &State, job: &Job, task: Option<&Task>) -> TaskVi
         exit: None,
     };
     match task.map_or(&Phase::Pending, |task| &task.phase) {
+        // An array has no task of its own: it runs while one of those that it stands for does.
+        Phase::Pending if job.array().is_some_and(|(_, progress)| progress.open > 0) => {
+            view.state = ShownState::Running
+        }
         Phase::Pending => view.holds = job.holds,
         Phase::Retrying { not_before_ms } => {
             view.state = ShownState::Retrying;
@@ -198,7 +202,7 @@ impl State {
     /// The job, in memory or on its way to the image; `None` also for one that only the image has.
     pub fn job_view(&self, id: JobId) -> Option<JobView> {
         if let Some(job) = self.jobs.get(&id) {
-            return Some(self.view_of(id, &job.value, self.tasks.get(&id.into()).map(|task| &task.value)));
+            return Some(self.view_of(id, &job.value, self.tasks.get(&TaskKey::only(id)).map(|task| &task.value)));
         }
         self.archived.get(&id).map(|row| self.history_view(row))
     }
@@ -275,7 +279,7 @@ impl State {
             priority: job.spec.priority,
             submitted_wall_ms: job.submitted_wall_ms,
             task: view,
-            stopping: job.stop.is_some() && job.ended.is_none(),
+            stopping: job.stop().is_some() && job.ended.is_none(),
             nodes: nodes.into_iter().map(|node| self.node_name(node).to_owned()).collect(),
             started_ms: lease.map_or_else(|| last.and_then(|row| row.started_ms), |lease| lease.started_ms),
             retries_used: task.map_or(0, |task| task.used.retries),

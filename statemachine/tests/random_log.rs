@@ -210,6 +210,11 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             if let Some(reservation) = pick(&windows, kind / 8).filter(|_| kind % 2 == 1) {
                 submit.spec.terms = Some(Box::new(Terms { reservation, ..Terms::default() }));
             }
+            if kind % 7 == 3 {
+                let array =
+                    Array { ranges: vec![(0, 0), (5, 5 + u32::from(kind / 32))], throttle: u32::from(kind % 3) };
+                submit.spec.terms.get_or_insert_default().array = Some(array);
+            }
             if *kind > 240 {
                 submit.spec.shape.nodes = 0;
             }
@@ -340,7 +345,7 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             let tokens: Vec<Token> = tokens.iter().filter(preemptible).copied().collect();
             let shape = &job_of(&job)?.spec.shape;
             let fits = |node: NodeId, leaving: &[Token]| {
-                let free = state.free_after(node, leaving, job.into()).expect("a known node");
+                let free = state.free_after(node, leaving, TaskKey::only(job)).expect("a known node");
                 fit::room_for(&state.nodes.get(&node).expect("a known node").value, &free, shape).is_ok()
             };
             // Mostly one whose end is what it needs, on the machine that it frees.

@@ -64,7 +64,7 @@ fn room_is_made_kept_and_taken_and_the_victim_waits_where_it_waited() {
     let small = world.submit(of("low", 2));
     assert_eq!(world.place(small, &[node]).unwrap_err().code, Code::Claimed);
     let beside = world.placement(small, &[node]);
-    let mine = world.state.claims.get(&urgent.into()).unwrap().parts[0].gpu_order.clone();
+    let mine = world.state.claims.get(&TaskKey::only(urgent)).unwrap().parts[0].gpu_order.clone();
     let others: Vec<u8> = (0..4).filter(|slot| !mine.contains(slot)).collect();
     let part = PlacePart { gpu_order: others, cores_by_numa: vec![0, 8], ..beside.parts[0].clone() };
     assert!(world.plan(vec![Place { parts: vec![part], ..beside }])[0].is_ok());

@@ -127,7 +127,7 @@ fn what_runs_on_is_kept_what_ended_meanwhile_is_committed_and_what_died_runs_aga
     });
     let shown: Vec<String> = jobs.iter().map(|id| world.shown(*id)).collect();
     assert_eq!(shown, ["RUNNING", "SUCCEEDED", "RETRYING"]);
-    let result = world.state.tasks.get(&jobs[1].into()).unwrap().value.result.clone().expect("committed");
+    let result = world.state.tasks.get(&TaskKey::only(jobs[1])).unwrap().value.result.clone().expect("committed");
     assert_eq!(result.token, Some(tokens[1]));
     world.wait(span_ms(&world, jobs[2]));
     let again = world.place(jobs[2], &[node]).expect("it is pending again");

@@ -58,6 +58,8 @@ Variables that a job finds:
   CUDA_VISIBLE_DEVICES  GPUs by UUID: where each rank has one, all of the machine's ranks, and the LOCAL_RANK-th is its
                         own, as under torchrun; else, or with --env ARES_GPU_BIND=rank, its own alone, from device 0 on
                         (ARES_GPU_BIND=all: always all). CUDA_DEVICE_ORDER is PCI_BUS_ID
+  ARES_ARRAY_JOB_ID, ARES_TASK_INDEX
+                        of a task of an array: the array, and which task of it this is
   ARES_JOB_ID, ARES_ATTEMPT, ARES_FENCING_TOKEN
                         which job and attempt this is, and the token to pass along with each write
   ARES_NODE, ARES_NODES, ARES_LIMIT_MS, ARES_KILL_GRACE_MS

@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 mod agent;
+mod array;
 mod bench;
 mod checkpoint;
 mod cluster;
@@ -35,6 +36,7 @@ mod why;
 use crate::Global;
 use crate::exit::Outcome;
 
+pub use array::JobRef;
 pub use show::placement;
 pub use wait::known as wait_known;
 

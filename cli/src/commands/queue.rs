@@ -80,7 +80,7 @@ fn row(job: &v1::Job) -> Row {
     Row {
         name: job.id.to_string(),
         cells: vec![
-            job.id.to_string(),
+            super::array::label(job),
             spec.name,
             job.user.clone(),
             spec.priority.to_string(),

@@ -27,6 +27,10 @@ pub fn run(args: Args, global: Global) -> Outcome {
 /// Streams rank 0's output until the job has ended. Ctrl-C and SIGTERM cancel the job and wait for its end; the second
 /// one leaves at once.
 pub async fn submit_and_stream(client: &Client, spec: v1::JobSpec) -> Outcome {
+    if spec.array.is_some() {
+        return Err(Failure::usage("--array: only the output of one job can be streamed")
+            .advise("ares submit it; then ares wait for it, and ares logs of a task"));
+    }
     let mut signals = Signals::listen()?;
     let request = v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(spec), user: user() };
     let job_id = client.submit_job(request).await.map_err(refused)?.job_id;

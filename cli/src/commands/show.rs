@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use proto::v1;
 
+use super::array::{self, JobRef};
 use super::wait::known;
 use crate::Global;
 use crate::connect::{client, runtime};
@@ -15,7 +16,7 @@ use crate::output::{self, Format};
 pub struct Args {
     /// Id of a job
     #[arg(value_name = "JOB")]
-    pub job: u64,
+    pub job: JobRef,
     /// From the asked replica's memory, without a read index
     #[arg(long)]
     pub stale: bool,
@@ -24,9 +25,10 @@ pub struct Args {
 pub fn run(args: Args, global: Global) -> Outcome {
     let client = client(&global)?;
     let read = read_mode(args.stale);
-    let job = runtime()?
-        .block_on(client.get_job(v1::GetJobRequest { job_id: args.job, read }))
-        .map_err(|error| known(error, args.job))?;
+    let job = runtime()?.block_on(async {
+        let job_id = args.job.resolve(&client).await?;
+        client.get_job(v1::GetJobRequest { job_id, read }).await.map_err(|error| known(error, job_id))
+    })?;
     match global.output {
         Format::Json | Format::Jsonl => output::json(&crate::json::job(&job)),
         Format::Name => println!("{}", job.id),
@@ -44,8 +46,12 @@ fn print(job: &v1::Job) {
     let shape = spec.shape.clone().unwrap_or_default();
     let command = spec.body.map(|body| body.argv.join(" ")).unwrap_or_default();
     let state = if job.ending.is_empty() { job.state.clone() } else { format!("{}, ending {}", job.state, job.ending) };
-    line("Job", &format!("{} ({})", job.id, spec.name));
+    let id = if job.array_job_id == 0 { job.id.to_string() } else { format!("{}, job {}", array::label(job), job.id) };
+    line("Job", &format!("{id} ({})", spec.name));
     line("State", &state);
+    if let Some(progress) = &job.array {
+        line("Array", &array::summary(progress));
+    }
     line("Reason", &job.reason);
     line("Starts by", &output::time(job.latest_start_unix_ms));
     line("Command", &command);

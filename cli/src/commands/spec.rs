@@ -70,6 +70,9 @@ pub struct JobArgs {
     /// Run on the machines of this reservation, in its time: ares reservation list
     #[arg(long, default_value = "", hide_default_value = true, value_name = "NAME", help_heading = TIME)]
     reservation: String,
+    /// So many tasks, each with its ARES_TASK_INDEX: such as 0-99, 1,4,7-9, 0-15:4, or 0-999%50 for 50 at a time
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "INDEXES")]
+    array: String,
     /// Wait until `ares release` lets it start
     #[arg(long, short = 'H', help_heading = TIME)]
     hold: bool,
@@ -232,6 +235,7 @@ impl JobArgs {
             deadline_unix_ms: when::unix_ms("--deadline", &self.deadline)?,
             after: when::after(&self.after)?,
             reservation: self.reservation.clone(),
+            array: if self.array.is_empty() { None } else { Some(super::array::parse(&self.array)?) },
         })
     }
 
@@ -245,7 +249,8 @@ impl JobArgs {
 }
 
 /// The options behind the fields that a cluster may refuse.
-const FLAGS: [(&str, &str); 22] = [
+const FLAGS: [(&str, &str); 23] = [
+    ("array", "--array"),
     ("checkpoint_signal", "--checkpoint-signal"),
     ("shape.nodes", "--nodes"),
     ("shape.ranks_per_node", "--ranks-per-node"),

@@ -5,17 +5,18 @@ use std::process::ExitCode;
 
 use proto::v1;
 
+use super::array::JobRef;
 use super::wait::known;
 use crate::Global;
 use crate::connect::{client, runtime, user};
-use crate::exit::Outcome;
+use crate::exit::{Failure, Outcome};
 use crate::output::{self, Format};
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Each is tried; the exit code is the first failure's
     #[arg(required = true, value_name = "JOB")]
-    jobs: Vec<u64>,
+    jobs: Vec<JobRef>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +38,7 @@ impl Verb {
         }
     }
 
-    fn tell(self, job: u64) {
+    fn tell(self, job: JobRef) {
         let what = match self {
             Verb::Cancel => "is being cancelled",
             Verb::Hold => "does not start until it is released; what runs goes on",
@@ -53,14 +54,14 @@ pub fn run(args: Args, verb: Verb, global: Global) -> Outcome {
     runtime()?.block_on(async {
         let mut done = Vec::new();
         let mut code = ExitCode::SUCCESS;
-        for job_id in args.jobs {
-            match steer(&client, verb, job_id).await {
-                Ok(()) => {
-                    verb.tell(job_id);
+        for job in args.jobs {
+            match steer(&client, verb, job).await {
+                Ok(job_id) => {
+                    verb.tell(job);
                     done.push(job_id);
                 }
-                Err(error) => {
-                    let reported = known(error, job_id).report();
+                Err(failure) => {
+                    let reported = failure.report();
                     code = if code == ExitCode::SUCCESS { reported } else { code };
                 }
             }
@@ -74,13 +75,16 @@ pub fn run(args: Args, verb: Verb, global: Global) -> Outcome {
     })
 }
 
-async fn steer(client: &proto::Client, verb: Verb, job_id: u64) -> Result<(), proto::Error> {
+/// The id of the job that it was.
+async fn steer(client: &proto::Client, verb: Verb, job: JobRef) -> Result<u64, Failure> {
+    let job_id = job.resolve(client).await?;
     let (request_id, user) = (proto::request_id(), user());
     let steer = v1::SteerJobRequest { request_id: request_id.clone(), job_id, user: user.clone() };
-    match verb {
+    let done = match verb {
         Verb::Cancel => client.cancel_job(v1::CancelJobRequest { request_id, job_id, user }).await.map(drop),
         Verb::Hold => client.hold_job(steer).await.map(drop),
         Verb::Release => client.release_job(steer).await.map(drop),
         Verb::Requeue => client.requeue_job(steer).await.map(drop),
-    }
+    };
+    done.map(|()| job_id).map_err(|error| known(error, job_id))
 }

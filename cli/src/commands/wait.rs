@@ -6,6 +6,7 @@ use std::time::Duration;
 use proto::{Client, Error, v1};
 use tokio_stream::StreamExt;
 
+use super::array::JobRef;
 use crate::Global;
 use crate::connect::{client, runtime};
 use crate::exit::{FAILURE, Failure, LOST, NOT_FOUND, OUT_OF_TIME, Outcome, TIMED_OUT};
@@ -15,7 +16,7 @@ use crate::{json, output};
 pub struct Args {
     /// Jobs to wait for; the exit code is the first one's that is not 0
     #[arg(required = true, value_name = "JOB")]
-    jobs: Vec<u64>,
+    jobs: Vec<JobRef>,
     /// Give up after this time, such as 10m
     #[arg(long, value_name = "TIME")]
     patience: Option<String>,
@@ -35,16 +36,16 @@ pub fn run(args: Args, global: Global) -> Outcome {
     })
 }
 
-fn late(jobs: &[u64], ms: u64) -> Failure {
-    let jobs = jobs.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+fn late(jobs: &[JobRef], ms: u64) -> Failure {
+    let jobs = jobs.iter().map(JobRef::to_string).collect::<Vec<_>>().join(", ");
     Failure::new(TIMED_OUT, format!("not ended within {ms} ms: job {jobs}")).advise("ares queue says where they are")
 }
 
-async fn wait_for_all(client: &Client, jobs: &[u64], format: output::Format) -> Outcome {
+async fn wait_for_all(client: &Client, jobs: &[JobRef], format: output::Format) -> Outcome {
     let mut code = 0;
     let mut ended = Vec::new();
-    for id in jobs {
-        let job = until_ended(client, *id).await?;
+    for job in jobs {
+        let job = until_ended(client, job.resolve(client).await?).await?;
         match format {
             output::Format::Json => ended.push(json::job(&job)),
             output::Format::Jsonl => println!("{}", json::job(&job)),
@@ -93,6 +94,10 @@ pub fn tell(job: &v1::Job) {
     };
     if let Some(why) = super::show::why_ended(result) {
         eprintln!("Job {} {}: {why}.", job.id, result.outcome);
+        return;
+    }
+    if let Some(progress) = &job.array {
+        eprintln!("Array {} {}: {}.", job.id, result.outcome, super::array::summary(progress));
         return;
     }
     let text = job.attempts.last().map(|attempt| attempt.text.as_str()).filter(|text| !text.is_empty());

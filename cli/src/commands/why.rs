@@ -19,8 +19,11 @@ its whole time limit\"; each change was planned with. docs/CLI.md lists the code
 
 pub fn run(args: show::Args, global: Global) -> Outcome {
     let client = client(&global)?;
-    let request = v1::WhyJobRequest { job_id: args.job, read: read_mode(args.stale) };
-    let why = runtime()?.block_on(client.why_job(request)).map_err(|error| known(error, args.job))?;
+    let why = runtime()?.block_on(async {
+        let job_id = args.job.resolve(&client).await?;
+        let request = v1::WhyJobRequest { job_id, read: read_mode(args.stale) };
+        client.why_job(request).await.map_err(|error| known(error, job_id))
+    })?;
     match global.output {
         Format::Json | Format::Jsonl => output::json(&json(&why)),
         Format::Name => println!("{}", if why.code.is_empty() { &why.state } else { &why.code }),

@@ -77,6 +77,9 @@ pub fn of_rank(
         ("CUDA_VISIBLE_DEVICES", visible(lease, body, local).join(",")),
         ("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()),
     ];
+    if lease.array_job_id != 0 {
+        ours.push(("ARES_ARRAY_JOB_ID", lease.array_job_id.to_string()));
+    }
     if port != 0 {
         let addr = if lease.master_addr.is_empty() { machine.host } else { &lease.master_addr };
         ours.extend(master(addr, port));

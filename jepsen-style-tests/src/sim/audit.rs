@@ -44,6 +44,8 @@ pub struct Audit {
     lock_token: Token,
     /// Jobs by the log; true = it ended.
     pub jobs: BTreeMap<JobId, bool>,
+    /// Which job each task of an array became.
+    tasks: BTreeMap<(JobId, u32), JobId>,
     requests: BTreeMap<RequestId, (Arc<Entry>, usize, StoredReply)>,
     leases: BTreeMap<Token, u32>,
     results: BTreeMap<JobId, Token>,
@@ -160,6 +162,7 @@ impl World {
                     return self.violate("token_grows", text);
                 }
                 self.audit.token = *token;
+                self.audit_task_of_array(at, task.job);
                 self.audit_windows(at, task.job, *token);
                 self.audit_racks(at, task.job, *token);
                 let ranks = self.replicas[at].state.jobs.get(&task.job).map(|job| job.value.spec.shape.ranks());
@@ -185,6 +188,7 @@ impl World {
                 if self.audit.results.insert(task.job, token).is_some() {
                     return self.violate("result_once", format!("job {} has two results", task.job));
                 }
+                self.audit_array(at, task.job);
                 if result.outcome == TaskOutcome::Succeeded {
                     self.audit_success(task.job, token);
                 }
@@ -201,6 +205,40 @@ impl World {
                 self.audit.lock_token = holder.token;
             }
             _ => {}
+        }
+    }
+
+    /// A task of an array is one job for ever.
+    fn audit_task_of_array(&mut self, at: usize, job: JobId) {
+        let element = self.replicas[at].state.jobs.get(&job).and_then(|job| job.value.element());
+        let Some(element) = element else { return };
+        let known = *self.audit.tasks.entry((element.array, element.index)).or_insert(job);
+        if known != job {
+            let text = format!("task {} of array {} is job {job}, it was {known}", element.index, element.array);
+            self.violate("array_counts", text);
+        }
+    }
+
+    /// An array ended: each of its tasks has ended, or never started.
+    fn audit_array(&mut self, at: usize, id: JobId) {
+        let Some(job) = self.replicas[at].state.jobs.get(&id).map(|job| &job.value) else { return };
+        if let Some(element) = job.element()
+            && self.replicas[at].state.array_of(job).is_some_and(|array| array.stop().is_some())
+            && self.audit.tasks.contains_key(&(element.array, element.index))
+        {
+            self.sometimes.hit("a cancel reached running tasks of an array");
+        }
+        let Some((_, progress)) = job.array() else { return };
+        let begun = self.audit.tasks.range((id, 0)..=(id, u32::MAX)).map(|(_, job)| *job).collect::<Vec<_>>();
+        let live = |task: &&JobId| self.replicas[at].state.jobs.get(task).is_some_and(|job| job.value.ended.is_none());
+        let open = begun.iter().find(live).copied();
+        if begun.len() != progress.begun as usize || open.is_some() {
+            let text =
+                format!("array {id} ended with {progress:?}, {} tasks began, {open:?} has not ended", begun.len());
+            return self.violate("array_counts", text);
+        }
+        if !begun.is_empty() {
+            self.sometimes.hit("an array came to its end with the last of its tasks");
         }
     }
 

@@ -207,7 +207,7 @@ impl World {
         let state = &self.replicas[at].state;
         let body = |id: &u64| {
             state.jobs.get(&JobId(*id))?;
-            let body = state.bodies.get(&JobId(*id))?;
+            let body = state.body(JobId(*id))?;
             let env = body.env.clone().into_iter().collect();
             Some(v1::JobBody { job_id: *id, argv: body.argv.clone(), env, ..Default::default() })
         };

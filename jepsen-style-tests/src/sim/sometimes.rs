@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 /// Must be reached by a run over many seeds.
 pub const REQUIRED: &[&str] = &[
+    "a cancel reached running tasks of an array",
     "a gang started in the rack that it requires",
     "a gang waited for a rack",
     "a gang was planned over several racks",
@@ -25,6 +26,7 @@ pub const REQUIRED: &[&str] = &[
     "a shim ended its rank after the agent had died",
     "a stale leader refused a read",
     "an agent re-attached to running ranks",
+    "an array came to its end with the last of its tasks",
     "an uncommitted entry was adopted by the next leader",
     "an uncommitted entry was lost",
     "heartbeats were not acknowledged for want of a quorum",

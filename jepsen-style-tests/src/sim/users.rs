@@ -6,7 +6,7 @@ use std::sync::Arc;
 use proto::retry::{Action, Event as Tried, Retry};
 use statemachine::command::{Code, CreateReservation, Machines, Outcome, Reply, SetPriority, SubmitJob};
 use statemachine::domain::{Level, Topology};
-use statemachine::record::{PartState, StoredReply};
+use statemachine::record::{Array, PartState, StoredReply};
 use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape, Terms};
 use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
 
@@ -559,7 +559,15 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
     // Those of odd numbers are for jobs.
     let inside = rng.chance(120) && n >= FIRST && nodes == 1;
     let reservation = window_name(rng.below(WINDOWS / 2) * 2 + 1);
-    let terms = inside.then(|| Box::new(Terms { reservation, ..Terms::default() }));
+    // Some stand for a few tasks, which end by themselves.
+    let tasks = if rng.chance(50) && !endless && nodes == 1 { rng.range(2, 9) as u32 } else { 0 };
+    let array = Array { ranges: vec![(3, 3), (7, 6 + tasks)], throttle: rng.pick(&[0, 1, 3]) };
+    let terms = Terms {
+        reservation: if inside { reservation } else { String::new() },
+        array: (tasks > 0).then_some(array),
+        ..Terms::default()
+    };
+    let terms = (terms != Terms::default()).then(|| Box::new(terms));
     let spec = JobSpec {
         name: format!("job-{n}").into(),
         priority: if priority_class.is_empty() { rng.pick(&[0, 0, 0, 5]) } else { 0 },

@@ -103,7 +103,7 @@ impl v1::agents_server::Agents for Api {
         let state = self.replica.state();
         let body = |id: u64| {
             let job = &state.jobs.get(&JobId(id))?.value;
-            let body = state.bodies.get(&JobId(id))?;
+            let body = state.body(JobId(id))?;
             Some(v1::JobBody {
                 job_id: id,
                 argv: body.argv.clone(),

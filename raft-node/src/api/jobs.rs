@@ -214,6 +214,9 @@ impl Api {
         if let Some(job) = view::live(state, id, &mut reasons, &self.tables) {
             return Ok(job);
         }
+        if let Some(job) = view::unbegun(state, id, &mut reasons, &self.tables) {
+            return Ok(job);
+        }
         match self.image()?.history(state, id)? {
             Some(row) => Ok(view::archived(state, &row)),
             None => Err(error::refusal(reason::NOT_FOUND, format!("there is no job {id}")).into()),
@@ -328,11 +331,11 @@ fn waiting(state: &State, after: JobId, room: usize) -> Vec<JobId> {
 /// It is in the queue.
 fn may_start(state: &State, id: JobId) -> bool {
     let free = state.jobs.get(&id).is_some_and(|job| !job.value.holds.any() && job.value.ended.is_none());
-    free && state.tasks.get(&TaskKey::from(id)).is_none_or(|task| task.value.phase == Phase::Pending)
+    free && state.tasks.get(&TaskKey::only(id)).is_none_or(|task| task.value.phase == Phase::Pending)
 }
 
 fn is_waiting(state: &State, id: JobId) -> bool {
-    match state.tasks.get(&TaskKey::from(id)).map(|task| &task.value.phase) {
+    match state.tasks.get(&TaskKey::only(id)).map(|task| &task.value.phase) {
         Some(Phase::Leased { .. } | Phase::Ended { .. }) => false,
         Some(Phase::Pending | Phase::Retrying { .. }) | None => state.jobs.contains(&id),
     }

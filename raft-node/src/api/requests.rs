@@ -4,7 +4,7 @@ use proto::error::invalid_fields;
 use proto::{reason, v1};
 use statemachine::command::*;
 use statemachine::domain::Topology;
-use statemachine::record::{Class, Exit, Nic};
+use statemachine::record::{Array, Class, Exit, Nic};
 use statemachine::spec::{After, Body, JobSpec, Retry, Shape, Terms};
 use statemachine::{JobId, NodeId, RequestId, State, Token};
 use tonic::Status;
@@ -94,6 +94,10 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
         class: String::new(),
         checkpoint_signal: fields.narrow("checkpoint_signal", job.checkpoint_signal, 31),
         reservation: job.reservation,
+        array: job.array.map(|array| Array {
+            ranges: array.ranges.iter().map(|range| (range.first, range.last)).collect(),
+            throttle: array.throttle,
+        }),
     };
     let name = if job.name.is_empty() { default_name(&body.argv) } else { job.name };
     let spec = JobSpec {

@@ -48,17 +48,19 @@ impl Tables {
 pub fn live(state: &State, id: JobId, reasons: &mut Explainer<'_>, tables: &Tables) -> Option<v1::Job> {
     let job = state.jobs.get(&id)?;
     let view = state.job_view(id)?;
-    let task = state.tasks.get(&TaskKey::from(id)).map(|task| &task.value);
-    let body = state.bodies.get(&id);
+    let task = state.tasks.get(&TaskKey::only(id)).map(|task| &task.value);
+    let body = state.body(id);
     let mut shown = shown(state, id, job, body, task);
     shown.state = view.task.state.name().to_owned();
     shown.ending = view.task.ending.map(|kind| kind.name().to_owned()).unwrap_or_default();
     shown.attempt = view.task.attempt;
-    if matches!(view.task.state, ShownState::Pending | ShownState::Retrying) {
-        let reason = reasons.reason_for(TaskKey::from(id));
+    let goes_on = job.value.array().is_some_and(|(array, progress)| progress.left(array) > 0);
+    if goes_on || matches!(view.task.state, ShownState::Pending | ShownState::Retrying) {
+        let front = state.front_task(id);
+        let reason = reasons.reason_for(front);
         shown.reason = reason.as_ref().map(|reason| reason.to_string()).unwrap_or_default();
         shown.reason_code = reason.as_ref().map(|reason| reason.code().to_owned()).unwrap_or_default();
-        shown.latest_start_unix_ms = start_unix_ms(state, reasons.start_of(TaskKey::from(id)));
+        shown.latest_start_unix_ms = start_unix_ms(state, reasons.start_of(front));
     }
     if let Some((token, lease)) = task.and_then(|task| live_lease(state, task)) {
         shown.token = token;
@@ -66,6 +68,25 @@ pub fn live(state: &State, id: JobId, reasons: &mut Explainer<'_>, tables: &Tabl
         shown.placement_why = why(state, lease, tables);
     }
     Some(shown)
+}
+
+/// A task of an array that has not become a job: what holds of its array, under the id that is set aside for it.
+pub fn unbegun(state: &State, id: JobId, reasons: &mut Explainer<'_>, tables: &Tables) -> Option<v1::Job> {
+    let (array, index) = state.unbegun_task(id)?;
+    let (of, progress) = state.jobs.get(&array)?.value.array()?;
+    let rest = progress.rest.filter(|_| progress.left(of) == 0);
+    let mut shown = live(state, array, reasons, tables)?;
+    if let Some(spec) = &mut shown.spec {
+        spec.array = None;
+    }
+    let result = rest.map(|(outcome, cause)| v1::Result {
+        outcome: words::outcome(outcome).to_owned(),
+        cause: cause.map(|cause| cause.name().to_owned()).unwrap_or_default(),
+        parent_id: cause.and_then(EndCause::parent).unwrap_or_default().0,
+        ..Default::default()
+    });
+    let state = result.as_ref().map_or("PENDING", |result| &result.outcome).to_owned();
+    Some(v1::Job { id: id.0, state, result, array_job_id: array.0, array_index: index, array: None, ..shown })
 }
 
 /// A job that left memory.
@@ -81,7 +102,7 @@ pub fn archived(state: &State, row: &HistoryRow) -> v1::Job {
 fn shown(state: &State, id: JobId, job: &Versioned<Job>, body: Option<&Body>, task: Option<&Task>) -> v1::Job {
     let record = &job.value;
     let mod_revision =
-        state.tasks.get(&TaskKey::from(id)).map(|task| task.mod_rev).unwrap_or_default().max(job.mod_rev);
+        state.tasks.get(&TaskKey::only(id)).map(|task| task.mod_rev).unwrap_or_default().max(job.mod_rev);
     v1::Job {
         id: id.0,
         spec: Some(spec(state, record, body)),
@@ -96,8 +117,18 @@ fn shown(state: &State, id: JobId, job: &Versioned<Job>, body: Option<&Body>, ta
         checkpoint: task.and_then(|task| task.checkpoint.as_deref()).map(checkpoint),
         made_room: task.map(|task| u32::from(task.displaced)).unwrap_or_default(),
         request_id: record.request.map(request_text).unwrap_or_default(),
+        array_job_id: record.element().map_or(0, |element| element.array.0),
+        array_index: record.element().map_or(0, |element| element.index),
+        array: record.array().map(|(array, progress)| array_progress(array, progress)),
         ..Default::default()
     }
+}
+
+fn array_progress(array: &Array, progress: &Progress) -> v1::ArrayProgress {
+    let [failed, timed_out, cancelled, skipped, succeeded] = progress.ended;
+    let (tasks, left, open) = (array.tasks(), progress.left(array), progress.open);
+    let next_index = array.index_of(progress.begun).filter(|_| left > 0).unwrap_or_default();
+    v1::ArrayProgress { tasks, left, next_index, open, succeeded, failed, timed_out, cancelled, skipped }
 }
 
 fn checkpoint(it: &Checkpoint) -> v1::Checkpoint {
@@ -175,6 +206,10 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
         image: String::new(),
         checkpoint_signal: u32::from(spec.checkpoint_signal()),
         reservation: spec.reservation().to_owned(),
+        array: spec.array().map(|array| v1::Array {
+            ranges: array.ranges.iter().map(|(first, last)| v1::IndexRange { first: *first, last: *last }).collect(),
+            throttle: array.throttle,
+        }),
     }
 }
 

@@ -125,7 +125,7 @@ fn answer(state: &State, cache: &mut Cache, unheard: &BTreeSet<NodeId>, job: Job
         now_unix_ms: state.meta.wall_ms,
         ..Default::default()
     };
-    match why(state, cache, job.into(), unheard) {
+    match why(state, cache, state.front_task(job), unheard) {
         Some(why) => told(state, why, about),
         None => about,
     }

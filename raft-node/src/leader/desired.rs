@@ -33,7 +33,8 @@ fn desired_lease(state: &State, id: NodeId, node: &Node, token: Token, ending: b
     Some(v1::DesiredLease {
         token: token.0,
         job_id: lease.task.job.0,
-        task_index: lease.task.index,
+        task_index: job.element().map_or(0, |element| element.index),
+        array_job_id: job.element().map_or(0, |element| element.array.0),
         attempt: lease.attempt,
         first_rank: part.first_rank,
         ranks: u32::from(part.ranks),

@@ -9,7 +9,7 @@ use statemachine::command::{
     GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportItem, SetPolicy,
     SetTenant, SubmitJob, default_retry,
 };
-use statemachine::record::{Class, Exit, ExitCause, GpuHealth, KillStrength, PciClass, StoredReply};
+use statemachine::record::{Array, Class, Exit, ExitCause, GpuHealth, KillStrength, PciClass, StoredReply};
 use statemachine::settings::Settings;
 use statemachine::spec::{Body, JobSpec, Shape, Terms};
 use statemachine::{Cmd, Command, Entry, GpuUuid, JobId, NodeId, Outcome, Reply, State, Token};
@@ -202,6 +202,14 @@ impl Site {
         self.command(Command::SubmitJob(Box::new(asked_inside(name, shape, limit_ms))))
     }
 
+    /// An array of `tasks` tasks.
+    pub fn submit_array(&mut self, tenant: &str, shape: Shape, tasks: u32, throttle: u32) -> JobId {
+        let array = Some(Array { ranges: vec![(0, tasks - 1)], throttle });
+        let mut submit = asked(tenant, shape, 0, &[], 0);
+        submit.spec.terms = Some(Box::new(Terms { array, ..Terms::default() }));
+        self.submitted(submit)
+    }
+
     fn submitted(&mut self, submit: SubmitJob) -> JobId {
         match self.done(Command::SubmitJob(Box::new(submit))) {
             Reply::Stored(StoredReply::Job(job)) => job,
@@ -234,7 +242,7 @@ impl Site {
     }
 
     pub fn reason(&self, job: JobId) -> Reason {
-        reason_for(&self.state, job.into(), &self.unheard).expect("a waiting job")
+        reason_for(&self.state, self.state.front_task(job), &self.unheard).expect("a waiting job")
     }
 
     /// Names of the nodes and the GPU slots of a job's placement in the plan.

@@ -3,6 +3,7 @@
 
 use super::{Ctx, reservation};
 use crate::command::{Code, Rejection};
+use crate::id::TaskKey;
 use crate::record::*;
 use crate::spec::JobSpec;
 use crate::state::{CalendarKind, State};
@@ -37,7 +38,7 @@ pub(super) fn fire(state: &mut State, ctx: &mut Ctx<'_>, limit: u32) {
                 state.jobs.update(&job, |job| job.value.holds.begin = false);
             }),
             CalendarKind::Deadline(job) => state.change_job(ctx, job, |state, ctx| {
-                state.end_unstarted(ctx, job.into(), By::Cancel, Some(EndCause::Deadline));
+                state.end_unstarted(ctx, TaskKey::only(job), By::Cancel, Some(EndCause::Deadline));
             }),
             CalendarKind::ReservationBegins(id) => reservation::begin(state, ctx, id),
             CalendarKind::ReservationEnds(id) => reservation::remove(state, id),

@@ -2,7 +2,7 @@
 //! off in small steps what a command did at once (forgotten request ids, dropped history). Bounded per entry; the
 //! leader proposes a `Tick` while something is due.
 
-use super::{Ctx, calendar, dependents, node_admin, requests, restore, retain};
+use super::{Ctx, calendar, cancel, dependents, node_admin, requests, restore, retain};
 use crate::id::*;
 use crate::record::*;
 use crate::state::{State, TimerKind};
@@ -18,7 +18,7 @@ pub(super) fn archive_bucket(clock_ms: u64) -> u32 {
 
 pub(super) fn next_due_ms(state: &State) -> Option<u64> {
     let timer = state.index.timers.get_min().map(|timer| timer.due_ms);
-    let idle = state.meta.retiring.is_empty() && state.index.ripe.is_empty();
+    let idle = state.meta.retiring.is_empty() && state.index.ripe.is_empty() && state.index.sweeping.is_empty();
     let chore = if idle { requests::next_due_ms(state) } else { Some(state.meta.clock_ms) };
     [timer, chore, restore::next_due_ms(state)].into_iter().flatten().min()
 }
@@ -48,7 +48,8 @@ pub(super) fn fire_timers(state: &mut State, salt: u64) {
 /// At most `chore_steps` steps an entry, in a fixed order.
 pub(super) fn run_chores(state: &mut State, salt: u64) {
     let steps = state.meta.settings.chore_steps;
-    let left = dependents::resolve(state, salt, steps);
+    let left = cancel::sweep(state, salt, steps);
+    let left = dependents::resolve(state, salt, left);
     let left = requests::forget_old(state, left);
     retain::clear_dropped(state, left);
 }
@@ -68,10 +69,11 @@ fn archive(state: &mut State, ctx: &mut Ctx<'_>, id: JobId) {
     state.change_job(ctx, id, |state, _| {
         let Some(job) = state.jobs.get(&id).cloned() else { return };
         let Some(outcome) = job.value.ended.as_ref().map(|end| end.outcome) else { return };
+        let body = state.body(id).cloned().unwrap_or_default();
         state.jobs.remove(&id);
-        let body = state.bodies.remove(&id).map(|body| (*body).clone()).unwrap_or_default();
-        let task = state.tasks.remove(&id.into()).map(|task| (*task).clone());
-        let bytes = u64::try_from(body.size()).unwrap_or(u64::MAX);
+        let task = state.tasks.remove(&TaskKey::only(id)).map(|task| (*task).clone());
+        // The task of an array has no body of its own.
+        let bytes = state.bodies.remove(&id).map_or(0, |body| u64::try_from(body.size()).unwrap_or(u64::MAX));
         state.tenants.update(&job.value.tenant, |tenant| tenant.body_bytes = tenant.body_bytes.saturating_sub(bytes));
         let bucket = archive_bucket(state.meta.clock_ms);
         let newest_wall_ms = state.meta.wall_ms;

@@ -102,7 +102,7 @@ fn tell_child(state: &mut State, ctx: &mut Ctx<'_>, parent: JobId, child: JobId)
             job.value.holds.after = job.value.unmet != 0;
         });
         if never {
-            state.end_unstarted(ctx, child.into(), By::Skip, Some(EndCause::Parent(parent)));
+            state.end_unstarted(ctx, TaskKey::only(child), By::Skip, Some(EndCause::Parent(parent)));
         }
     });
 }

@@ -1,6 +1,6 @@
 //! The job that a person's command means: one that has not ended and is the person's own.
 //!
-//! Refuses NOT_FOUND, ALREADY_ENDED, NOT_OWNER.
+//! Refuses NOT_FOUND, CONFLICT (the task of an array that has not started), ALREADY_ENDED, NOT_OWNER.
 
 use super::Ctx;
 use crate::command::{Code, Rejection};
@@ -16,6 +16,10 @@ pub(super) fn live_job<'a>(state: &'a State, ctx: &Ctx<'_>, id: JobId) -> Result
     let job = match state.jobs.get(&id) {
         Some(job) => &job.value,
         None => {
+            if let Some((array, index)) = state.unbegun_task(id) {
+                let detail = format!("task {index} of array {array} has not started: the array alone can be changed");
+                return Err(Rejection::new(Code::Conflict, detail));
+            }
             let unknown = || Rejection::new(Code::NotFound, format!("there is no job {id}"));
             return Err(state.ended_job(id).map_or_else(unknown, |(outcome, _)| ended(outcome)));
         }

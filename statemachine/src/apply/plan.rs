@@ -47,10 +47,20 @@ fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, R
     let (ttl_ms, tenant, ranks) = (job.spec.lease_ttl_ms, job.tenant, job.spec.shape.ranks_per_node);
     let token = state.mint().ok_or_else(|| Rejection::new(Code::Limit, "fencing tokens are used up"))?;
 
-    let lease = Lease { amounts, ..build_lease(state, place, &masks, ttl_ms, ranks) };
-    state.change_job(ctx, place.task.job, |state, ctx| {
-        state.touch_task(place.task);
-        state.tasks.update(&place.task, |task| {
+    let born = state.next_element(place.task);
+    let task = born.as_ref().map_or(place.task, |(id, _)| TaskKey::only(*id));
+    let lease = Lease { task, amounts, ..build_lease(state, place, &masks, ttl_ms, ranks) };
+    if born.is_some() {
+        state.count_begun(ctx, place.task.job);
+        ctx.tell(Change::JobSubmitted { job: task.job });
+    }
+    state.change_job(ctx, task.job, |state, ctx| {
+        if let Some((id, job)) = born {
+            state.jobs.insert(id, Versioned::new(ctx.rev, job));
+            state.tenants.update(&tenant, |tenant| tenant.live_jobs = tenant.live_jobs.saturating_add(1));
+        }
+        state.touch_task(task);
+        state.tasks.update(&task, |task| {
             if let Some(next) = transition::next(&task.value.phase, By::Grant { token }) {
                 task.value.phase = next.phase;
                 task.value.attempt = place.attempt;
@@ -64,7 +74,7 @@ fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, R
             }
         });
         take_parts(state, token, tenant, &lease);
-        fence_gpus(state, ctx, place.task, token, &lease);
+        fence_gpus(state, ctx, task, token, &lease);
         state.leases.insert(token, Versioned::new(ctx.rev, lease));
     });
     Ok(token)
@@ -84,14 +94,25 @@ fn check_task<'a>(state: &'a State, place: &Place) -> Result<&'a Job, Rejection>
 pub(super) fn waiting_job(state: &State, key: TaskKey) -> Result<&Job, Rejection> {
     let gone = |why: &str| Rejection::new(Code::TaskGone, format!("job {}: {why}", key.job));
     let job = &state.jobs.get(&key.job).ok_or_else(|| gone("unknown or ended"))?.value;
-    if key.index >= job.tasks {
-        return Err(gone("has no task of this index"));
-    }
-    if job.stop.is_some() || job.ended.is_some() {
+    if job.ended.is_some() || state.is_stopped(job) {
         return Err(gone("was cancelled or has ended"));
     }
-    if job.holds.any() {
+    if state.is_barred(job) {
         return Err(gone("is on hold"));
+    }
+    match state.task_to_start(key.job, 0) {
+        Some(next) if next == key => {}
+        Some(TaskKey { index: 0, .. }) if job.array().is_none() => return Err(gone("has one task, of index 0")),
+        Some(next) => return Err(gone(&format!("its next task is {}, not {}", next.index, key.index))),
+        None => return Err(gone("starts no more of its tasks now")),
+    }
+    if let Some((_, progress)) = job.array() {
+        if state.has_orphan(key.job.nth_task(progress.begun)) {
+            return Err(gone("an attempt of its next task runs without a lease"));
+        }
+        if u64::try_from(state.jobs.len()).unwrap_or(u64::MAX) >= state.meta.settings.live_jobs {
+            return Err(gone("no more jobs fit into memory"));
+        }
     }
     if state.tasks.get(&key).is_some_and(|task| task.value.phase != Phase::Pending) {
         return Err(gone("is not PENDING"));

@@ -208,7 +208,8 @@ fn launch_failed(
 impl State {
     /// Counts a launch that failed by the node's fault; those of `node_launch_fails` different jobs take it out.
     pub(crate) fn blame_launch(&mut self, ctx: &mut Ctx<'_>, token: Token, node: NodeId) {
-        let Some(job) = self.leases.get(&token).map(|lease| lease.value.task.job) else { return };
+        // An array is one job: it can't take a machine out by itself.
+        let Some(job) = self.leases.get(&token).map(|lease| self.body_id(lease.value.task.job)) else { return };
         let limit = usize::from(self.meta.settings.node_launch_fails);
         let out = self.nodes.update(&node, |node| {
             let node = &mut node.value;

@@ -25,7 +25,7 @@ use crate::record::*;
 use crate::state::State;
 
 /// How far the counters jump. Nobody submits so many jobs, or makes so many changes, between a backup and its restore.
-const JOBS: u64 = 1 << 24;
+const JOBS: u64 = 1 << 32;
 const SESSIONS: u64 = 1 << 32;
 const REVISIONS: u64 = 1 << 32;
 /// Job ids are below this: the bits above are reserved.

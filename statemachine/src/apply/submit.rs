@@ -39,7 +39,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
     check_fields(submit, &state.meta.settings)?;
     check_shape(&submit.spec.shape, &state.meta.settings)?;
     state.gpu_types_left(submit.gpu_types.iter().map(String::as_str))?;
-    check_room(state, submit.body.size())?;
+    check_room(state, submit)?;
     check_pending(state, tenant)?;
     let mut spec = complete_spec(state, submit, tenant)?;
     reservation::check_submission(state, ctx.actor, tenant, &spec)?;
@@ -47,7 +47,9 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
     let parents = dependents::judge(state, &submit.spec)?;
 
     let id = JobId(state.meta.next_job);
-    state.meta.next_job = id.0.saturating_add(1);
+    // The tasks of an array have their ids behind its own.
+    let tasks = spec.array().map_or(0, |array| u64::from(array.tasks()));
+    state.meta.next_job = id.0.saturating_add(1).saturating_add(tasks);
     spec.shape.gpu_types = submit.gpu_types.iter().map(|name| state.intern_gpu_type(name)).collect();
     let job = Job {
         spec,
@@ -67,8 +69,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
             after: parents.unmet != 0,
             restore: false,
         },
-        stop: None,
-        tasks: 1,
+        rare: (tasks > 0).then(|| Box::new(Rare { stop: None, role: Some(ArrayRole::Whole(Progress::default())) })),
         ended: None,
         unmet: parents.unmet,
     };
@@ -82,7 +83,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
             tenant.body_bytes = tenant.body_bytes.saturating_add(bytes);
         });
         if let Some(parent) = parents.failed {
-            state.end_unstarted(ctx, id.into(), By::Skip, Some(EndCause::Parent(parent)));
+            state.end_unstarted(ctx, TaskKey::only(id), By::Skip, Some(EndCause::Parent(parent)));
         }
     });
     Ok(Reply::Stored(StoredReply::Job(id)))
@@ -143,7 +144,8 @@ fn time_limit(state: &State, own_ms: u64, tenant: TenantId) -> Result<u64, Rejec
     }
 }
 
-fn check_room(state: &State, body: usize) -> Result<(), Rejection> {
+fn check_room(state: &State, submit: &SubmitJob) -> Result<(), Rejection> {
+    let body = submit.body.size();
     let settings = &state.meta.settings;
     let full = |detail: String| Err(Rejection::new(Code::StateFull, detail));
     let jobs = u64::try_from(state.jobs.len()).unwrap_or(u64::MAX);
@@ -155,7 +157,8 @@ fn check_room(state: &State, body: usize) -> Result<(), Rejection> {
         let limit = settings.bodies_bytes;
         return full(format!("the bodies in memory hold {held} bytes, {body} more would pass the limit of {limit}"));
     }
-    if state.meta.next_job >= MAX_JOB {
+    let tasks = submit.spec.array().map_or(0, |array| u64::from(array.tasks()));
+    if state.meta.next_job.saturating_add(tasks) >= MAX_JOB {
         return full(format!("job ids are used up at {MAX_JOB}"));
     }
     Ok(())
@@ -186,6 +189,9 @@ fn check_fields(submit: &SubmitJob, settings: &Settings) -> Result<(), Rejection
     check_retry(&mut wrong, &spec.retry);
     check_labels(&mut wrong, &spec.labels, settings);
     check_parents(&mut wrong, spec.after());
+    if let Some(array) = spec.array().and_then(Array::wrong) {
+        wrong.push(array);
+    }
     check_body(&mut wrong, &submit.body, settings);
     wrong.done()
 }

@@ -205,7 +205,7 @@ impl<'a> Keyspace<'a> {
                 (value::job_fence(*id, fence.value), life_of(fence))
             }
             Key::Retry(id) => {
-                let task = state.tasks.get(&(*id).into())?;
+                let task = state.tasks.get(&TaskKey::only(*id))?;
                 let Phase::Retrying { not_before_ms } = task.value.phase else { return None };
                 // The state did not change since the task went to RETRYING.
                 (value::retry(*id, task.value.attempt, not_before_ms), once(task.mod_rev))
@@ -235,7 +235,11 @@ impl<'a> Keyspace<'a> {
 
     fn find(&self, id: JobId) -> Option<Found<'a>> {
         if let Some(job) = self.state.jobs.get(&id) {
-            return Some(Found::Live { job, body: self.state.bodies.get(&id), task: self.state.tasks.get(&id.into()) });
+            return Some(Found::Live {
+                job,
+                body: self.state.body(id),
+                task: self.state.tasks.get(&TaskKey::only(id)),
+            });
         }
         // What retention dropped is gone, also where its row is still at hand.
         self.state.ended_job(id)?;
@@ -250,13 +254,15 @@ impl<'a> Keyspace<'a> {
     fn queued(&self, tenant: &str, priority: i32, seq: u64, id: JobId) -> Option<(String, Life)> {
         let job = self.state.jobs.get(&id)?;
         let (tenant_id, queue) = (job.value.tenant, job.value.queue);
-        let key = QueueKey { tenant: tenant_id, queue, priority: std::cmp::Reverse(priority), seq, task: id.into() };
+        let key =
+            QueueKey { tenant: tenant_id, queue, priority: std::cmp::Reverse(priority), seq, task: TaskKey::only(id) };
         let named = self.state.tenants.get(&job.value.tenant).is_some_and(|owner| owner.name == tenant);
         if !named || !self.state.index.queue.contains_key(&key) {
             return None;
         }
-        // The last change of a queued task's state is its way into the queue.
-        let mod_rev = self.state.tasks.get(&id.into()).map_or(job.mod_rev, |task| task.mod_rev);
+        // The last change of a queued task's state is its way into the queue; of an array it may be the start of a task.
+        let of_task = || self.state.tasks.get(&TaskKey::only(id)).map_or(job.mod_rev, |task| task.mod_rev);
+        let mod_rev = job.value.array().map_or_else(of_task, |(_, progress)| progress.queued);
         Some((value::queue(id), once(mod_rev)))
     }
 
@@ -343,7 +349,7 @@ impl<'a> Keyspace<'a> {
                 let of = self.find(*job).map(|found| (found.job().value.tenant, found.job().value.queue));
                 let (tenant, queue) = of.unwrap_or((TenantId(0), QueueId(0)));
                 let priority = std::cmp::Reverse(*priority);
-                Bound::Excluded(QueueKey { tenant, queue, priority, seq: *seq, task: (*job).into() })
+                Bound::Excluded(QueueKey { tenant, queue, priority, seq: *seq, task: TaskKey::only(*job) })
             }
             _ => Bound::Unbounded,
         };

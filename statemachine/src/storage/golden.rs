@@ -109,12 +109,22 @@ fn terms() -> Terms {
         class: "urgent".into(),
         checkpoint_signal: 10,
         reservation: "spring".into(),
+        array: Some(Array { ranges: vec![(0, 9), (300, 300)], throttle: 3 }),
     }
 }
 
 fn body() -> Body {
     let argv = vec!["python3".into(), "train.py".into()];
     Body { argv, env: [("SEED".into(), "7".into())].into(), cwd: "/work".into() }
+}
+
+fn progress() -> Progress {
+    let rest = Some((TaskOutcome::Skipped, Some(EndCause::Parent(JobId(2)))));
+    Progress { begun: 300, open: 1, ended: [1, 0, 2, 3, 4], rest, sweep: Some(JobId(7)), queued: Revision(6) }
+}
+
+fn rare(role: ArrayRole) -> Box<Rare> {
+    Rare { stop: Some(Stop { by: UserId(9), rev: Revision(8) }), role: Some(role) }.into()
 }
 
 fn job() -> Job {
@@ -128,8 +138,7 @@ fn job() -> Job {
         submitted_wall_ms: 1_800_000_000_000,
         seq: 42,
         holds: Holds { launch: true, orphan: false, user: true, begin: true, after: true, restore: true },
-        stop: Some(Stop { by: UserId(9), rev: Revision(8) }.into()),
-        tasks: 1,
+        rare: Some(rare(ArrayRole::Whole(progress()))),
         ended: Some(JobEnd { outcome: TaskOutcome::Succeeded, clock_ms: 5, wall_ms: -6 }.into()),
         unmet: 1 << 63 | 1,
     }
@@ -346,7 +355,9 @@ fn records_are_encoded_as_they_were() {
     golden.record("meta", &meta());
     golden.record("job", &versioned(job()));
     let plain = JobSpec { terms: None, ..spec() };
-    golden.record("job.plain", &versioned(Job { spec: plain, ..job() }));
+    let of_array = ArrayRole::Task(Element { array: JobId(300), index: u32::MAX });
+    golden.record("job.plain", &versioned(Job { spec: plain.clone(), rare: None, ..job() }));
+    golden.record("job.of_array", &versioned(Job { spec: plain, rare: Some(rare(of_array)), ..job() }));
     let late = TaskResult { cause: Some(EndCause::Deadline), ..result(TaskOutcome::Cancelled) };
     golden.record("task.late", &versioned(Task { result: Some(late), ..task(Phase::Pending) }));
     golden.record("body", &body());

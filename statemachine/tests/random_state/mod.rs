@@ -72,10 +72,10 @@ fn change(state: &mut State, random: &mut Random) {
         }
         10..=12 => archive(state, job),
         13 => {
-            state.tasks.insert(job.into(), versioned(state, task(random)));
+            state.tasks.insert(TaskKey::only(job), versioned(state, task(random)));
         }
         14 => {
-            state.tasks.remove(&job.into());
+            state.tasks.remove(&TaskKey::only(job));
         }
         15 => {
             state.leases.insert(Token(random.below(300) << 32), versioned(state, lease(random, job, node)));
@@ -145,7 +145,7 @@ fn submit(state: &mut State, random: &mut Random) {
 pub fn archive(state: &mut State, id: JobId) {
     let Some(job) = state.jobs.remove(&id) else { return };
     let body = state.bodies.remove(&id).expect("each job has a body");
-    let task = state.tasks.remove(&id.into()).map(|task| (*task).clone());
+    let task = state.tasks.remove(&TaskKey::only(id)).map(|task| (*task).clone());
     let bucket = (state.meta.clock_ms / 3_600_000) as u32;
     let row = HistoryRow { id, job: (*job).clone(), body: (*body).clone(), task, bucket };
     let (hash, bytes) = weigh(&row);
@@ -225,8 +225,7 @@ fn job(random: &mut Random, request: RequestId) -> Job {
         submitted_wall_ms: -1,
         seq: random.next(),
         holds: Holds::default(),
-        stop: None,
-        tasks: 1,
+        rare: None,
         ended: None,
         unmet: 0,
     }
@@ -261,7 +260,7 @@ fn lease(random: &mut Random, job: JobId, node: NodeId) -> Lease {
         exits: vec![RankExit { rank: 1, exit: Exit { code: 0, signal: 9 }, cause: ExitCause::Stopped }],
     };
     Lease {
-        task: job.into(),
+        task: TaskKey::only(job),
         attempt: 1,
         phase: LeasePhase::Go,
         granted_ms: random.next(),

@@ -88,9 +88,11 @@ impl World {
 
     pub fn placement(&self, job: JobId, nodes: &[NodeId]) -> Place {
         let shape = self.state.jobs.get(&job).map(|job| job.value.spec.shape.clone()).unwrap_or_else(|| shape(1, 1, 1));
-        let attempt = self.state.tasks.get(&job.into()).map_or(0, |task| task.value.attempt) + 1;
+        // The next task of an array, or the only one.
+        let task = self.state.front_task(job);
+        let attempt = self.state.tasks.get(&task).map_or(0, |task| task.value.attempt) + 1;
         let parts = nodes.iter().map(|id| self.part(*id, &shape)).collect();
-        Place { task: job.into(), attempt, parts }
+        Place { task, attempt, parts }
     }
 
     pub fn part(&self, id: NodeId, shape: &Shape) -> PlacePart {
@@ -119,11 +121,12 @@ impl World {
 
     pub fn preemption(&self, job: JobId, victims: &[Token], nodes: &[NodeId]) -> Preempt {
         let shape = self.state.jobs.get(&job).map(|job| job.value.spec.shape.clone()).unwrap_or_else(|| shape(1, 1, 1));
+        let task = self.state.front_task(job);
         let part = |node: &NodeId| {
-            let free = self.state.free_after(*node, victims, job.into()).expect("a known node");
+            let free = self.state.free_after(*node, victims, task).expect("a known node");
             self.part_of(*node, &free, &shape)
         };
-        Preempt { task: job.into(), victims: victims.to_vec(), parts: nodes.iter().map(part).collect() }
+        Preempt { task, victims: victims.to_vec(), parts: nodes.iter().map(part).collect() }
     }
 
     pub fn report(&mut self, node: NodeId, token: Token, what: PartReport) -> Result<(), Rejection> {
@@ -154,7 +157,7 @@ impl World {
     }
 
     pub fn task(&self, job: JobId) -> &Task {
-        &self.state.tasks.get(&job.into()).expect("the task has a record").value
+        &self.state.tasks.get(&TaskKey::only(job)).expect("the task has a record").value
     }
 
     pub fn code(outcome: &Outcome) -> Option<Code> {

@@ -65,7 +65,7 @@ pub(super) fn commands() -> Vec<Command> {
         Command::Cancel { job: JobId(1) },
         Command::Plan(Plan {
             base_index: 9,
-            places: vec![Place { task: JobId(1).into(), attempt: 2, parts: vec![place.clone()] }],
+            places: vec![Place { task: TaskKey::only(JobId(1)), attempt: 2, parts: vec![place.clone()] }],
         }),
         Command::RegisterNode(Box::new(RegisterNode {
             name: "n".into(),
