@@ -1,0 +1,279 @@
+//! Gangs on 1,250 machines in racks, planned and applied as in a cluster, under virtual time: best fit that knows no racks,
+//! domains as a preference, and gangs that require their rack. `cargo run --release -p scheduling --example racks [SEED]`.
+#![allow(clippy::disallowed_types, clippy::disallowed_methods, clippy::print_stdout)]
+
+#[path = "../tests/site/mod.rs"]
+mod site;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap};
+use std::time::Instant;
+
+use scheduling::BandwidthTable;
+use scheduling::plan::{Cache, Limits, plan};
+use scheduling::simulate::dice::Dice;
+use site::{Site, hgx, shape};
+use statemachine::command::{Place, Preempt, SetPriority};
+use statemachine::domain::{Level, Topology};
+use statemachine::spec::Shape;
+use statemachine::{Command, JobId, Outcome, Token};
+
+const MACHINES: usize = 1_250;
+const GPUS: usize = 8;
+const RACK: usize = 10;
+const BLOCK: usize = 50;
+const JOBS: usize = 5_400;
+/// Percent of the machine that is asked for while jobs arrive.
+const LOAD: u64 = 95;
+const MINUTE: u64 = 60_000;
+/// What happens within it is planned at once.
+const TICK: u64 = MINUTE;
+/// Of each GPU, in MB/s: a NIC of 400 Gbit/s at what collectives reach. Racks have half of theirs upwards, blocks a quarter.
+const NIC_MBPS: u64 = 48_000;
+
+/// Machines and GPUs on each, by how often of 100.
+const SIZES: [(usize, u16, u16); 14] = [
+    (14, 1, 1),
+    (10, 1, 2),
+    (14, 1, 4),
+    (20, 1, 8),
+    (9, 2, 8),
+    (4, 2, 4),
+    (4, 3, 8),
+    (11, 4, 8),
+    (3, 6, 8),
+    (5, 8, 8),
+    (2, 10, 8),
+    (2, 16, 8),
+    (1, 32, 8),
+    (1, 64, 8),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum How {
+    BestFit,
+    Domains,
+    Required,
+}
+
+struct Ask {
+    at_ms: u64,
+    nodes: u16,
+    gpus: u16,
+    runs_ms: u64,
+    limit_ms: u64,
+    class: &'static str,
+}
+
+fn draw(seed: u64) -> Vec<Ask> {
+    let mut dice = Dice::new(seed);
+    let mut asks = Vec::new();
+    for _ in 0..JOBS {
+        let mut at = dice.below(100);
+        let size = SIZES.iter().find(|(weight, ..)| {
+            let hit = at < *weight;
+            at = at.saturating_sub(*weight);
+            hit
+        });
+        let (_, nodes, gpus) = *size.expect("the weights add up to 100");
+        // 10 min to 21 h, each octave as often as any other.
+        let runs_ms = ((10 + dice.below(10)) << dice.below(7)) as u64 * MINUTE;
+        let limit_ms = runs_ms * [2, 3, 4, 8][dice.below(4)] / 2;
+        let class = ["low", "low", "low", "low", "low", "low", "", "", "", "urgent"][dice.below(10)];
+        asks.push(Ask { at_ms: 0, nodes, gpus, runs_ms, limit_ms, class });
+    }
+    let gpu_ms: u64 = asks.iter().map(|ask| u64::from(ask.nodes) * u64::from(ask.gpus) * ask.runs_ms).sum();
+    let span_ms = gpu_ms * 100 / (MACHINES * GPUS) as u64 / LOAD;
+    let mut times: Vec<u64> = (0..JOBS).map(|_| dice.below(span_ms as usize) as u64).collect();
+    times.sort_unstable();
+    asks.iter_mut().zip(times).for_each(|(ask, at_ms)| ask.at_ms = at_ms);
+    asks
+}
+
+#[derive(Default)]
+struct Figures {
+    /// Starts of gangs that a rack could hold, and those of them in one.
+    fit: u64,
+    whole: u64,
+    /// Sums over the starts of gangs.
+    mbps: u64,
+    best_mbps: u64,
+    /// GPU-ms while jobs arrive: taken, idle while a job waits that asks for no more than are idle, and lost to preemption.
+    used: u64,
+    idle: u64,
+    lost: u64,
+    preempted: u64,
+    waits_ms: Vec<u64>,
+}
+
+struct Play {
+    site: Site,
+    cache: Cache,
+    asks: Vec<Ask>,
+    /// By their ids, which begin with 1.
+    jobs: Vec<JobId>,
+    ends: BinaryHeap<Reverse<(u64, Token)>>,
+    started: BTreeSet<JobId>,
+    now_ms: u64,
+    last_ask_ms: u64,
+    figures: Figures,
+}
+
+impl Play {
+    fn new(how: How, mut asks: Vec<Ask>) -> (Self, Vec<Shape>) {
+        let mut site = Site::default();
+        for n in 0..MACHINES {
+            let (block, rack) = (format!("b{:02}", n / BLOCK), format!("r{:03}", n / RACK));
+            let labels = [("block", block.as_str()), ("rack", rack.as_str())];
+            site.join_with(&format!("n{n:04}"), hgx("h100"), if how == How::BestFit { &[] } else { &labels });
+        }
+        for (name, value, preempts) in [("low", 0, false), ("urgent", 100, true)] {
+            let (name, tenants) = (name.to_owned(), Vec::new());
+            let set = SetPriority { name, create: true, value, tenants, preempts, preemptible: !preempts };
+            assert!(matches!(site.command(Command::SetPriority(set)), Outcome::Done(_)));
+        }
+        asks.sort_by_key(|ask| ask.at_ms);
+        let in_a_rack = Topology { level: Level::Rack, required: true };
+        let topology = |ask: &Ask| (how == How::Required && usize::from(ask.nodes) <= RACK).then_some(in_a_rack);
+        let shapes =
+            asks.iter().map(|ask| Shape { topology: topology(ask), ..shape(ask.nodes, 1, ask.gpus) }).collect();
+        let (now_ms, last_ask_ms) = (site.state.meta.clock_ms, asks.last().map_or(0, |ask| ask.at_ms));
+        let play = Self {
+            site,
+            cache: Cache::default(),
+            asks,
+            jobs: Vec::new(),
+            ends: BinaryHeap::new(),
+            started: BTreeSet::new(),
+            now_ms,
+            last_ask_ms,
+            figures: Figures::default(),
+        };
+        (play, shapes)
+    }
+
+    fn run(mut self, shapes: &[Shape]) -> Figures {
+        loop {
+            let end = self.ends.peek().map(|Reverse((at, _))| *at);
+            let ask = self.asks.get(self.jobs.len()).map(|ask| ask.at_ms);
+            let Some(next) = end.into_iter().chain(ask).min() else { break };
+            self.pass(next.next_multiple_of(TICK));
+            while let Some(Reverse((_, token))) =
+                self.ends.peek().copied().filter(|Reverse((at, _))| *at <= self.now_ms)
+            {
+                self.ends.pop();
+                if self.site.state.leases.get(&token).is_some_and(|lease| lease.value.verdict.is_none()) {
+                    self.site.finish(token);
+                }
+            }
+            while let Some(ask) = self.asks.get(self.jobs.len()).filter(|ask| ask.at_ms <= self.now_ms) {
+                let shape = shapes[self.jobs.len()].clone();
+                self.jobs.push(self.site.submit_of_limited(ask.class, shape, ask.limit_ms));
+            }
+            self.cycles();
+        }
+        assert_eq!(self.started.len(), JOBS, "all of them ran");
+        self.site.state.check().expect("all invariants hold");
+        self.figures
+    }
+
+    /// To this time, in which nothing changes.
+    fn pass(&mut self, to_ms: u64) {
+        let (state, figures) = (&self.site.state, &mut self.figures);
+        let ms = to_ms.min(self.last_ask_ms).saturating_sub(self.now_ms);
+        let idle: u64 = state.allocs.iter().map(|(_, alloc)| u64::from(alloc.free_gpus.count_ones())).sum();
+        let asks = |job: &JobId| {
+            let shape = &state.jobs.get(job).expect("a job that waits").value.spec.shape;
+            u64::from(shape.nodes) * u64::from(shape.gpus_per_node())
+        };
+        let would_fit = state.index.queue.keys().any(|key| asks(&key.task.job) <= idle);
+        figures.used += ((MACHINES * GPUS) as u64 - idle) * ms;
+        figures.idle += if would_fit { idle * ms } else { 0 };
+        self.now_ms = to_ms.max(self.now_ms);
+        self.site.state.meta.clock_ms = self.site.state.meta.clock_ms.max(self.now_ms);
+    }
+
+    fn cycles(&mut self) {
+        loop {
+            let plan = plan(&self.site.state, &mut self.cache, &Limits::default(), &self.site.unheard);
+            let tokens = self.site.grant(&plan);
+            for (token, place) in tokens.into_iter().zip(&plan.places) {
+                self.start(token, place);
+            }
+            plan.preempts.iter().for_each(|made| self.preempt(made));
+            if plan.preempts.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn start(&mut self, token: Token, place: &Place) {
+        let job = place.task.job;
+        let ask = &self.asks[self.jobs.binary_search(&job).expect("a job of the trace")];
+        self.site.started(token);
+        self.ends.push(Reverse((self.now_ms + ask.runs_ms, token)));
+        if self.started.insert(job) {
+            self.figures.waits_ms.push(self.now_ms - ask.at_ms);
+        }
+        if ask.nodes < 2 {
+            return;
+        }
+        let crossed = |size: usize| {
+            let domains = place.parts.iter().map(|part| (part.node.0 as usize - 1) / size);
+            domains.collect::<BTreeSet<_>>().len() > 1
+        };
+        let figures = &mut self.figures;
+        if usize::from(ask.nodes) <= RACK {
+            figures.fit += 1;
+            figures.whole += u64::from(!crossed(RACK));
+        }
+        let mask = place.parts[0].gpu_order.iter().fold(0u128, |mask, slot| mask | 1 << slot);
+        let inside = u64::from(BandwidthTable::new(&hgx("h100").class).mbps(mask));
+        let network = |over_racks: bool, over_blocks: bool| {
+            let part = if over_blocks { 4 } else { 1 + u64::from(over_racks) };
+            inside.min(u64::from(ask.gpus) * NIC_MBPS / part)
+        };
+        figures.mbps += network(crossed(RACK), crossed(BLOCK));
+        figures.best_mbps += network(usize::from(ask.nodes) > RACK, usize::from(ask.nodes) > BLOCK);
+    }
+
+    /// The victims end at once.
+    fn preempt(&mut self, made: &Preempt) {
+        let leases = made.victims.iter().filter_map(|token| self.site.state.leases.get(token));
+        let lost: u64 = leases.map(|lease| self.site.state.loss(&lease.value).gpu_ms).sum();
+        if matches!(self.site.command(Command::Preempt(made.clone())), Outcome::Done(_)) {
+            self.figures.lost += lost;
+            self.figures.preempted += made.victims.len() as u64;
+            made.victims.iter().for_each(|token| self.site.finish(*token));
+        }
+    }
+}
+
+fn main() {
+    let seed = std::env::args().nth(1).map_or(1, |seed| seed.parse().expect("a number"));
+    println!("seed {seed}: {JOBS} jobs on {MACHINES} machines of {GPUS} GPUs, {RACK} a rack, {BLOCK} a block");
+    for (name, how) in [("best fit", How::BestFit), ("domains", How::Domains), ("rack:require", How::Required)] {
+        let began = Instant::now();
+        let (play, shapes) = Play::new(how, draw(seed));
+        let span_h = play.last_ask_ms as f64 / 3_600_000.0;
+        let mut figures = play.run(&shapes);
+        figures.waits_ms.sort_unstable();
+        let hours = |gpu_ms: u64| gpu_ms as f64 / 3_600_000.0;
+        let percent = |part: u64, all: u64| 100.0 * part as f64 / all as f64;
+        println!(
+            "{name}: {:.1} % of {} gangs that fit a rack are in one; bandwidth {:.1} % of the optimum; used {:.1} %; \
+             GPU-hours idle beside a job that they would do for {:.0}, lost to {} preemptions {:.0}; \
+             wait mean {:.1} min, p99 {:.1} h; {:.0} s",
+            percent(figures.whole, figures.fit),
+            figures.fit,
+            percent(figures.mbps, figures.best_mbps),
+            100.0 * hours(figures.used) / (span_h * (MACHINES * GPUS) as f64),
+            hours(figures.idle),
+            figures.preempted,
+            hours(figures.lost),
+            figures.waits_ms.iter().sum::<u64>() as f64 / JOBS as f64 / MINUTE as f64,
+            figures.waits_ms[JOBS * 99 / 100] as f64 / 3_600_000.0,
+            began.elapsed().as_secs_f64()
+        );
+    }
+}
