@@ -136,7 +136,7 @@ fn wrong_input_is_named_with_file_line_and_column() {
         .refused(3, &["/nowhere/jobs.csv can't be read"]);
     fs::write(lists.path("jobs.csv"), b"id,submit_s\n\xff\xfe").expect("written");
     lists.simulate(&[]).refused(2, &["jobs.csv, line 2", "not UTF-8"]);
-    lists.simulate(&["--policy", "best"]).misused(&["no policy has this name; there are default, easy"]);
+    lists.simulate(&["--policy", "best"]).misused(&["no policy has this name; there are default, ratio, easy"]);
     lists.simulate(&["--saturate", "1.333"]).misused(&["such as 1.3"]);
 }
 

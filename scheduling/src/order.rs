@@ -1,9 +1,9 @@
 //! Whose task is looked at next: the one order of everything that waits.
 //!
 //! Between the tenants of one parent: who stays within what is guaranteed to it goes first; then the lowest dominant
-//! share by weight (DRF, Ghodsi 2011, in a tree); of equals, whose first task came first. Inside a tenant: priority, then
-//! queue position. A tenant's own tasks stand beside the tenants below it, as one of weight 1. The policy `fifo` knows no
-//! tenants: priority, then queue position.
+//! share by weight (DRF, Ghodsi 2011, in a tree); of equals, whose first task came first. Inside a tenant: priority, then the
+//! response ratio (`line`). A tenant's own tasks stand beside the tenants below it, as one of weight 1. The policy `fifo`
+//! knows no tenants and no ratio: priority, then queue position.
 //!
 //! A task that has aged goes before every younger one of its tenant (under `fifo`: of all), the oldest first, whatever
 //! their priorities: so nobody but older ones passes it any more in there.
@@ -21,6 +21,8 @@ use statemachine::spec::Shape;
 use statemachine::state::QueueKey;
 use statemachine::{GpuTypeId, JobId, State, TaskKey, TenantId};
 
+use crate::line::{Line, Passed};
+
 /// A whole in the units of a share.
 const WHOLE: u128 = 1_000_000_000_000;
 
@@ -30,7 +32,7 @@ const LN_2: u128 = 693_147;
 /// How far the tenants' queues were looked at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Position {
-    passed: BTreeMap<TenantId, QueueKey>,
+    passed: BTreeMap<TenantId, Passed>,
     /// Of these, and of those behind them, the ones that had aged.
     aged: BTreeSet<QueueKey>,
     /// Those for whom machines are kept, in the order; `plan`'s.
@@ -43,6 +45,8 @@ pub struct Order<'a> {
     capacity: Amounts,
     places: BTreeMap<Place, Standing>,
     passed: Position,
+    /// By tenant, its tasks by priority and ratio.
+    lines: BTreeMap<TenantId, Line>,
     /// By tenant, its tasks that have aged and were not passed, the oldest first.
     aged: BTreeMap<TenantId, VecDeque<QueueKey>>,
     /// Tasks of arrays that were started, and by tenant the array whose next one goes on.
@@ -83,15 +87,17 @@ struct Standing {
 impl<'a> Order<'a> {
     /// The order behind a position of the same state.
     pub fn new(state: &'a State, passed: Position) -> Self {
-        let (places, aged) = (BTreeMap::new(), BTreeMap::new());
+        let (places, lines, aged) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (started, again) = (BTreeMap::new(), BTreeMap::new());
-        let mut order = Self { state, capacity: capacity(state), places, passed, aged, started, again };
+        let mut order = Self { state, capacity: capacity(state), places, passed, lines, aged, started, again };
         order.places.insert(Place::Root, Standing::default());
         let below = sums_below(state);
         for tenant in waiting_tenants(state) {
             order.plant(tenant, &below);
             let aged = aged_tasks(state, tenant).into_iter().filter(|key| !order.passed.aged.contains(key)).collect();
             order.aged.insert(tenant, aged);
+            let passed = order.passed.passed.get(&tenant).cloned();
+            order.lines.insert(tenant, Line::new(state, tenant, passed, &order.passed.aged));
             order.rank(tenant);
         }
         order
@@ -99,7 +105,8 @@ impl<'a> Order<'a> {
 
     /// How far the order was walked.
     pub fn position(self) -> Position {
-        self.passed
+        let passed = self.lines.into_iter().map(|(tenant, line)| (tenant, line.into_passed())).collect();
+        Position { passed, ..self.passed }
     }
 
     /// Something is left.
@@ -201,13 +208,7 @@ impl<'a> Order<'a> {
         if let Some(aged) = self.first_aged(tenant) {
             return Some(aged);
         }
-        let from = self
-            .passed
-            .passed
-            .get(&tenant)
-            .map_or(Bound::Included(QueueKey::first_of(tenant)), |key| Bound::Excluded(*key));
-        let behind = self.state.index.queue.range((from, Bound::Unbounded)).map(|(key, ())| *key);
-        behind.take_while(|key| key.tenant == tenant).find(|key| !self.passed.aged.contains(key))
+        self.lines.get(&tenant)?.first()
     }
 
     /// The task's GPUs are within what is guaranteed to the tenant, whichever acceptable type has room.
@@ -233,14 +234,14 @@ impl Iterator for Order<'_> {
             self.rank(key.tenant);
             return Some(key);
         }
+        let line = self.lines.get_mut(&key.tenant)?;
         match self.aged.get_mut(&key.tenant).filter(|aged| aged.front() == Some(&key)) {
             Some(aged) => {
                 aged.pop_front();
                 self.passed.aged.insert(key);
+                line.leave(self.state, key, &self.passed.aged);
             }
-            None => {
-                self.passed.passed.insert(key.tenant, key);
-            }
+            None => line.pass(self.state, &self.passed.aged),
         }
         self.rank(key.tenant);
         // The queue has an array once, whatever its next task.

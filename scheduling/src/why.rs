@@ -9,7 +9,7 @@ use statemachine::command::Place;
 use statemachine::domain::Topology;
 use statemachine::record::{Node, NodeAdmin};
 use statemachine::spec::{JobSpec, Shape};
-use statemachine::state::QueueKey;
+use statemachine::state::{Kin, Waiter};
 use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey, TenantId};
 
 use crate::explain::reason_with;
@@ -455,20 +455,15 @@ fn returns(state: &State) -> impl Iterator<Item = Instead> + '_ {
 /// At another tenant's cost, where its own limit binds.
 fn other_tenants<'a>(state: &'a State, task: TaskKey, reason: &Reason) -> impl Iterator<Item = Instead> + 'a {
     let binds = matches!(reason, Reason::Quota { .. });
-    let own = state.jobs.get(&task.job).map(|job| &job.value).map(|job| QueueKey {
-        tenant: job.tenant,
-        queue: job.queue,
-        priority: std::cmp::Reverse(job.spec.priority),
-        seq: job.seq,
-        task: TaskKey::only(task.job),
-    });
-    let differs = move |id: TenantId| own.is_some_and(|own| own.tenant != id);
+    let own = state.jobs.get(&task.job).map(|job| &job.value);
+    let own = own.map(|job| Waiter { kin: Kin::of(job), seq: job.seq, job: task.job });
+    let differs = move |id: TenantId| own.is_some_and(|own| own.kin.tenant != id);
     let others = state.tenants.iter().filter(move |(id, tenant)| binds && differs(**id) && !tenant.removed);
     others.take(TENANTS).map(move |(id, tenant)| {
         let mut other = state.clone();
-        if let Some(key) = own {
-            other.index.queue.remove(&key);
-            other.index.queue.insert(QueueKey { tenant: *id, ..key }, ());
+        if let Some(own) = own {
+            other.index.dequeue(&own);
+            other.index.enqueue(Waiter { kin: Kin { tenant: *id, ..own.kin }, ..own });
         }
         other.jobs.update(&task.job, |job| job.value.tenant = *id);
         Instead { kind: Kind::Tenant, ask: format!("--tenant {}", tenant.name), state: other }

@@ -5,6 +5,7 @@ mod site;
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
+use scheduling::line::Rank;
 use scheduling::order::{Order, Position, queue};
 use scheduling::plan::{Cache, Limits, plan};
 use site::{Site, hgx, shape};
@@ -191,6 +192,73 @@ fn an_order_that_goes_on_forgets_no_aged_task_and_tells_none_twice() {
     assert_eq!(told, all);
 }
 
+#[test]
+fn in_a_tenant_the_ratio_of_waiting_to_the_likely_run_time_decides() {
+    const MIN: u64 = 60_000;
+    let mut site = site(1);
+    (0..2).for_each(|_| site.ran("quick", 600 * MIN, MIN));
+    (0..2).for_each(|_| site.ran("slow", 600 * MIN, 500 * MIN));
+    let submit = |site: &mut Site, user: &str, priority| {
+        let job = site.submit_by(user, shape(1, 1, 8), priority, 600 * MIN);
+        site.wait_ms(MIN);
+        job
+    };
+    let slow = submit(&mut site, "slow", 0);
+    let fresh = submit(&mut site, "new", 0);
+    let quick = [submit(&mut site, "quick", 0), submit(&mut site, "quick", 0)];
+    let below = submit(&mut site, "quick", -1);
+    assert_eq!(order_of(&site), [&quick[..], &[slow, fresh, below]].concat(), "one guess has 500 min, one the limit");
+    assert_eq!(site.plan().places[0].task.job, quick[0]);
+    assert_eq!(site.reason(slow).code(), site.reason(fresh).code());
+    policy(&mut site, OrderBy::Fifo, 0);
+    assert_eq!(order_of(&site), [&[slow, fresh][..], &quick, &[below]].concat(), "fifo learns nothing");
+}
+
+#[derive(Clone, Debug)]
+struct Crowd {
+    /// Ended jobs: user, limit in minutes, run time in minutes.
+    ran: Vec<(u8, u64, u64)>,
+    /// Who waits: user, limit in minutes, priority, minutes until the next one.
+    waits: Vec<(u8, u64, i32, u64)>,
+}
+
+fn crowds() -> impl Strategy<Value = Crowd> {
+    let limit = || prop::sample::select(vec![0u64, 10, 60, 600]);
+    let ran = prop::collection::vec((0u8..3, limit(), 1u64..90), 0..12);
+    let waits = prop::collection::vec((0u8..4, limit(), -1i32..=1, 0u64..200), 1..40);
+    (ran, waits).prop_map(|(ran, waits)| Crowd { ran, waits })
+}
+
+/// No machine is left to start anything.
+fn crowded(crowd: &Crowd) -> Site {
+    let mut site = site(1);
+    for (user, limit_min, ran_min) in &crowd.ran {
+        site.ran(&format!("u{user}"), limit_min * 60_000, ran_min * 60_000);
+    }
+    for (user, limit_min, priority, gap_min) in &crowd.waits {
+        site.submit_by(&format!("u{user}"), shape(1, 1, 1), *priority, limit_min * 60_000);
+        site.wait_ms(gap_min * 60_000);
+    }
+    site
+}
+
+/// By a look at each job: what has aged, then priorities, then the ratio.
+fn by_looking_at_each(site: &Site) -> Vec<JobId> {
+    let aged_after_ms = site.state.meta.settings.planning.aged_after_ms;
+    let place = |job: &statemachine::record::Job| {
+        let waited_ms = site.state.meta.clock_ms - job.submitted_clock_ms;
+        let guess_ms = site.state.guess_ms(job.user, job.spec.limit_ms);
+        let aged = aged_after_ms > 0 && waited_ms >= aged_after_ms;
+        let priority = std::cmp::Reverse(if aged { i32::MAX } else { job.spec.priority });
+        (priority, Rank::new(waited_ms, guess_ms, aged_after_ms, job.seq))
+    };
+    let waits =
+        site.state.index.queue.keys().map(|key| (place(&site.state.jobs.get(&key.task.job).unwrap().value), key));
+    let mut waits: Vec<_> = waits.collect();
+    waits.sort_unstable();
+    waits.into_iter().map(|(_, key)| key.task.job).collect()
+}
+
 #[derive(Clone, Debug)]
 struct Cluster {
     machines: usize,
@@ -248,6 +316,36 @@ proptest! {
                 prop_assert!(before < Some((key.priority, key.seq)));
             }
         }
+    }
+
+    /// One look at each kin finds the order that a look at each job finds; and a walk of it may stop anywhere.
+    #[test]
+    fn kin_stand_where_each_of_them_would(crowd in crowds(), aged_min in 0u64..2_000, stop in any::<prop::sample::Index>()) {
+        let mut site = crowded(&crowd);
+        policy(&mut site, OrderBy::Fair, aged_min * 60_000);
+        let should = by_looking_at_each(&site);
+        let mut order = Order::new(&site.state, Position::default());
+        let mut walked: Vec<JobId> = order.by_ref().take(stop.index(should.len() + 1)).map(|key| key.task.job).collect();
+        walked.extend(Order::new(&site.state, order.position()).map(|key| key.task.job));
+        prop_assert_eq!(walked, should);
+    }
+
+    /// Whom nobody younger passes any more: before a job that has aged stand older ones of its tenant alone, whatever the ratios
+    /// and priorities. And no higher priority stands behind a lower one, but for age.
+    #[test]
+    fn nobody_waits_for_ever_behind_ratios(crowd in crowds()) {
+        let mut site = crowded(&crowd);
+        let jobs = |site: &Site| -> Vec<(i32, u64, u64)> {
+            let of = |job: JobId| site.state.jobs.get(&job).map(|job| (job.value.spec.priority, job.value.seq, job.value.submitted_clock_ms));
+            order_of(site).into_iter().filter_map(of).collect()
+        };
+        policy(&mut site, OrderBy::Fair, 0);
+        prop_assert!(jobs(&site).windows(2).all(|pair| pair[0].0 >= pair[1].0));
+        policy(&mut site, OrderBy::Fair, 600 * 60_000);
+        let all = jobs(&site);
+        let aged = |at_ms: u64| site.state.meta.clock_ms >= at_ms + 600 * 60_000;
+        let old = all.iter().filter(|job| aged(job.2)).count();
+        prop_assert!(all[..old].is_sorted_by_key(|job| job.1) && all[..old].iter().all(|job| aged(job.2)));
     }
 
     /// A walk that stops anywhere goes on as if it had not stopped.

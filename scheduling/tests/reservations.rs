@@ -11,6 +11,7 @@ use scheduling::{ENDLESS_MS, Reason};
 use site::{Site, hgx, mock_v100, shape};
 use statemachine::command::{SetPolicy, SetTenant};
 use statemachine::domain::{Level, Topology};
+use statemachine::settings::OrderBy;
 use statemachine::spec::Shape;
 use statemachine::{JobId, Token};
 
@@ -290,10 +291,11 @@ fn asks() -> impl Strategy<Value = Vec<Ask>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
-    /// The first task that waits has a time; while only tasks behind it are added, it starts by then.
+    /// The first task that waits has a time; while only tasks behind it are added, and the order does not change, it starts by then.
     #[test]
     fn the_first_that_waits_is_never_later_than_it_was_told(machines in 1usize..4, asks in asks()) {
         let mut running = Running { site: Site::default(), ends: BTreeMap::new(), started: BTreeMap::new() };
+        running.site.policy(SetPolicy { order: Some(OrderBy::Fifo), ..SetPolicy::default() });
         for n in 0..machines {
             // Two racks, of two and of one.
             running.site.join_with(&format!("n{n}"), mock_v100(), &[("rack", ["r0", "r1", "r0"][n])]);

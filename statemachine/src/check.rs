@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::id::*;
 use crate::preemption::mask_of;
 use crate::record::*;
+use crate::runs::USERS;
 use crate::state::State;
 
 /// A broken invariant: a bug, never a client's doing.
@@ -38,6 +39,10 @@ impl State {
         self.check_reservations()?;
         let wrong = self.meta.settings.planning.wrong();
         must(wrong.is_empty(), "policy_in_bounds", || wrong.join("; "))?;
+        must(self.runs.len() <= USERS, "runs_bounded", || format!("run times of {} users are kept", self.runs.len()))?;
+        for (user, runs) in self.runs.iter() {
+            must(runs.is_bounded(), "runs_bounded", || format!("user {user} has {runs:?}"))?;
+        }
         self.check_requests()?;
         self.check_locks()?;
         must(self.index == self.indexes_of_tables(), "queue_iff_pending", || {

@@ -1,19 +1,17 @@
 //! Derived indexes: what a job's records put into them, and how a change of a job keeps indexes, revisions and events
 //! in step. Every change of a job, its task or its lease goes through [`State::change_job`].
 
-use std::cmp::Reverse;
-
 use crate::apply::{Ctx, restore};
 use crate::event::{Change, QueuePlace};
 use crate::id::*;
 use crate::record::*;
-use crate::state::{Calendar, CalendarKind, Index, NameKind, QueueKey, State, Timer, TimerKind};
+use crate::state::{Calendar, CalendarKind, Index, Kin, NameKind, QueueKey, State, Timer, TimerKind, Waiter};
 use crate::view::{TaskView, task_view};
 
 /// Where a job stands in the indexes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Standing {
-    queue: Option<QueueKey>,
+    queue: Option<Waiter>,
     waiting: Option<TaskKey>,
     timer: Option<Timer>,
     begin: Option<Calendar>,
@@ -122,11 +120,11 @@ impl State {
         }
         let place =
             |key: QueueKey| QueuePlace { tenant: key.tenant, priority: key.priority.0, seq: key.seq, task: key.task };
-        if let Some(key) = old {
-            ctx.tell(Change::Dequeued { place: place(key) });
+        if let Some(waiter) = old {
+            ctx.tell(Change::Dequeued { place: place(waiter.key()) });
         }
-        if let Some(key) = after.standing.queue {
-            ctx.tell(Change::Queued { place: place(key) });
+        if let Some(waiter) = after.standing.queue {
+            ctx.tell(Change::Queued { place: place(waiter.key()) });
         }
     }
 
@@ -226,6 +224,9 @@ impl State {
         for (id, reservation) in self.reservations.iter() {
             index.enter_reservation(*id, reservation);
         }
+        for (user, runs) in self.runs.iter() {
+            index.learned.insert((runs.clock_ms, *user));
+        }
         for (id, class) in self.classes.iter() {
             index.class_by_facts.insert(class.clone(), *id);
         }
@@ -267,13 +268,7 @@ fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::setting
             standing.waiting = Some(task_key);
         }
         Phase::Pending => {
-            standing.queue = Some(QueueKey {
-                tenant: job.tenant,
-                queue: job.queue,
-                priority: Reverse(job.spec.priority),
-                seq: job.seq,
-                task: task_key,
-            });
+            standing.queue = Some(Waiter { kin: Kin::of(job), seq: job.seq, job: id });
         }
         Phase::Retrying { not_before_ms } => {
             standing.timer = Some(Timer { due_ms: *not_before_ms, what: TimerKind::Retry(task_key) });
@@ -292,8 +287,8 @@ impl Index {
         if old == new {
             return;
         }
-        if let Some(key) = old.queue {
-            self.queue.remove(&key);
+        if let Some(waiter) = old.queue {
+            self.dequeue(&waiter);
         }
         if let Some(task) = old.waiting {
             self.waiting.remove(&task);
@@ -319,8 +314,8 @@ impl Index {
         if let Some(held) = new.restoring {
             self.restoring.insert(held);
         }
-        if let Some(key) = new.queue {
-            self.queue.insert(key, ());
+        if let Some(waiter) = new.queue {
+            self.enqueue(waiter);
         }
         if let Some(task) = new.waiting {
             self.waiting.insert(task);

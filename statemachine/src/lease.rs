@@ -184,6 +184,7 @@ impl State {
             self.jobs.update(&lease.task.job, |job| job.value.holds.launch = true);
         }
         if let Phase::Ended { outcome } = next.phase {
+            self.learn_run(lease, &verdict);
             let exit = lease_exit(lease, &verdict);
             self.end_task(
                 ctx,

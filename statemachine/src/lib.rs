@@ -19,6 +19,7 @@ pub mod preemption;
 pub mod record;
 pub mod reservation;
 mod retry;
+pub mod runs;
 pub mod settings;
 pub mod spec;
 pub mod state;

@@ -21,7 +21,7 @@ pub struct Planning {
 /// A named order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum OrderBy {
-    /// Tenants by guarantee and share; inside one by priority, then by submission.
+    /// Tenants by guarantee and share; inside one by priority, then by the time waited over the likely run time.
     Fair,
     /// By priority, then by submission, whoever pays.
     Fifo,

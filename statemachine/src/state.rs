@@ -7,6 +7,7 @@ use imbl::{OrdMap, OrdSet, Vector};
 use crate::event::Event;
 use crate::id::*;
 use crate::record::*;
+use crate::runs::Runs;
 use crate::table::Table;
 
 /// Everything that the replicas agree on. Cloning is O(1): readers, the planner, the image and snapshots take clones.
@@ -25,6 +26,7 @@ pub struct State {
     pub priorities: Table<String, Priority>,
     pub claims: Table<TaskKey, Claim>,
     pub reservations: Table<ReservationId, Reservation>,
+    pub runs: Table<UserId, Runs>,
     pub sessions: Table<SessionId, Session>,
     pub locks: Table<String, Versioned<Lock>>,
     pub requests: Table<RequestId, Request>,
@@ -46,6 +48,8 @@ pub struct State {
 pub struct Index {
     /// Tasks that may be placed now, by tenant; in a tenant as the planner looks: priority descending, then seq.
     pub queue: OrdMap<QueueKey, ()>,
+    /// The same tasks, by what the planner knows to be alike.
+    pub kins: OrdSet<Waiter>,
     /// PENDING tasks that may not start: their job is on hold.
     pub waiting: OrdSet<TaskKey>,
     pub timers: OrdSet<Timer>,
@@ -74,6 +78,8 @@ pub struct Index {
     pub reserved: OrdSet<(NodeId, ReservationId)>,
     /// Jobs on hold `restore`, by how long after the restore that ends.
     pub restoring: OrdSet<(u64, JobId)>,
+    /// Users of whom run times are known, by when the newest was learned.
+    pub learned: OrdSet<(u64, UserId)>,
     /// Arrays whose cancel has not reached all of their tasks.
     pub sweeping: OrdSet<JobId>,
 }
@@ -93,6 +99,91 @@ impl QueueKey {
     pub fn first_of(tenant: TenantId) -> Self {
         let task = TaskKey { job: JobId(0), index: 0 };
         Self { tenant, queue: QueueId(0), priority: std::cmp::Reverse(i32::MAX), seq: 0, task }
+    }
+}
+
+/// What waits of one user with one time limit at one priority: jobs of which nothing but their turn tells one from the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Kin {
+    pub tenant: TenantId,
+    pub queue: QueueId,
+    pub priority: std::cmp::Reverse<i32>,
+    pub user: UserId,
+    /// 0 = none.
+    pub limit_ms: u64,
+    /// The begin that it asked for, which has come; 0 = none.
+    pub begin_wall_ms: i64,
+}
+
+impl Kin {
+    pub fn of(job: &Job) -> Self {
+        Self {
+            tenant: job.tenant,
+            queue: job.queue,
+            priority: std::cmp::Reverse(job.spec.priority),
+            user: job.user,
+            limit_ms: job.spec.limit_ms,
+            begin_wall_ms: job.spec.begin_wall_ms(),
+        }
+    }
+
+    /// Not above any kin of the tenant.
+    pub fn first_of(tenant: TenantId) -> Self {
+        let priority = std::cmp::Reverse(i32::MAX);
+        Self { tenant, queue: QueueId(0), priority, user: UserId(0), limit_ms: 0, begin_wall_ms: i64::MIN }
+    }
+
+    /// Not above any kin of the same queue and priority.
+    pub fn level(self) -> Self {
+        Self { queue: self.queue, priority: self.priority, ..Self::first_of(self.tenant) }
+    }
+
+    /// The level behind this one; `None` behind the tenant's last.
+    pub fn next_level(self) -> Option<Self> {
+        let first = Self::first_of(self.tenant);
+        match self.priority.0.checked_sub(1) {
+            Some(priority) => Some(Self { queue: self.queue, priority: std::cmp::Reverse(priority), ..first }),
+            None => Some(Self { queue: QueueId(self.queue.0.checked_add(1)?), ..first }),
+        }
+    }
+}
+
+/// A task among its kin, which stand in the order of submission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Waiter {
+    pub kin: Kin,
+    pub seq: u64,
+    pub job: JobId,
+}
+
+impl Waiter {
+    /// Not above any of the kin.
+    pub fn first_of(kin: Kin) -> Self {
+        Self { kin, seq: 0, job: JobId(0) }
+    }
+
+    /// Not below any of the kin.
+    pub fn last_of(kin: Kin) -> Self {
+        Self { kin, seq: u64::MAX, job: JobId(u64::MAX) }
+    }
+
+    /// The same task in `Index::queue`.
+    pub fn key(&self) -> QueueKey {
+        let Kin { tenant, queue, priority, .. } = self.kin;
+        QueueKey { tenant, queue, priority, seq: self.seq, task: TaskKey::only(self.job) }
+    }
+}
+
+impl Index {
+    /// The task is in line.
+    pub fn enqueue(&mut self, waiter: Waiter) {
+        self.queue.insert(waiter.key(), ());
+        self.kins.insert(waiter);
+    }
+
+    pub fn dequeue(&mut self, waiter: &Waiter) {
+        self.queue.remove(&waiter.key());
+        self.kins.remove(waiter);
     }
 }
 

@@ -34,6 +34,38 @@ fn a_job_waits_runs_and_commits_one_result_with_its_token() {
 }
 
 #[test]
+fn run_times_of_ended_jobs_are_kept_by_user_and_limit() {
+    let mut world = World::new();
+    let (node, _) = world.register(machine("n1", 1, 1));
+    let mut run = |limit_ms: u64, ran_ms: u64, end: Option<VerdictKind>| {
+        let mut asked = one_gpu();
+        asked.spec.limit_ms = limit_ms;
+        let id = world.submit(asked);
+        let token = world.place(id, &[node]).unwrap();
+        world.report(node, token, PartReport::Started { port: 29_500 }).unwrap();
+        world.wait(ran_ms);
+        if end == Some(VerdictKind::Cancelled) {
+            world.run(Command::Cancel { job: id });
+            world.wait(3_000);
+        }
+        let _ = world.report(node, token, ended(0, 1, 0));
+        let user = world.state.jobs.get(&id).unwrap().value.user;
+        world.state.check().unwrap();
+        (
+            world.state.guess_ms(user, limit_ms),
+            world.state.guess_ms(user, 0),
+            world.state.guess_ms(UserId(999), limit_ms),
+        )
+    };
+    assert_eq!(run(60_000, 5_000, None), (5_000, 5_000, 60_000));
+    assert_eq!(run(90_000, 7_000, None), (7_000, 7_000, 90_000), "of any limit, where one of the same is known");
+    assert_eq!(run(60_000, 6_000, None), (6_000, 7_000, 60_000));
+    assert_eq!(run(60_000, 9_000, Some(VerdictKind::Cancelled)), (9_000, 9_000, 60_000), "until it was told to end");
+    let late = run(60_000, 70_000, None);
+    assert_eq!((late.0, late.1), (60_000, 60_000), "no longer than its limit");
+}
+
+#[test]
 fn an_ended_job_leaves_memory_after_its_linger_and_is_still_known() {
     let mut world = World::new();
     let (node, _) = world.register(machine("n1", 1, 1));

@@ -15,6 +15,7 @@ use scheduling::Reason;
 use scheduling::plan::{Cache, Limits, plan};
 use statemachine::command::{Code, Place, PlacePart};
 use statemachine::record::StoredReply;
+use statemachine::state::Kin;
 use statemachine::{Cmd, Command, JobId, NodeId, Outcome, Reply};
 
 use super::event::{Answer, Beat, Check, Event, Rpc, Site, Word};
@@ -583,6 +584,16 @@ impl World {
                 1 => "a gang was planned whole into one rack",
                 _ => "a gang was planned over several racks",
             });
+        }
+        let queued = |place: &Place| replica.state.jobs.get(&place.task.job).map(|job| &job.value);
+        let in_turn: Vec<&Place> =
+            made.places.iter().filter(|place| !replica.state.claims.contains(&place.task)).collect();
+        let overtakes = in_turn.windows(2).any(|pair| match (queued(pair[0]), queued(pair[1])) {
+            (Some(one), Some(other)) => Kin::of(one).level() == Kin::of(other).level() && one.seq > other.seq,
+            _ => false,
+        });
+        if overtakes {
+            self.sometimes.hit("a younger job stood before an older one by its ratio");
         }
         let unfinished = made.unfinished;
         let mut placements = made.commands();

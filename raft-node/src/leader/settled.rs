@@ -21,10 +21,15 @@ pub struct Settled {
     waiting: BTreeSet<Shape>,
     /// Shapes that find only what is kept for another task: by tenant, the first that did.
     barred: BTreeMap<(TenantId, Shape), First>,
+    /// Cluster time from which those may stand in front: the order of who waits changes with time alone.
+    until_ms: u64,
     seen: Revision,
     /// What operators had decided.
     policy: u64,
 }
+
+/// How long the order of who waits counts as unchanged.
+const ORDER_KEEPS_MS: u64 = 10_000;
 
 /// Who comes behind it in its tenant's queue and asks for no less time starts no sooner.
 struct First {
@@ -69,15 +74,17 @@ impl Settled {
             allocs: state.allocs.clone(),
             unheard,
             waiting,
+            until_ms: if barred.is_empty() { u64::MAX } else { state.meta.clock_ms.saturating_add(ORDER_KEEPS_MS) },
             barred,
             seen: state.meta.rev,
             policy: state.meta.policy,
         })
     }
 
-    /// False as soon as a machine changed, or a shape waits that was not looked at.
+    /// False as soon as a machine changed, or a shape waits that was not looked at, or others may stand in front.
     pub fn still_holds(&mut self, state: &State, unheard: &BTreeSet<NodeId>) -> bool {
         if state.meta.policy != self.policy
+            || state.meta.clock_ms >= self.until_ms
             || *unheard != self.unheard
             || !state.nodes.is_same(&self.nodes)
             || !state.allocs.is_same(&self.allocs)

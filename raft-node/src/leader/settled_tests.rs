@@ -67,3 +67,13 @@ fn a_shorter_job_a_higher_one_and_the_end_of_the_reservation_wake_the_planner() 
         assert_eq!(plan.places.len(), 1, "and it starts something");
     }
 }
+
+#[test]
+fn time_alone_wakes_the_planner_where_something_is_kept() {
+    let (mut world, _) = world();
+    let mut settled = settle(&world);
+    world.wait(ORDER_KEEPS_MS - 1_000);
+    assert!(holds(&mut settled, &world));
+    world.wait(1_000);
+    assert!(!holds(&mut settled, &world), "who waits may stand in another order");
+}

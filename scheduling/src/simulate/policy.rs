@@ -12,9 +12,11 @@ pub enum Queue {
     /// In order of arrival; the first `depth` jobs that don't fit get protected reservations, and a later job starts
     /// only where it delays none of them.
     Easy { depth: usize },
-    /// As `Easy` with one reservation, but in the order of the response ratio: who has waited longest for the time that it
-    /// will likely run, by the user's ended jobs, goes first. Reservations rest on limits, not on guesses.
+    /// As `Easy` with one reservation, but in the order that a cluster has inside a tenant (`line`): the response ratio by
+    /// the user's ended jobs. Reservations rest on limits, not on guesses.
     ResponseRatio,
+    /// `ResponseRatio`, and turns with preemption in a pool in which no job has a limit.
+    RatioOrTurns,
 }
 
 /// A named pair of both decisions.
@@ -31,12 +33,18 @@ const fn named(name: &'static str, queue: Queue, score: Score, about: &'static s
 }
 
 impl Policy {
-    pub const ALL: [Policy; 10] = [
+    pub const ALL: [Policy; 11] = [
         named(
             "default",
-            Queue::ResponseRatio,
+            Queue::RatioOrTurns,
             Score::LeastLoss,
-            "response ratio by learned run times, or turns where no job has a limit; least loss",
+            "as `ratio`, but turns where no job has a limit; least loss of shared GPUs",
+        ),
+        named(
+            "ratio",
+            Queue::ResponseRatio,
+            Score::BestFit,
+            "response ratio by learned run times with one protected reservation, as a cluster; best fit",
         ),
         named("easy", Queue::Easy { depth: 1 }, Score::BestFit, "arrival with one protected reservation; best fit"),
         named("fifo", Queue::Fifo, Score::BestFit, "arrival, stops at the first that does not fit; best fit"),

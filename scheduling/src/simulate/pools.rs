@@ -28,11 +28,15 @@ pub fn run(trace: &Trace, policy: &Policy, options: Options) -> Course {
     let mut course = Course { journeys: vec![None; trace.jobs.len()], spells: Vec::new() };
     for pool in pools(trace, options.pooled) {
         let states_limits = pool.jobs.iter().any(|job| trace.jobs[*job].requested_s.is_some());
-        if policy.queue == Queue::ResponseRatio && !states_limits {
-            turns::run(trace, pool, policy, options.seed, shares(trace, options.pooled), &mut course);
-        } else {
-            queue::run(trace, pool, policy, options.seed, &mut course);
-        }
+        let queue = match policy.queue {
+            Queue::RatioOrTurns if !states_limits => {
+                turns::run(trace, pool, policy, options.seed, shares(trace, options.pooled), &mut course);
+                continue;
+            }
+            Queue::RatioOrTurns => Queue::ResponseRatio,
+            queue => queue,
+        };
+        queue::run(trace, pool, &Policy { queue, ..*policy }, options.seed, &mut course);
     }
     course
 }

@@ -7,27 +7,21 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 
+use statemachine::runs::{Runs, unknown_ms};
+use statemachine::settings::Planning;
+
 use super::course::{Course, Journey, Spell};
 use super::floor::Floor;
 use super::policy::{Policy, Queue};
 use super::pools::{Pool, kinds};
 use super::trace::{Trace, TraceJob};
 use super::waiting::Waiting;
-use crate::foresight::Foresight;
+use crate::line::Rank;
 use crate::profile::{Profile, Stairs};
 use crate::world::Request;
 
 /// The limit of a job that stated none.
 const UNLIMITED_S: u64 = 1 << 40;
-
-/// Response ratios are compared in parts of so many.
-const RATIO: u64 = 1 << 20;
-
-/// Who has waited so long goes first, in order of arrival: seven days, as a cluster's policy has it unless told otherwise.
-const AGED_S: u64 = 7 * 86_400;
-
-/// A guess below this is counted as this: the bound of the bounded slowdown.
-const SHORTEST_S: u64 = 10;
 
 /// When a job ends or its limit is used up, the number of its start, and its position.
 type Due = Reverse<(u64, u64, usize)>;
@@ -49,8 +43,9 @@ struct Run<'a> {
 /// What only `Queue::ResponseRatio` keeps.
 #[derive(Default)]
 struct Learned {
-    foresight: Foresight,
-    /// Who waits, and how long each will likely run.
+    /// By user, what a cluster keeps in its state.
+    runs: BTreeMap<u32, Runs>,
+    /// Who waits, and how long each will likely run, in ms.
     waiting: Vec<(usize, u64)>,
 }
 
@@ -85,6 +80,18 @@ pub(super) fn run(trace: &Trace, pool: Pool, policy: &Policy, seed: u64, course:
 
 fn limit_s(job: &TraceJob) -> u64 {
     job.requested_s.unwrap_or(UNLIMITED_S)
+}
+
+/// As a cluster keeps it, in ms: 0 = none.
+fn stated_ms(job: &TraceJob) -> u64 {
+    job.requested_s.map_or(0, |limit_s| limit_s.saturating_mul(1_000))
+}
+
+impl Learned {
+    fn guess_ms(&self, job: &TraceJob) -> u64 {
+        let limit_ms = stated_ms(job);
+        self.runs.get(&job.tenant).map_or_else(|| unknown_ms(limit_ms), |runs| runs.guess_ms(limit_ms))
+    }
 }
 
 impl Run<'_> {
@@ -146,8 +153,8 @@ impl Run<'_> {
         self.advance(now);
         self.waiting.insert(at);
         if self.queue == Queue::ResponseRatio {
-            let guess_s = self.learned.foresight.guess_s(self.jobs[at].tenant, self.limit_s(at));
-            self.learned.waiting.push((at, guess_s));
+            let guess_ms = self.learned.guess_ms(self.jobs[at]);
+            self.learned.waiting.push((at, guess_ms));
             return Some(now);
         }
         (self.milli(at) <= self.profile.free_at(now)).then_some(now)
@@ -160,18 +167,18 @@ impl Run<'_> {
             self.profile.give(now, start + self.limit_s(at), self.milli(at));
         }
         if self.queue == Queue::ResponseRatio {
-            self.learn(at);
+            self.learn(now, at);
         }
         Some(now)
     }
 
     /// An end tells of its user's jobs that wait.
-    fn learn(&mut self, at: usize) {
-        let (user, limit_s) = (self.jobs[at].tenant, self.limit_s(at));
-        let Learned { foresight, waiting } = &mut self.learned;
-        foresight.learn(user, limit_s, self.jobs[at].duration_s.min(limit_s));
-        for (at, guess_s) in waiting.iter_mut().filter(|(at, _)| self.jobs[*at].tenant == user) {
-            *guess_s = foresight.guess_s(user, self.jobs[*at].requested_s.unwrap_or(UNLIMITED_S));
+    fn learn(&mut self, now: u64, at: usize) {
+        let (of, limit_s) = (self.jobs[at], self.limit_s(at));
+        let runs = self.learned.runs.entry(of.tenant).or_default();
+        runs.learn(stated_ms(of), of.duration_s.min(limit_s) * 1_000, now * 1_000);
+        for (at, guess_ms) in self.learned.waiting.iter_mut().filter(|(at, _)| self.jobs[*at].tenant == of.tenant) {
+            *guess_ms = runs.guess_ms(stated_ms(self.jobs[*at]));
         }
     }
 
@@ -223,15 +230,14 @@ impl Run<'_> {
         if self.next_small(0, free).is_none() {
             return;
         }
-        let ratio = |(at, guess_s): &(usize, u64)| {
-            let waited_s = now - self.jobs[*at].submit_s;
-            let ratio = waited_s.min(AGED_S) * RATIO / (*guess_s).max(SHORTEST_S);
-            // Of those who have waited so long the first comes first.
-            (if waited_s < AGED_S { ratio } else { u64::MAX }, Reverse(*at))
+        let aged_after_ms = Planning::default().aged_after_ms;
+        let rank = |(at, guess_ms): &(usize, u64)| {
+            let waited_ms = (now - self.jobs[*at].submit_s) * 1_000;
+            Reverse((Rank::new(waited_ms, *guess_ms, aged_after_ms, *at as u64), *at))
         };
-        let mut order: BinaryHeap<(u64, Reverse<usize>)> = self.learned.waiting.iter().map(ratio).collect();
+        let mut order: BinaryHeap<Reverse<(Rank, usize)>> = self.learned.waiting.iter().map(rank).collect();
         let mut reserved = Reserved::none(now);
-        while let Some((_, Reverse(at))) = order.pop() {
+        while let Some(Reverse((_, at))) = order.pop() {
             if !self.try_start(now, at, &mut reserved) {
                 reserved.add(&self.profile, self.milli(at), self.limit_s(at));
                 break;
@@ -244,9 +250,9 @@ impl Run<'_> {
             self.is_small(&self.jobs[at].request, free)
                 && longest_s.is_some_and(|longest_s| self.limit_s(at) <= longest_s)
         };
-        let mut rest: Vec<(u64, Reverse<usize>)> = order.into_iter().filter(|(_, Reverse(at))| may(*at)).collect();
-        rest.sort_unstable_by(|one, other| other.cmp(one));
-        for (_, Reverse(at)) in rest {
+        let mut rest: Vec<(Rank, usize)> = order.into_iter().map(|Reverse(of)| of).filter(|(_, at)| may(*at)).collect();
+        rest.sort_unstable();
+        for (_, at) in rest {
             self.try_start(now, at, &mut reserved);
         }
         let started = &self.started;

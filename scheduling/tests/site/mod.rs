@@ -92,7 +92,11 @@ impl Default for Site {
 
 impl Site {
     pub fn command(&mut self, body: Command) -> Outcome {
-        let cmd = Cmd { request: None, actor: "alice".into(), body };
+        self.command_of("alice", body)
+    }
+
+    fn command_of(&mut self, user: &str, body: Command) -> Outcome {
+        let cmd = Cmd { request: None, actor: user.into(), body };
         let entry = Entry {
             level: self.state.meta.level,
             clock_ms: self.state.meta.clock_ms + 1,
@@ -190,6 +194,24 @@ impl Site {
         limit_ms: u64,
     ) -> JobId {
         self.submitted(asked(tenant, shape, priority, gpu_types, limit_ms))
+    }
+
+    /// Of this user, in the default tenant.
+    pub fn submit_by(&mut self, user: &str, shape: Shape, priority: i32, limit_ms: u64) -> JobId {
+        let submit = asked("default", shape, priority, &[], limit_ms);
+        match self.command_of(user, Command::SubmitJob(Box::new(submit))) {
+            Outcome::Done(Reply::Stored(StoredReply::Job(job))) => job,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A job of this user with this limit ran for so long: with a GPU to spare and nothing that waits.
+    pub fn ran(&mut self, user: &str, limit_ms: u64, ran_ms: u64) {
+        self.submit_by(user, shape(1, 1, 1), 0, limit_ms);
+        let token = self.start()[0];
+        self.started(token);
+        self.wait_ms(ran_ms);
+        self.finish(token);
     }
 
     /// In a reservation.

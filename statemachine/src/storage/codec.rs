@@ -76,6 +76,7 @@ pub enum Tag {
     Priority = 19,
     Claim = 20,
     Reservation = 21,
+    Runs = 22,
 }
 
 // ------------------------------------------------------------------------------------------------------- log entries
@@ -281,6 +282,7 @@ integer_key! {
     NodeId: u32, |key| key.0, NodeId;
     ClassId: u32, |key| key.0, ClassId;
     TenantId: u32, |key| key.0, TenantId;
+    UserId: u32, |key| key.0, UserId;
     QueueId: u16, |key| key.0, QueueId;
     RequestId: u128, |key| u128::from_be_bytes(key.0), |raw| RequestId(raw.to_be_bytes());
     GpuUuid: u128, |key| u128::from_be_bytes(key.0), |raw| GpuUuid(raw.to_be_bytes());

@@ -17,6 +17,7 @@ use crate::command::*;
 use crate::domain::{Level, Topology};
 use crate::event::{Change, Event, QueuePlace};
 use crate::record::*;
+use crate::runs::{OfLimit, Runs};
 use crate::settings::{OrderBy, Settings};
 use crate::spec::{After, AfterKind, Retry, Shape, Terms};
 use crate::view::{LeaseView, PartView, ShownState, TaskView};
@@ -417,6 +418,9 @@ fn records_are_encoded_as_they_were() {
     golden.record("reservation_maintenance", &window(Whom::Maintenance, None));
     let whom = Whom::Jobs { tenants: vec![TenantId(1)], users: vec![UserId(300)] };
     golden.record("reservation_jobs", &window(whom, Some(Token(9))));
+    let by_limit =
+        [(0, OfLimit { last_ms: vec![7], at: 300 }), (3_600_000, OfLimit { last_ms: vec![1 << 40, 8], at: 299 })];
+    golden.record("runs", &Runs { last_ms: vec![7, 1 << 40, 8], by_limit: by_limit.into(), learned: 300, clock_ms: 9 });
     golden.record("queue", &Queue { name: "q".into(), tenant: TenantId(1) });
     let session = Session { owner: "o".into(), ttl_ms: 1, opened_clock_ms: 2, locks: vec!["l".into()] };
     golden.record("session", &session);
@@ -459,6 +463,7 @@ fn stored_values_and_keys_are_encoded_as_they_were() {
     golden.bytes("key.node", &NodeId(259).bytes());
     golden.bytes("key.class", &ClassId(260).bytes());
     golden.bytes("key.tenant", &TenantId(261).bytes());
+    golden.bytes("key.learned_of", &UserId(270).bytes());
     golden.bytes("key.queue", &QueueId(262).bytes());
     golden.bytes("key.session", &SessionId(263).bytes());
     golden.bytes("key.lock", &StoredKey::bytes(&"lock".to_string()));

@@ -163,4 +163,5 @@ tables! {
     Priority priorities;
     Claim claims;
     Reservation reservations;
+    Runs runs;
 }
