@@ -8,7 +8,7 @@ use crate::output::time;
 pub fn job(job: &v1::Job) -> Value {
     let spec = job.spec.clone().unwrap_or_default();
     let shape = spec.shape.unwrap_or_default();
-    json!({
+    let mut object = json!({
         "id": job.id,
         "name": spec.name,
         "array": array(job),
@@ -31,7 +31,6 @@ pub fn job(job: &v1::Job) -> Value {
         "ranks_per_node": shape.ranks_per_node,
         "gpus_per_rank": shape.gpus_per_rank,
         "gpu_types": shape.gpu_types,
-        "topology": none_if_empty(&shape.topology),
         "limit_ms": spec.limit_ms,
         "lease_ttl_ms": spec.lease_ttl_ms,
         "reservation": none_if_empty(&spec.reservation),
@@ -49,6 +48,20 @@ pub fn job(job: &v1::Job) -> Value {
         "attempts": job.attempts.iter().map(attempt).collect::<Vec<_>>(),
         "create_revision": job.create_revision,
         "mod_revision": job.mod_revision,
+    });
+    if let (Some(object), Value::Object(mut which)) = (object.as_object_mut(), which_machines(&shape)) {
+        object.append(&mut which);
+    }
+    object
+}
+
+/// What the job says of the machines that it may be on.
+fn which_machines(shape: &v1::Shape) -> Value {
+    json!({
+        "topology": none_if_empty(&shape.topology),
+        "constraint": none_if_empty(&shape.constraint),
+        "nodelist": shape.nodelist,
+        "exclude": shape.exclude,
     })
 }
 

@@ -56,6 +56,54 @@ fn a_gang_is_kept_in_a_rack_and_its_ranks_go_along() {
     assert_eq!(cluster.json(&["show", &four])["attempts"][0]["nodes"], serde_json::json!(["b", "d", "a", "c"]));
 }
 
+/// By labels, by names, and by GPU types with one to fall back to.
+#[test]
+fn a_job_is_on_machines_of_its_own_choice() {
+    let mut cluster = Cluster::start();
+    let machines = [("v", "sim:dgx1-v100", "r1"), ("w", "sim:hgx-h100", "r2")];
+    for (name, gpus, rack) in machines {
+        cluster.agent(name, &["--gpus", gpus, "--label", &format!("rack={rack}")]);
+    }
+    cluster.until("both are ready", |cluster| {
+        let nodes = cluster.json(&["nodes"]);
+        nodes.as_array().is_some_and(|nodes| nodes.iter().filter(|node| node["state"] == "READY").count() == 2)
+    });
+    let where_it_ran = |options: &[&str]| {
+        let job = cluster.submit(options, "true");
+        cluster.ares(&["wait", &job]).ok();
+        cluster.json(&["show", &job])["attempts"][0]["nodes"][0].as_str().expect("a name").to_owned()
+    };
+    for (options, name) in [
+        (["--constraint", "rack=r2"], "w"),
+        (["--constraint", "rack!=r2|no-such-label"], "v"),
+        (["--nodelist", "w"], "w"),
+        (["--exclude", "w"], "v"),
+        (["--gpus", "b200:8|h100:8|v100:8"], "w"),
+    ] {
+        assert_eq!(where_it_ran(&options), name, "{options:?}");
+    }
+    // The types behind the first are for when that is taken.
+    let first = cluster.submit(&["--gpus", "h100:8"], "sleep 300");
+    cluster.until_state(&first, "RUNNING");
+    assert_eq!(where_it_ran(&["--gpus", "h100:8|v100:8"]), "v");
+
+    let options = ["--constraint", "rack=r7 & ssd", "--exclude", "v,w"];
+    let waits = cluster.submit(&options, "true");
+    let shown = cluster.json(&["show", &waits]);
+    assert_eq!((&shown["constraint"], &shown["reason_code"]), (&"rack=r7&ssd".into(), &"CONSTRAINT".into()), "{shown}");
+    assert_eq!((&shown["exclude"], &shown["nodelist"]), (&serde_json::json!(["v", "w"]), &serde_json::json!([])));
+    cluster.ares(&["show", &waits]).ok().shows(&["Constraint", "rack=r7&ssd", "Not on", "v, w"]);
+    let why = cluster.json(&["why", &waits]);
+    let wanted = "needs one machine among 0 of 2 machines by --constraint rack=r7&ssd --exclude v,w; \
+                  0 of these could run it, 2 of the others";
+    assert_eq!(why["reason"], wanted, "{why}");
+    assert_eq!(why["changes"][0]["ask"], "no --constraint rack=r7&ssd --exclude v,w", "{why}");
+    // A machine with the labels comes: it starts there.
+    cluster.agent("x", &["--label", "rack=r7", "--label", "ssd=2TB"]);
+    cluster.ares(&["wait", &waits]).ok();
+    assert_eq!(cluster.json(&["show", &waits])["attempts"][0]["nodes"], serde_json::json!(["x"]));
+}
+
 /// In the order of its ranks.
 fn nodes_of(cluster: &Cluster, job: &str) -> Vec<String> {
     let placement = cluster.json(&["show", job])["placement"].clone();

@@ -67,6 +67,7 @@ fn bad_values(cluster: &Cluster) {
     refused(&["--label", "x"], &["--label \"x\" has no value; write NAME=VALUE"]);
     refused(&["--gpus", "3", "--ranks-per-node", "2"], &["3 GPUs", "evenly by 2 processes", "multiple"]);
     refused(&["--retry-multiplier", "0"], &["--retry-multiplier 0 is not from 1 to 1000"]);
+    refused(&["--gpus", "h100:2", "--gpu-type", "a100"], &["both name GPU types", "Leave --gpu-type out"]);
     refused(&["--gpus", "sim:hgx-h100"], &["no number of GPUs", "ares agent --gpus"]);
     refused(&["--request-id", ""], &["--request-id has 0 bytes; 1 to 200"]);
 
@@ -75,6 +76,8 @@ fn bad_values(cluster: &Cluster) {
     };
     misused(&["--retries", "-1"], &["'-1' for '--retries <N>'", "0.."]);
     misused(&["--gpus", "-1"], &["'-1' for '--gpus <N>'", "a number of GPUs is expected"]);
+    misused(&["--gpus", "h100:8|a100:16"], &["h100:8 and a100:16 differ", "submit a job for each"]);
+    misused(&["--gpus", "h100:8|a100"], &["\"a100\" is no TYPE:N", "'h100:8|a100:8'"]);
     misused(&["--gpus", "2", "--nodes", "2"], &["--gpus", "--nodes"]);
     misused(&["--nodes", "0"], &["'0' for '--nodes <N>'", "1.."]);
     misused(&["--timeout", "0"], &["'0' for '--timeout <SECONDS>'", "1.."]);
@@ -99,6 +102,14 @@ fn fields_that_the_cluster_refuses(cluster: &Cluster) {
         &["--topology", "row:require"],
         &["shape.topology", "\"row:require\"", "block, rack, switch", "Correct --topology."],
     );
+    refused(&["--constraint", "rack="], &["shape.constraint", "\"rack=\"", "KEY!=VALUE", "Correct --constraint."]);
+    refused(&["--constraint", &["x"; 17].join("&")], &["shape.constraint", "17 terms, the limit is 16"]);
+    refused(
+        &["--nodelist", "cores", "--nodes", "2"],
+        &["shape.nodelist has 1 names, shape.nodes is 2", "Correct --nodes, --nodelist."],
+    );
+    let absent = ["submit", "--exclude", "elsewhere", "--", "true"];
+    cluster.ares(&absent).refused(3, &["shape.exclude names \"elsewhere\", there is no such node", "NOT_FOUND"]);
     refused(&["--gpu-type", "h100"], &["set without GPUs", "Correct --gpu-type."]);
     refused(&["--name", &"x".repeat(300)], &["name has 300 bytes, must have 1 to 128"]);
     // All that is wrong comes at once.

@@ -18,6 +18,7 @@ use crate::outlook::{Outlook, Start};
 use crate::plan::waiting_task;
 use crate::quota::Planned;
 use crate::reason::{Best, Lack, Needs, Reason};
+use crate::selection::{allowed, told};
 use crate::windows;
 
 /// Why a task waits, from any replica's state; `None` when it does not wait (it runs, has ended, or is unknown).
@@ -174,7 +175,8 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
 pub(crate) fn needs_of(state: &State, shape: &Shape) -> Needs {
     let (cores, mem_mib) = (shape.cores_per_rank.into(), shape.mem_mib_per_rank);
     let (types, within) = (type_names(state, &shape.gpu_types), shape.required_level());
-    Needs { machines: shape.nodes.into(), gpus: shape.gpus_per_node(), types, cores, mem_mib, within }
+    let allowed = allowed(state, shape);
+    Needs { machines: shape.nodes.into(), gpus: shape.gpus_per_node(), types, cores, mem_mib, within, allowed }
 }
 
 fn present_types(state: &State) -> BTreeSet<GpuTypeId> {
@@ -197,6 +199,8 @@ enum Step {
     Leases,
     /// As many of them in one domain as the gang has.
     Together,
+    /// Machines that could run it, were it not for its own word.
+    Allowed,
     /// Nothing is short.
     Fits,
 }
@@ -216,13 +220,16 @@ struct Question<'a> {
 
 impl<'a> Question<'a> {
     fn new(machines: &'a Machines<'a>, asked: &'a Shape, types: Vec<GpuTypeId>) -> Self {
-        let shape = Shape { gpu_types: types.clone(), ..asked.clone() };
+        let shape = Shape { gpu_types: types.clone().into(), ..asked.clone() };
         Self { machines, shape, asked, types }
     }
 
     fn answer(&self, cache: &mut Cache) -> (Progress, Reason) {
         let needed = u32::from(self.shape.nodes);
         let idle = self.survey_idle(cache);
+        if let Some((able, reason)) = self.kept_out(cache, &idle, needed) {
+            return ((false, false, Step::Allowed, able, 0), reason);
+        }
         if let Some((step, tally)) = idle.short_step(needed) {
             return ((false, false, step, tally.passed, tally.best().has), self.never(step, tally));
         }
@@ -243,6 +250,26 @@ impl<'a> Question<'a> {
             Some((_, most)) => ((true, true, Step::Together, most, 0), self.apart(&now, away)),
             None => ((true, true, Step::Fits, 0, 0), Reason::Soon),
         }
+    }
+
+    /// Too few machines are left by what the job says of them, or of those too few could run it and in all there are enough.
+    fn kept_out(&self, cache: &mut Cache, idle: &Survey<'_>, needed: u32) -> Option<(u32, Reason)> {
+        let (allowed, machines) = allowed(self.machines.state, &self.shape)?;
+        let is_short = |idle: &Survey<'_>| {
+            idle.short_step(needed).is_some() || idle.short_domain(needed, |room| room.able).is_some()
+        };
+        if allowed == machines || !is_short(idle) {
+            return None;
+        }
+        let anywhere =
+            Self { shape: Shape { machines: None, ..self.shape.clone() }, types: self.types.clone(), ..*self };
+        let all = anywhere.survey_idle(cache);
+        if allowed >= needed && is_short(&all) {
+            return None;
+        }
+        let text = self.shape.machines.as_ref().map_or_else(String::new, |selector| told(selector));
+        let (able, others) = (idle.all.able, all.all.able.saturating_sub(idle.all.able));
+        Some((able, Reason::Constraint { needs: self.needs(None), text, able, others }))
     }
 
     /// Too few of those that could run it are in service: in all, or in each domain.
@@ -275,7 +302,7 @@ impl<'a> Question<'a> {
             Step::Gpus => Lack::Gpus(tally.best()),
             Step::Cores => Lack::Cores(tally.best()),
             Step::Memory => Lack::Memory(tally.best()),
-            Step::Links | Step::Leases | Step::Together | Step::Fits => Lack::Bandwidth(tally.best()),
+            Step::Links | Step::Leases | Step::Together | Step::Allowed | Step::Fits => Lack::Bandwidth(tally.best()),
         };
         Reason::Never { needs: self.needs(tally.nearest()), lack }
     }
@@ -287,7 +314,7 @@ impl<'a> Question<'a> {
             Step::Cores => Reason::CoresBusy { needs, ready, best, away },
             Step::Memory => Reason::MemBusy { needs, ready, best, away },
             Step::Links => Reason::Bandwidth { needs, ready, best, wanted_mbps: self.shape.min_bandwidth_mbps },
-            Step::Leases | Step::Together | Step::Fits => {
+            Step::Leases | Step::Together | Step::Allowed | Step::Fits => {
                 Reason::LeasesFull { needs, limit: self.machines.state.meta.settings.leases_per_node }
             }
         }
@@ -304,13 +331,14 @@ impl<'a> Question<'a> {
             cores,
             mem_mib,
             within: self.shape.required_level(),
+            allowed: allowed(self.machines.state, &self.shape),
         }
     }
 
     /// Every machine as it would be in service, healthy and empty.
     fn survey_idle(&self, cache: &mut Cache) -> Survey<'a> {
         let mut survey = self.new_survey();
-        for (id, node, alloc) in self.machines.idle() {
+        for (id, node, alloc) in self.machines.idle().iter().filter(|(_, node, _)| self.shape.allows(node)) {
             if survey.count(*id, node, self.first_lack(cache, node, alloc)) {
                 let in_service =
                     self.machines.state.nodes.get(id).is_some_and(|node| node.value.admin == NodeAdmin::Ready);
@@ -325,7 +353,9 @@ impl<'a> Question<'a> {
     fn survey_now(&self, cache: &mut Cache) -> Survey<'a> {
         let mut survey = self.new_survey();
         for (id, _) in self.machines.state.nodes.iter() {
-            let Some((node, alloc)) = self.machines.node(*id) else { continue };
+            let Some((node, alloc)) = self.machines.node(*id).filter(|(node, _)| self.shape.allows(node)) else {
+                continue;
+            };
             if node.admin != NodeAdmin::Ready || self.machines.unheard.contains(id) || !self.machines.is_open(*id) {
                 continue;
             }

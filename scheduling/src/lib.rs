@@ -24,6 +24,7 @@ pub mod reason;
 mod reserve;
 pub mod score;
 mod seats;
+mod selection;
 pub mod simulate;
 pub mod why;
 mod windows;

@@ -474,7 +474,7 @@ impl<'a> Cycle<'a> {
 }
 
 fn pool_of(inside: Inside, shape: &Shape) -> Pool {
-    let mut types = shape.gpu_types.clone();
+    let mut types = shape.gpu_types.to_vec();
     types.sort_unstable();
     (inside, shape.gpus_per_node() == 0, types)
 }

@@ -276,6 +276,7 @@ impl Search<'_, '_> {
             nodes.filter(|(id, node)| node.value.admin == NodeAdmin::Ready && !self.machines.unheard.contains(id));
         let usable = usable
             .filter(|(id, _)| self.machines.is_open(**id) && self.machines.window_on(**id, self.until_ms).is_none());
+        let usable = usable.filter(|(_, node)| self.shape.allows(&node.value));
         usable.map(|(id, _)| *id).collect()
     }
 

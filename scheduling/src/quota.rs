@@ -46,7 +46,7 @@ impl Planned {
             let gpus = of_type.map(|gpu_type| (gpu_type, gpus)).into_iter().collect();
             state.quota_hit(tenant, &Amounts { gpus, cores, mem_mib }, &self.0)
         };
-        let hit = match (gpus, shape.gpu_types.as_slice()) {
+        let hit = match (gpus, &*shape.gpu_types) {
             (0, _) => hit(None),
             // Of any type: the bounds of single types can't be told yet.
             (_, []) => hit(Some(GpuTypeId(u16::MAX))).filter(|hit| !of_unknown_type(hit)),

@@ -23,6 +23,14 @@ pub enum Reason {
         needs: Needs,
         lack: Lack,
     },
+    /// The machines that it may be on could not run it: so many of those that it needs are among them, so many among the others.
+    Constraint {
+        needs: Needs,
+        /// What it says of its machines.
+        text: String,
+        able: u32,
+        others: u32,
+    },
     NodesOut {
         needs: Needs,
         able: u32,
@@ -135,6 +143,11 @@ pub const CODES: &[(&str, &str, &str)] = &[
         "accept another --gpu-type, or join such a machine",
     ),
     ("NEVER", "the machines could not run it, were they all idle", "ask for less, or join larger machines"),
+    (
+        "CONSTRAINT",
+        "too few of the machines that its --constraint, --nodelist and --exclude leave could run it",
+        "leave one of them out, or give a machine the label: ares agent --label",
+    ),
     ("NODES_OUT", "enough machines could run it, but too few are in service", "resume or repair them: ares nodes"),
     ("GPUS_BUSY", "too few machines have the GPUs free", "wait, or ask for fewer"),
     ("CORES_BUSY", "machines with the GPUs free lack cores", "wait, or ask for fewer --cores"),
@@ -202,6 +215,8 @@ pub struct Needs {
     pub mem_mib: u64,
     /// All in one domain of it.
     pub within: Option<Level>,
+    /// Machines that it may be on, where it says which, and all.
+    pub allowed: Option<(u32, u32)>,
 }
 
 /// The machine that comes nearest, and how much of the scarce thing it has.
@@ -238,6 +253,7 @@ impl Reason {
             Reason::NoNodes => "NO_NODES",
             Reason::NoSuchGpuType { .. } => "NO_SUCH_GPU_TYPE",
             Reason::Never { .. } => "NEVER",
+            Reason::Constraint { .. } => "CONSTRAINT",
             Reason::NodesOut { .. } => "NODES_OUT",
             Reason::GpusBusy { .. } => "GPUS_BUSY",
             Reason::CoresBusy { .. } => "CORES_BUSY",
@@ -296,6 +312,9 @@ impl fmt::Display for Reason {
             Reason::NoNodes => f.write_str("no machine has joined the cluster"),
             Reason::NoSuchGpuType { wanted, present } => no_such_type(f, wanted, present),
             Reason::Never { needs, lack } => never(f, needs, lack),
+            Reason::Constraint { needs, text, able, others } => {
+                write!(f, "needs {needs} by {text}; {able} of these could run it, {others} of the others")
+            }
             Reason::NodesOut { needs, able, out, silent, domain } => {
                 let of = if domain.is_empty() { String::new() } else { format!(" of {domain}") };
                 write!(f, "needs {needs}; {able}{of} could run it, {out} of them out of service, {silent} silent")
@@ -436,7 +455,7 @@ fn never(f: &mut fmt::Formatter<'_>, needs: &Needs, lack: &Lack) -> fmt::Result 
 }
 
 impl fmt::Display for Needs {
-    /// "8 h100 on one machine", "2 machines with 8 h100 each in one rack", "one machine".
+    /// "8 h100 on one machine", "2 machines with 8 h100 each in one rack among 4 of 20 machines", "one machine".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gpus = match self.types.as_slice() {
             [] => format!("{} {}", self.gpus, plural(self.gpus, "GPU", "GPUs")),
@@ -448,7 +467,8 @@ impl fmt::Display for Needs {
             (machines, 0) => write!(f, "{machines} machines"),
             (machines, _) => write!(f, "{machines} machines with {gpus} each"),
         }?;
-        self.within.map_or(Ok(()), |level| write!(f, " in one {}", level.name()))
+        self.within.map_or(Ok(()), |level| write!(f, " in one {}", level.name()))?;
+        self.allowed.map_or(Ok(()), |(allowed, all)| write!(f, " among {allowed} of {all} machines"))
     }
 }
 

@@ -65,7 +65,8 @@ fn earliest_before(machines: &Machines<'_>, cache: &mut Cache, asked: Asked<'_>,
     let mut soonest = Soonest::new();
     for (id, node) in machines.state.nodes.iter() {
         *steps += 1;
-        let usable = node.value.admin == NodeAdmin::Ready && !machines.unheard.contains(id) && machines.is_open(*id);
+        let in_service = node.value.admin == NodeAdmin::Ready && !machines.unheard.contains(id);
+        let usable = in_service && machines.is_open(*id) && shape.allows(&node.value);
         if let Some(domain) = domain_for(&node.value, shape).filter(|_| usable) {
             look_at(machines, cache, asked, (*id, domain), &mut soonest, steps);
         }

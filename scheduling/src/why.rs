@@ -19,6 +19,7 @@ use crate::order::is_aged;
 use crate::outlook::{Look, Start};
 use crate::plan::waiting_task;
 use crate::reason::{Best, Lack, Reason};
+use crate::selection::wider;
 
 /// Looks for the answer itself, and for each change that is tried: some hundred ns each.
 const STEPS: u64 = 1_000_000;
@@ -244,6 +245,8 @@ enum Kind {
     Limit,
     Type,
     Topology,
+    /// Which machines it may be on.
+    Allowed,
     Request,
     Spread,
     Machines,
@@ -317,7 +320,7 @@ fn alternatives(state: &State, task: TaskKey, spec: &JobSpec, reason: &Reason) -
         with(Kind::Limit, format!("--time-limit {}s", limit_ms / 1_000), &move |spec| spec.limit_ms = limit_ms);
     }
     for (gpu_type, name) in other_types(state, shape) {
-        with(Kind::Type, format!("--gpu-type {name}"), &move |spec| spec.shape.gpu_types = vec![gpu_type]);
+        with(Kind::Type, format!("--gpu-type {name}"), &move |spec| spec.shape.gpu_types = [gpu_type].into());
     }
     if shape.nodes > 1 && !shape.mix_types && shape.gpus_per_node() > 0 {
         with(Kind::Type, "--mix-types".to_owned(), &|spec| spec.shape.mix_types = true);
@@ -326,6 +329,9 @@ fn alternatives(state: &State, task: TaskKey, spec: &JobSpec, reason: &Reason) -
         let preferred = Topology { required: false, ..topology };
         let ask = format!("--topology {preferred}");
         with(Kind::Topology, ask, &move |spec| spec.shape.topology = Some(preferred));
+    }
+    for (ask, machines) in wider(shape) {
+        with(Kind::Allowed, ask, &move |spec| spec.shape.machines = machines.clone());
     }
     for (ask, smaller) in smaller_requests(shape, reason) {
         with(Kind::Request, ask, &move |spec| spec.shape = smaller.clone());

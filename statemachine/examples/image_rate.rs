@@ -203,12 +203,13 @@ fn job(id: JobId, request: RequestId, state: &State) -> Job {
         nodes: 1,
         ranks_per_node: 1,
         gpus_per_rank: 1,
-        gpu_types: vec![GpuTypeId(7)],
+        gpu_types: [GpuTypeId(7)].into(),
         cores_per_rank: 0,
         mem_mib_per_rank: 0,
         mix_types: false,
         min_bandwidth_mbps: 0,
         topology: None,
+        machines: None,
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: [].into() };
     Job {

@@ -72,12 +72,13 @@ fn submission(number: u64) -> Cmd {
         nodes: 1,
         ranks_per_node: 1,
         gpus_per_rank: 1,
-        gpu_types: Vec::new(),
+        gpu_types: [].into(),
         mix_types: false,
         cores_per_rank: 0,
         mem_mib_per_rank: 0,
         min_bandwidth_mbps: 0,
         topology: None,
+        machines: None,
     };
     let spec = JobSpec {
         name: "bench".into(),

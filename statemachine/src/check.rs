@@ -147,6 +147,15 @@ impl State {
         must(near || !lease.parts.iter().all(stands), "gang_together", || {
             format!("lease {token} is on nodes {:?}, its job requires {:?}", nodes(), shape.and_then(|it| it.topology))
         })?;
+        let allows = |part: &&Part| {
+            let node = self.nodes.get(&part.node);
+            shape.zip(node).is_none_or(|(shape, node)| shape.allows(&node.value))
+        };
+        let barred = lease.parts.iter().filter(|part| stands(part)).find(|part| !allows(part));
+        must(barred.is_none(), "machine_allowed", || {
+            let node = barred.map(|part| self.node_name(part.node));
+            format!("lease {token} is on node {node:?}, which its job keeps out: {:?}", shape.map(|it| &it.machines))
+        })?;
         let open = lease.parts.iter().any(|part| part.state != PartState::Released);
         must(open, "lease_iff_running", || format!("lease {token} has no part left and is not closed"))?;
         for part in &lease.parts {

@@ -19,6 +19,8 @@ pub const MAX_GPUS: usize = 128;
 pub enum NoFit {
     #[error("node is out: {0}")]
     NotReady(String),
+    #[error("{0}")]
+    NotAllowed(String),
     #[error("GPU slot {0} is not healthy ({1:?})")]
     Unhealthy(u8, GpuHealth),
     #[error("GPU slot {0} is taken")]
@@ -84,6 +86,7 @@ pub fn take_cores(alloc: &Alloc, cores: u32, prefer: &[u8]) -> Option<Vec<u16>> 
 /// GPUs of the first acceptable type (in the shape's order) that has enough; 0 for a shape without GPUs.
 pub fn room_for(node: &Node, alloc: &Alloc, shape: &Shape) -> Result<u128, NoFit> {
     ready(node)?;
+    allowed(node, shape)?;
     let (cores, mem_mib) = request_on(node, shape);
     let free = cores_of(&alloc.cores_free);
     if free < cores {
@@ -110,7 +113,7 @@ pub fn room_for(node: &Node, alloc: &Alloc, shape: &Shape) -> Result<u128, NoFit
 /// The types to try on this machine, best first: the shape's, or all that the machine has, by slot.
 pub fn acceptable_types(node: &Node, shape: &Shape) -> Vec<GpuTypeId> {
     if !shape.gpu_types.is_empty() {
-        return shape.gpu_types.clone();
+        return shape.gpu_types.to_vec();
     }
     let mut types = Vec::new();
     for gpu in &node.gpus {
@@ -124,6 +127,7 @@ pub fn acceptable_types(node: &Node, shape: &Shape) -> Vec<GpuTypeId> {
 /// The one check of a chosen part: `Ok` with the mask of its GPUs and their type.
 pub fn fit(node: &Node, alloc: &Alloc, shape: &Shape, part: &PlacePart) -> Result<(u128, Option<GpuTypeId>), NoFit> {
     ready(node)?;
+    allowed(node, shape)?;
     let (mask, gpu_type) = fit_gpus(node, alloc, shape, &part.gpu_order)?;
     fit_cores(node, alloc, shape, &part.cores_by_numa)?;
     let (_, mem_mib) = request_on(node, shape);
@@ -141,6 +145,11 @@ fn ready(node: &Node) -> Result<(), NoFit> {
         NodeAdmin::Ready => Ok(()),
         NodeAdmin::Out { reason, .. } => Err(NoFit::NotReady(reason.clone())),
     }
+}
+
+fn allowed(node: &Node, shape: &Shape) -> Result<(), NoFit> {
+    let refusal = shape.machines.as_ref().and_then(|selector| selector.refusal(node));
+    refusal.map_or(Ok(()), |why| Err(NoFit::NotAllowed(why)))
 }
 
 fn fit_gpus(node: &Node, alloc: &Alloc, shape: &Shape, order: &[u8]) -> Result<(u128, Option<GpuTypeId>), NoFit> {
@@ -275,12 +284,13 @@ mod tests {
             nodes: 1,
             ranks_per_node,
             gpus_per_rank,
-            gpu_types: Vec::new(),
+            gpu_types: [].into(),
             cores_per_rank: 0,
             mem_mib_per_rank: 0,
             mix_types: false,
             min_bandwidth_mbps: 0,
             topology: None,
+            machines: None,
         }
     }
 
@@ -314,7 +324,7 @@ mod tests {
         assert_eq!(room_for(&node, &alloc, &shape(1, 3)), Ok(0b0000_1101));
         assert_eq!(room_for(&node, &alloc, &shape(1, 4)), Ok(0b1111_0000));
         assert!(matches!(room_for(&node, &alloc, &shape(1, 5)), Err(NoFit::Shape(_))));
-        let wants = Shape { gpu_types: vec![GpuTypeId(1), GpuTypeId(0)], ..shape(1, 2) };
+        let wants = Shape { gpu_types: [GpuTypeId(1), GpuTypeId(0)].into(), ..shape(1, 2) };
         assert_eq!(room_for(&node, &alloc, &wants), Ok(0b1111_0000));
         let greedy = Shape { cores_per_rank: 17, ..shape(1, 0) };
         assert_eq!(room_for(&node, &alloc, &greedy), Err(NoFit::Cores { needs: 17, free: 16 }));

@@ -20,6 +20,7 @@ pub mod record;
 pub mod reservation;
 mod retry;
 pub mod runs;
+pub mod selector;
 pub mod settings;
 pub mod spec;
 pub mod state;

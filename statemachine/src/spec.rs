@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::array::Array;
 use crate::domain::Topology;
 use crate::id::{GpuTypeId, JobId};
+use crate::selector::Selector;
 
 /// The immutable, small half of a job, read by apply and by the planner.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -146,7 +147,7 @@ pub struct Shape {
     /// GPUs of each process; 0 = none.
     pub gpus_per_rank: u16,
     /// Acceptable GPU types in order of preference, at most 4; empty = any.
-    pub gpu_types: Vec<GpuTypeId>,
+    pub gpu_types: Box<[GpuTypeId]>,
     /// Machines of a gang may have GPUs of different types; otherwise all have one type.
     pub mix_types: bool,
     /// Cores of each process; 0 = the default (the machine's share beside GPUs, 1 without).
@@ -157,6 +158,8 @@ pub struct Shape {
     pub min_bandwidth_mbps: u32,
     /// How near to each other the machines must, or had better, be; absent = as near as there is room.
     pub topology: Option<Topology>,
+    /// Which machines it may be on; absent = any.
+    pub machines: Option<Box<Selector>>,
 }
 
 impl Shape {

@@ -13,6 +13,7 @@ use statemachine::command::*;
 use statemachine::domain::{Level, Topology};
 use statemachine::keyspace::{self, Kv};
 use statemachine::record::*;
+use statemachine::selector::Selector;
 use statemachine::settings::Settings;
 use statemachine::spec::{After, AfterKind, Terms};
 use statemachine::storage::codec;
@@ -204,6 +205,9 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             }
             submit.spec.shape.topology = [None, Some(true), Some(false)][usize::from(kind / 8 % 3)]
                 .map(|required| Topology { level: Level::Rack, required });
+            let known = |name: &str| state.index.node_by_name.contains_key(name);
+            submit.spec.shape.machines =
+                some_machines(kind / 8 % 7).filter(|it| it.without.iter().all(|name| known(name)));
             submit.spec.terms = some_terms(state, &jobs, *terms);
             let windows = state.reservations.iter().filter(|(_, window)| !window.is_maintenance());
             let windows: Vec<String> = windows.map(|(_, window)| window.name.clone()).collect();
@@ -451,6 +455,17 @@ fn part_report(part: &Part, what: u8, code: u8) -> PartReport {
     }
 }
 
+/// Machines by their rack, or without one of them.
+fn some_machines(kind: u8) -> Option<Box<Selector>> {
+    let selector = match kind {
+        1 => Selector { constraint: "rack=r0".parse().expect("a constraint"), ..Selector::default() },
+        2 => Selector { constraint: "rack!=r0&rack|cold".parse().expect("a constraint"), ..Selector::default() },
+        3 => Selector { without: ["n0".to_owned()].into(), ..Selector::default() },
+        _ => return None,
+    };
+    Some(Box::new(selector))
+}
+
 /// An agent that tells one of several stories about each lease the state has on its node.
 fn registration(state: &State, n: u8, boot: u8, gpus: u8, fate: u8, fence_new: bool, max_token: u64) -> RegisterNode {
     let mut register = machine(&format!("n{n}"), n + 1, gpus);
@@ -666,7 +681,7 @@ fn random_logs_reach_what_matters() {
     use proptest::strategy::ValueTree;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (mut verdicts, mut states, mut codes) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-    let (mut preempted, mut checkpoints, mut inside, mut sent_away, mut together) = (0, 0, 0, 0, 0);
+    let (mut preempted, mut checkpoints, mut inside, mut sent_away, mut together, mut chosen) = (0, 0, 0, 0, 0, 0);
     for _ in 0..240 {
         let ops = ops().new_tree(&mut runner).expect("a list of operations").current();
         let (world, _) = play(&ops);
@@ -690,6 +705,8 @@ fn random_logs_reach_what_matters() {
                     let own = |place: &Place| spec(place).is_some_and(|spec| !spec.reservation().is_empty());
                     let near = |place: &Place| spec(place).is_some_and(|spec| spec.shape.required_level().is_some());
                     together += granted.clone().filter(|(place, _)| near(place)).count();
+                    let chose = |place: &Place| spec(place).is_some_and(|spec| spec.shape.machines.is_some());
+                    chosen += granted.clone().filter(|(place, _)| chose(place)).count();
                     inside += granted.filter(|(place, _)| own(place)).count();
                 }
                 match outcome {
@@ -706,6 +723,7 @@ fn random_logs_reach_what_matters() {
         }
     }
     assert!(together > 0, "{together} gangs were granted machines in the rack that they require");
+    assert!(chosen > 0, "{chosen} were granted machines that they chose");
     assert!(inside > 0 && sent_away > 0, "{inside} started in a reservation, {sent_away} were sent away by one");
     println!("{verdicts:?} {states:?} {codes:?}");
     assert!(preempted > 0 && checkpoints > 3, "room was made {preempted} times, {checkpoints} have a checkpoint");

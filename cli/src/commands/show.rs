@@ -74,6 +74,9 @@ fn print(job: &v1::Job) {
         ),
     );
     line("Topology", &shape.topology);
+    line("Constraint", &shape.constraint);
+    line("Only on", &shape.nodelist.join(", "));
+    line("Not on", &shape.exclude.join(", "));
     let labels = sorted(&spec.labels).join(", ");
     line("Labels", &labels);
     if spec.limit_ms > 0 {

@@ -23,7 +23,7 @@ pub struct JobArgs {
     /// Name of the job [default: the command's]
     #[arg(long, short = 'J', default_value = "", hide_default_value = true)]
     name: String,
-    /// GPUs of a job on one machine
+    /// GPUs of a job on one machine: a number, or types in order of preference such as 'h100:8|a100:8'
     #[arg(long, conflicts_with_all = ["gpus_per_node", "nodes"], value_name = "N", allow_negative_numbers = true)]
     #[arg(help_heading = MACHINES)]
     gpus: Vec<Gpus>,
@@ -58,6 +58,15 @@ pub struct JobArgs {
     /// Machines of a gang in one block, rack or switch: rack:require (or it waits), rack:prefer (where one has room)
     #[arg(long, default_value = "", hide_default_value = true, value_name = "LEVEL:HOW", help_heading = MACHINES)]
     topology: String,
+    /// Machines by their labels: KEY=VALUE, KEY!=VALUE or KEY, joined by &, alternatives by |, such as 'ssd&rack!=r1'
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "EXPR", help_heading = MACHINES)]
+    constraint: String,
+    /// Only these machines: as many of them as it needs, and no other
+    #[arg(long, value_delimiter = ',', value_name = "NODE", help_heading = MACHINES)]
+    nodelist: Vec<String>,
+    /// None of these machines
+    #[arg(long, value_delimiter = ',', value_name = "NODE", help_heading = MACHINES)]
+    exclude: Vec<String>,
     /// Higher goes first
     #[arg(long, short = 'p', default_value_t = 0, allow_negative_numbers = true, value_name = "N")]
     priority: i32,
@@ -134,6 +143,8 @@ pub struct JobArgs {
 #[derive(Clone, Debug)]
 enum Gpus {
     Count(u32),
+    /// So many of the first of these types that has them.
+    Types(Vec<String>, u32),
     Machine(String),
 }
 
@@ -144,8 +155,30 @@ impl std::str::FromStr for Gpus {
         if text.starts_with("sim:") {
             return Ok(Gpus::Machine(text.to_owned()));
         }
+        if text.contains(':') {
+            return by_types(text);
+        }
         text.parse().map(Gpus::Count).map_err(|_| "a number of GPUs is expected".to_owned())
     }
+}
+
+/// `h100:8|a100:8`.
+fn by_types(text: &str) -> Result<Gpus, String> {
+    let mut types: Vec<(String, u32)> = Vec::new();
+    for part in text.split('|').map(str::trim) {
+        let read = part.split_once(':').filter(|(name, _)| !name.is_empty());
+        let read = read.and_then(|(name, count)| Some((name.to_owned(), count.parse().ok()?)));
+        types.push(read.ok_or_else(|| format!("{part:?} is no TYPE:N; write such as 'h100:8|a100:8'"))?);
+    }
+    let count = types[0].1;
+    if let Some((name, other)) = types.iter().find(|(_, other)| *other != count) {
+        let first = &types[0].0;
+        return Err(format!(
+            "{first}:{count} and {name}:{other} differ: a job has as many GPUs and processes whichever type it gets; \
+             name one count, or submit a job for each"
+        ));
+    }
+    Ok(Gpus::Types(types.into_iter().map(|(name, _)| name).collect(), count))
 }
 
 impl JobArgs {
@@ -153,13 +186,15 @@ impl JobArgs {
     pub fn machine(&self) -> Option<String> {
         self.gpus.iter().find_map(|gpus| match gpus {
             Gpus::Machine(machine) => Some(machine.clone()),
-            Gpus::Count(_) => None,
+            Gpus::Count(_) | Gpus::Types(..) => None,
         })
     }
 
-    fn gpus(&self) -> Option<u32> {
+    /// How many, and of which types where it says so.
+    fn gpus(&self) -> Option<(u32, &[String])> {
         self.gpus.iter().rev().find_map(|gpus| match gpus {
-            Gpus::Count(count) => Some(*count),
+            Gpus::Count(count) => Some((*count, [].as_slice())),
+            Gpus::Types(types, count) => Some((*count, types.as_slice())),
             Gpus::Machine(_) => None,
         })
     }
@@ -180,7 +215,10 @@ impl JobArgs {
 
     /// The spec as it travels; `retries` where the options name none.
     pub fn spec(&self, retries: u32) -> Result<v1::JobSpec, Failure> {
-        let gpus_per_node = self.gpus().unwrap_or(self.gpus_per_node);
+        let (gpus_per_node, types) = self.gpus().unwrap_or((self.gpus_per_node, &[]));
+        if !types.is_empty() && !self.gpu_type.is_empty() {
+            return Err(Failure::usage("--gpus and --gpu-type both name GPU types").advise("leave --gpu-type out"));
+        }
         let ranks_per_node = self.ranks_per_node;
         if self.command.is_empty() {
             return Err(
@@ -204,11 +242,14 @@ impl JobArgs {
                 nodes: self.nodes,
                 ranks_per_node,
                 gpus_per_rank: gpus_per_node / ranks_per_node,
-                gpu_types: self.gpu_type.clone(),
+                gpu_types: if types.is_empty() { self.gpu_type.clone() } else { types.to_vec() },
                 mix_types: self.mix_types,
                 cores_per_rank: self.cores,
                 mem_mib_per_rank: if self.mem.is_empty() { 0 } else { size_mib("--mem", &self.mem)? },
                 topology: self.topology.clone(),
+                constraint: self.constraint.clone(),
+                nodelist: self.nodelist.clone(),
+                exclude: self.exclude.clone(),
                 min_bandwidth_mbps: if self.min_bandwidth.is_empty() { 0 } else { rate_mbps(&self.min_bandwidth)? },
             }),
             limit_ms: optional_ms("--time-limit", &self.time_limit)?,
@@ -249,7 +290,7 @@ impl JobArgs {
 }
 
 /// The options behind the fields that a cluster may refuse.
-const FLAGS: [(&str, &str); 23] = [
+const FLAGS: [(&str, &str); 26] = [
     ("array", "--array"),
     ("checkpoint_signal", "--checkpoint-signal"),
     ("shape.nodes", "--nodes"),
@@ -260,6 +301,9 @@ const FLAGS: [(&str, &str); 23] = [
     ("mem_mib_per_rank", "--mem"),
     ("min_bandwidth_mbps", "--min-bandwidth"),
     ("shape.topology", "--topology"),
+    ("shape.constraint", "--constraint"),
+    ("shape.nodelist", "--nodelist"),
+    ("shape.exclude", "--exclude"),
     ("limit_ms", "--time-limit"),
     ("lease_ttl_ms", "--lease-ttl"),
     ("kill_grace_ms", "--kill-grace"),

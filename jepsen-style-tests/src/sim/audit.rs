@@ -165,6 +165,7 @@ impl World {
                 self.audit_task_of_array(at, task.job);
                 self.audit_windows(at, task.job, *token);
                 self.audit_racks(at, task.job, *token);
+                self.audit_machines(at, task.job, *token);
                 let ranks = self.replicas[at].state.jobs.get(&task.job).map(|job| job.value.spec.shape.ranks());
                 self.audit.leases.insert(*token, ranks.unwrap_or(0));
             }
@@ -274,6 +275,31 @@ impl World {
         self.sometimes.hit("a gang started in the rack that it requires");
         if racks.len() > 1 {
             self.violate("gang_together", format!("job {job} got token {token} in racks {racks:?}, and requires one"));
+        }
+    }
+
+    /// A job is on no machine that it keeps out: by the machines' names, and by where they really stand.
+    fn audit_machines(&mut self, at: usize, job: JobId, token: Token) {
+        let state = &self.replicas[at].state;
+        let selector = state.jobs.get(&job).and_then(|job| job.value.spec.shape.machines.as_ref());
+        let Some((selector, lease)) = selector.zip(state.leases.get(&token)) else { return };
+        let constraint = selector.constraint.to_string();
+        let may = |name: &str| {
+            let agent = self.machines.iter().position(|machine| machine.name == name);
+            let rack = agent.map_or_else(String::new, |agent| format!("r{}", agent / AGENTS_PER_RACK));
+            let holds = |term: &str| match term.split_once("!=") {
+                Some((_, other)) => other != rack,
+                None => term.strip_prefix("rack=") == Some(rack.as_str()),
+            };
+            let in_rack = constraint.is_empty() || constraint.split('|').any(holds);
+            in_rack && (selector.only.is_empty() || selector.only.contains(name)) && !selector.without.contains(name)
+        };
+        let names = lease.value.parts.iter().map(|part| state.node_name(part.node));
+        let wrong = names.filter(|name| !may(name)).map(str::to_owned).next();
+        let text = wrong.map(|name| format!("job {job} got token {token} on {name}, in spite of {selector}"));
+        self.sometimes.hit("a job started on machines that it chose");
+        if let Some(text) = text {
+            self.violate("machine_allowed", text);
         }
     }
 

@@ -10,6 +10,7 @@ pub const REQUIRED: &[&str] = &[
     "a gang was planned over several racks",
     "a gang was planned whole into one rack",
     "a job started inside its reservation",
+    "a job started on machines that it chose",
     "a job that a window sent away came to its end",
     "a job waited for the end of a window",
     "a leader was lost between a grant and its receipt",

@@ -7,9 +7,11 @@ use proto::retry::{Action, Event as Tried, Retry};
 use statemachine::command::{Code, CreateReservation, Machines, Outcome, Reply, SetPriority, SubmitJob};
 use statemachine::domain::{Level, Topology};
 use statemachine::record::{Array, PartState, StoredReply};
+use statemachine::selector::Selector;
 use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape, Terms};
 use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
 
+use super::agent::AGENTS_PER_RACK;
 use super::event::{Answer, Event, Rpc, Site};
 use super::machine::Script;
 use super::net::EPOCH_MS;
@@ -535,6 +537,26 @@ fn priority_of(name: &str) -> SetPriority {
     SetPriority { name: name.to_owned(), create, value, tenants, preempts: urgent, preemptible: !urgent }
 }
 
+/// What a job says of its machines, if it does: always so that a gang has racks left, and a single one some machines. Whether
+/// those that it names have joined is all one.
+fn draw_machines(rng: &mut Rng, setup: &Setup, nodes: u16) -> Option<Box<Selector>> {
+    if !rng.chance(200) || setup.agents <= 2 * AGENTS_PER_RACK {
+        return None;
+    }
+    let racks = setup.agents.div_ceil(AGENTS_PER_RACK) as u64;
+    let (rack, first) = (rng.below(racks), rng.below(setup.agents as u64));
+    let names = |count: u64| (first..first + count).map(|at| format!("n{}", at % setup.agents as u64)).collect();
+    let by_labels = |text: String| Selector { constraint: text.parse().unwrap_or_default(), ..Selector::default() };
+    let selector = match rng.below(4) {
+        _ if nodes > 1 => by_labels(format!("rack!=r{rack}")),
+        0 => by_labels(format!("rack!=r{rack}")),
+        1 => by_labels(format!("rack=r{rack}|rack=r{}", (rack + 1) % racks)),
+        2 => Selector { only: names(6), ..Selector::default() },
+        _ => Selector { without: names(3), ..Selector::default() },
+    };
+    Some(Box::new(selector))
+}
+
 /// A job of any kind, and whether it ends only when it is told to.
 fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) {
     let endless = rng.chance(120);
@@ -576,13 +598,14 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
             nodes,
             ranks_per_node: rng.pick(&[1, 1, 2]),
             gpus_per_rank: rng.pick(&[0, 1, 1, 1, 2]),
-            gpu_types: Vec::new(),
+            gpu_types: [].into(),
             mix_types: false,
             cores_per_rank: 0,
             mem_mib_per_rank: 0,
             min_bandwidth_mbps: 0,
             topology: (nodes > 1 && rng.chance(600))
                 .then(|| Topology { level: Level::Rack, required: rng.chance(700) }),
+            machines: if n < FIRST { None } else { draw_machines(rng, setup, nodes) },
         },
         limit_ms: if rng.chance(250) { rng.range(1_000, 12_000) } else { 0 },
         lease_ttl_ms: ttl_ms,

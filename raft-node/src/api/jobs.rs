@@ -432,12 +432,13 @@ mod tests {
             nodes: 1,
             ranks_per_node: 1,
             gpus_per_rank: 1,
-            gpu_types: Vec::new(),
+            gpu_types: [].into(),
             cores_per_rank: 0,
             mem_mib_per_rank: 0,
             mix_types: false,
             min_bandwidth_mbps: 0,
             topology: None,
+            machines: None,
         };
         let spec = JobSpec {
             name: "job".into(),

@@ -5,6 +5,7 @@ use proto::{reason, v1};
 use statemachine::command::*;
 use statemachine::domain::Topology;
 use statemachine::record::{Array, Class, Exit, Nic};
+use statemachine::selector::Selector;
 use statemachine::spec::{After, Body, JobSpec, Retry, Shape, Terms};
 use statemachine::{JobId, NodeId, RequestId, State, Token};
 use tonic::Status;
@@ -107,12 +108,13 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
             nodes: fields.narrow("shape.nodes", shape.nodes.max(1), 2_048),
             ranks_per_node: fields.narrow("shape.ranks_per_node", shape.ranks_per_node.max(1), 1_024),
             gpus_per_rank: fields.narrow("shape.gpus_per_rank", shape.gpus_per_rank, 112),
-            gpu_types: Vec::new(),
+            gpu_types: [].into(),
             mix_types: shape.mix_types,
             cores_per_rank: fields.narrow("shape.cores_per_rank", shape.cores_per_rank, 4_096),
             mem_mib_per_rank: shape.mem_mib_per_rank,
             min_bandwidth_mbps: shape.min_bandwidth_mbps,
             topology: topology(&shape.topology, &mut fields),
+            machines: machines(&shape, &mut fields),
         },
         limit_ms: job.limit_ms,
         lease_ttl_ms: ttl_ms,
@@ -159,6 +161,17 @@ fn topology(text: &str, fields: &mut Fields) -> Option<Topology> {
         return None;
     }
     text.parse().map_err(|what: String| fields.refuse("shape.topology", what)).ok()
+}
+
+/// Nothing said = any machine.
+fn machines(shape: &v1::Shape, fields: &mut Fields) -> Option<Box<Selector>> {
+    let constraint = shape.constraint.parse().map_err(|what: String| fields.refuse("shape.constraint", what));
+    let selector = Selector {
+        constraint: constraint.unwrap_or_default(),
+        only: shape.nodelist.iter().cloned().collect(),
+        without: shape.exclude.iter().cloned().collect(),
+    };
+    (!selector.is_empty()).then(|| Box::new(selector))
 }
 
 fn check_environment(env: &std::collections::HashMap<String, String>, fields: &mut Fields) {

@@ -33,12 +33,13 @@ pub fn shape(nodes: u16, ranks_per_node: u16, gpus_per_rank: u16) -> Shape {
         nodes,
         ranks_per_node,
         gpus_per_rank,
-        gpu_types: Vec::new(),
+        gpu_types: [].into(),
         cores_per_rank: 0,
         mem_mib_per_rank: 0,
         mix_types: false,
         min_bandwidth_mbps: 0,
         topology: None,
+        machines: None,
     }
 }
 

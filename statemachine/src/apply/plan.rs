@@ -225,7 +225,7 @@ pub(super) fn no_fit(node: &Node, why: &NoFit) -> Rejection {
         NoFit::NotReady(_) => Code::NodeNotReady,
         NoFit::Unhealthy(..) => Code::GpuUnhealthy,
         NoFit::Taken(_) => Code::GpuTaken,
-        NoFit::Shape(_) | NoFit::Cores { .. } | NoFit::Memory { .. } => Code::NoFit,
+        NoFit::NotAllowed(_) | NoFit::Shape(_) | NoFit::Cores { .. } | NoFit::Memory { .. } => Code::NoFit,
     };
     Rejection::new(code, format!("node {}: {why}", node.name))
 }

@@ -1,7 +1,7 @@
 //! SubmitJob: mints the job's id and puts it in its queue.
 //!
 //! Refuses TENANT_UNKNOWN, QUEUE_UNKNOWN, DEPENDENCY_UNKNOWN, DEADLINE_TOO_SOON, QUOTA_PENDING, PRIORITY_UNKNOWN,
-//! PRIORITY_DENIED, RESERVATION_UNKNOWN and RESERVATION_DENIED; INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
+//! PRIORITY_DENIED, RESERVATION_UNKNOWN and RESERVATION_DENIED; NOT_FOUND (a machine); INVALID_SPEC with all fields at once; NEVER_FITS for what no machine under
 //! the limits could hold (not: what no machine of today holds); STATE_FULL. Emits JobSubmitted and its first state.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,6 +38,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
     let queue = find_queue(state, &submit.queue)?;
     check_fields(submit, &state.meta.settings)?;
     check_shape(&submit.spec.shape, &state.meta.settings)?;
+    check_machines(state, &submit.spec.shape)?;
     state.gpu_types_left(submit.gpu_types.iter().map(String::as_str))?;
     check_room(state, submit)?;
     check_pending(state, tenant)?;
@@ -87,6 +88,17 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
         }
     });
     Ok(Reply::Stored(StoredReply::Job(id)))
+}
+
+/// The machines that it names have joined at some time.
+fn check_machines(state: &State, shape: &Shape) -> Result<(), Rejection> {
+    let Some(selector) = &shape.machines else { return Ok(()) };
+    let names = selector.only.iter().map(|name| ("nodelist", name));
+    let mut names = names.chain(selector.without.iter().map(|name| ("exclude", name)));
+    names.find(|(_, name)| !state.index.node_by_name.contains_key(*name)).map_or(Ok(()), |(field, name)| {
+        let detail = format!("shape.{field} names {:?}, there is no such node", crate::lease::clip(name));
+        Err(Rejection::new(Code::NotFound, detail))
+    })
 }
 
 /// Every tenant has one queue, `default`, until queues can be made.
@@ -171,6 +183,9 @@ fn check_fields(submit: &SubmitJob, settings: &Settings) -> Result<(), Rejection
     wrong.text("name", &spec.name, settings.name_bytes);
     check_gpu_types(&mut wrong, submit);
     check_counts(&mut wrong, &spec.shape);
+    if let Some(machines) = spec.shape.machines.as_ref().and_then(|selector| selector.wrong(spec.shape.nodes)) {
+        wrong.push(machines);
+    }
     let (least, most) = (settings.lease_ttl_min_ms, settings.lease_ttl_max_ms);
     if !(least..=most).contains(&spec.lease_ttl_ms) {
         wrong.push(format!("lease_ttl_ms is {}, must be {least} to {most}", spec.lease_ttl_ms));

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use crate::id::*;
 use crate::record::*;
-use crate::spec::After;
+use crate::spec::{After, Shape};
 use crate::state::State;
 use crate::view::{LeaseView, TaskView};
 
@@ -44,6 +44,7 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
         "mem_mib_per_rank": shape.mem_mib_per_rank,
         "min_bandwidth_mbps": shape.min_bandwidth_mbps,
         "topology": shape.topology.map(|topology| topology.to_string()),
+        "machines": machines(shape),
         "limit_ms": spec.limit_ms,
         "lease_ttl_ms": spec.lease_ttl_ms,
         "kill_grace_ms": spec.kill_grace_ms,
@@ -69,6 +70,17 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
         "submitted_clock_ms": job.submitted_clock_ms,
         "submitted_wall_ms": job.submitted_wall_ms,
     }))
+}
+
+/// Which machines it may be on.
+fn machines(shape: &Shape) -> Value {
+    shape.machines.as_ref().map_or(Value::Null, |selector| {
+        json!({
+            "constraint": selector.constraint.to_string(),
+            "nodelist": selector.only,
+            "exclude": selector.without,
+        })
+    })
 }
 
 fn after(parents: &[After]) -> Value {

@@ -18,6 +18,7 @@ use crate::domain::{Level, Topology};
 use crate::event::{Change, Event, QueuePlace};
 use crate::record::*;
 use crate::runs::{OfLimit, Runs};
+use crate::selector::Selector;
 use crate::settings::{OrderBy, Settings};
 use crate::spec::{After, AfterKind, Retry, Shape, Terms};
 use crate::view::{LeaseView, PartView, ShownState, TaskView};
@@ -80,12 +81,17 @@ fn spec() -> JobSpec {
         nodes: 2,
         ranks_per_node: 4,
         gpus_per_rank: 1,
-        gpu_types: vec![GpuTypeId(1), GpuTypeId(300)],
+        gpu_types: [GpuTypeId(1), GpuTypeId(300)].into(),
         cores_per_rank: 8,
         mem_mib_per_rank: 65_536,
         mix_types: false,
         min_bandwidth_mbps: 20_000,
         topology: Some(Topology { level: Level::Rack, required: true }),
+        machines: Some(Box::new(Selector {
+            constraint: "rack=r1&ssd|rack!=r2".parse().expect("a constraint"),
+            only: ["n1".into(), "n2".into()].into(),
+            without: ["n3".into()].into(),
+        })),
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 300_000, on_exit: [1, 137].into() };
     JobSpec {

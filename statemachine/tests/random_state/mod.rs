@@ -195,12 +195,13 @@ fn job(random: &mut Random, request: RequestId) -> Job {
         nodes: 1 + random.below(4) as u16,
         ranks_per_node: 2,
         gpus_per_rank: 1,
-        gpu_types: vec![GpuTypeId(3)],
+        gpu_types: [GpuTypeId(3)].into(),
         cores_per_rank: 0,
         mem_mib_per_rank: random.next(),
         mix_types: false,
         min_bandwidth_mbps: 0,
         topology: None,
+        machines: None,
     };
     let retry = Retry { max: 3, initial_ms: 1_000, mult_milli: 2_000, max_ms: 9, on_exit: [1, 137].into() };
     let labels = [("team".to_string(), random.text(9))].into();
