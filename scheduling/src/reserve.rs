@@ -31,9 +31,36 @@ type Asked<'a> = (&'a Shape, Option<u64>, u64);
 /// Windows of reserved time before which a gang is tried to fit: each costs a look at every machine.
 const HORIZONS: usize = 4;
 
-/// By the domain, where the gang must be in one (else all in one), and by the type of the GPUs: the machines that have room
-/// soonest.
-type Soonest<'a> = BTreeMap<(Path<'a>, Option<GpuTypeId>), BTreeSet<(u64, Seat)>>;
+/// By the domain, where the gang must be in one (else all in one), and by the type of the GPUs.
+type Soonest<'a> = BTreeMap<(Path<'a>, Option<GpuTypeId>), Coming>;
+
+/// The machines that have room soonest, by the time: as many as the gang has, and all that have it as soon as the last of these.
+#[derive(Default)]
+struct Coming {
+    seats: BTreeMap<u64, BTreeSet<Seat>>,
+    count: usize,
+}
+
+impl Coming {
+    fn enter(&mut self, needed: usize, time: u64, seat: Seat) {
+        self.count += usize::from(self.seats.entry(time).or_default().insert(seat));
+        while let Some(last) = self.seats.last_entry()
+            && self.count - last.get().len() >= needed
+        {
+            self.count -= last.remove().len();
+        }
+    }
+
+    /// When the gang has all of its machines.
+    fn start_ms(&self, needed: usize) -> Option<u64> {
+        self.seats.last_key_value().filter(|_| self.count >= needed).map(|(time, _)| *time)
+    }
+
+    /// Those that have room last: the others are left to whoever runs longer than until then.
+    fn latest(&self, needed: usize) -> impl Iterator<Item = &Seat> {
+        self.seats.values().rev().flatten().take(needed)
+    }
+}
 
 /// Machines, each with the type of its GPUs.
 type Chosen = Vec<(NodeId, Option<GpuTypeId>)>;
@@ -136,7 +163,7 @@ fn look_at<'a>(
         let Some(during) = during else { return };
         for (gpu_type, seat) in seats_on(machines, cache, shape, (id, node, &during)) {
             if found.insert(gpu_type) {
-                enter(shape, soonest.entry((domain, gpu_type)).or_default(), (time, seat));
+                soonest.entry((domain, gpu_type)).or_default().enter(usize::from(shape.nodes), time, seat);
             }
         }
     }
@@ -153,18 +180,8 @@ fn types_on(node: &Node, shape: &Shape) -> Vec<Option<GpuTypeId>> {
 
 /// Enough machines of the domain have room before this time, whichever of these types it is.
 fn is_late(shape: &Shape, soonest: &Soonest<'_>, (domain, types): (Path<'_>, &[Option<GpuTypeId>]), time: u64) -> bool {
-    let full = |seats: &BTreeSet<(u64, Seat)>| {
-        seats.len() == usize::from(shape.nodes) && seats.last().is_some_and(|(last, _)| *last < time)
-    };
+    let full = |coming: &Coming| coming.start_ms(usize::from(shape.nodes)).is_some_and(|last| last < time);
     !shape.mix_types && types.iter().all(|gpu_type| soonest.get(&(domain, *gpu_type)).is_some_and(full))
-}
-
-/// Keeps as many as the gang has machines.
-fn enter(shape: &Shape, seats: &mut BTreeSet<(u64, Seat)>, entry: (u64, Seat)) {
-    seats.insert(entry);
-    if seats.len() > usize::from(shape.nodes) {
-        seats.pop_last();
-    }
 }
 
 /// The machines of the type and domain that have enough of them first; of equal ones the most preferred type.
@@ -173,12 +190,13 @@ fn pick(shape: &Shape, soonest: &Soonest<'_>) -> Option<(u64, Chosen)> {
     let preference = |gpu_type: &Option<GpuTypeId>| {
         gpu_type.and_then(|gpu_type| shape.gpu_types.iter().position(|wanted| *wanted == gpu_type))
     };
-    let whole = soonest.iter().filter(|(_, seats)| seats.len() == needed);
-    let of_one_type =
-        whole.filter_map(|((_, gpu_type), seats)| Some((seats.last()?.0, preference(gpu_type), gpu_type, seats)));
+    let of_one_type = soonest
+        .iter()
+        .filter_map(|((_, gpu_type), coming)| Some((coming.start_ms(needed)?, preference(gpu_type), gpu_type, coming)));
     let mixed = |domain: Path<'_>| {
         let inside = soonest.iter().filter(|((of, _), _)| *of == domain);
-        let all = inside.flat_map(|((_, gpu_type), seats)| seats.iter().map(move |seat| (*seat, *gpu_type)));
+        let timed = inside.flat_map(|((_, gpu_type), coming)| coming.seats.iter().map(move |at| (at, *gpu_type)));
+        let all = timed.flat_map(|((time, seats), gpu_type)| seats.iter().map(move |seat| ((*time, *seat), gpu_type)));
         let sorted: BTreeSet<((u64, Seat), Option<GpuTypeId>)> = all.collect();
         let mut nodes = BTreeMap::new();
         for ((time, seat), gpu_type) in sorted {
@@ -191,8 +209,8 @@ fn pick(shape: &Shape, soonest: &Soonest<'_>) -> Option<(u64, Chosen)> {
         (nodes.len() == needed).then_some((at_ms, nodes))
     };
     match of_one_type.min_by_key(|(at_ms, preference, ..)| (*at_ms, *preference)) {
-        Some((at_ms, _, gpu_type, seats)) => {
-            Some((at_ms, seats.iter().map(|(_, seat)| (seat.node, *gpu_type)).collect()))
+        Some((at_ms, _, gpu_type, coming)) => {
+            Some((at_ms, coming.latest(needed).map(|seat| (seat.node, *gpu_type)).collect()))
         }
         None if shape.mix_types => {
             let domains: BTreeSet<Path<'_>> = soonest.keys().map(|(domain, _)| *domain).collect();

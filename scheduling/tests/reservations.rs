@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use scheduling::plan::{Cache, Limits, plan};
 use scheduling::{ENDLESS_MS, Reason};
-use site::{Site, hgx, mock_v100, shape};
+use site::{Machine, Site, hgx, mock_v100, pairs, shape};
 use statemachine::command::{SetPolicy, SetTenant};
 use statemachine::domain::{Level, Topology};
 use statemachine::settings::OrderBy;
@@ -76,6 +76,23 @@ fn who_fits_beside_what_is_kept_starts_however_long_it_runs() {
     let plan = site.plan();
     assert_eq!(plan.places.iter().map(|place| place.task.job).collect::<Vec<_>>(), [beside]);
     assert_eq!(plan.reasons.iter().map(|(task, _)| task.job).collect::<Vec<_>>(), [waits, too_much]);
+}
+
+#[test]
+fn what_is_free_before_its_start_is_left_to_who_runs_longer() {
+    let mut site = Site::default();
+    let one_gpu = || Machine { class: pairs(1, 0, 0), cores_by_numa: vec![1, 1], ..mock_v100() };
+    (0..3).for_each(|n| drop(site.join(&format!("n{n}"), one_gpu())));
+    (0..2).for_each(|_| drop(submit(&mut site, small(), 0, 10 * MINUTE)));
+    site.start();
+    let gang = submit(&mut site, shape(2, 1, 1), 0, MINUTE);
+    let endless = submit(&mut site, small(), 0, 0);
+    let plan = site.plan();
+    assert_eq!(
+        (plan.reservations[0].task.job, plan.places[0].task.job),
+        (gang, endless),
+        "the third is kept for nobody"
+    );
 }
 
 #[test]
