@@ -82,8 +82,12 @@ fn who_fits_beside_what_is_kept_starts_however_long_it_runs() {
 fn what_is_free_before_its_start_is_left_to_who_runs_longer() {
     let mut site = Site::default();
     let one_gpu = || Machine { class: pairs(1, 0, 0), cores_by_numa: vec![1, 1], ..mock_v100() };
-    (0..3).for_each(|n| drop(site.join(&format!("n{n}"), one_gpu())));
-    (0..2).for_each(|_| drop(submit(&mut site, small(), 0, 10 * MINUTE)));
+    for name in ["n0", "n1", "n2"] {
+        site.join(name, one_gpu());
+    }
+    for _ in 0..2 {
+        submit(&mut site, small(), 0, 10 * MINUTE);
+    }
     site.start();
     let gang = submit(&mut site, shape(2, 1, 1), 0, MINUTE);
     let endless = submit(&mut site, small(), 0, 0);
