@@ -20,7 +20,7 @@ pub enum NoFit {
     #[error("node is out: {0}")]
     NotReady(String),
     #[error("{0}")]
-    NotAllowed(String),
+    NotAllowed(&'static str),
     #[error("GPU slot {0} is not healthy ({1:?})")]
     Unhealthy(u8, GpuHealth),
     #[error("GPU slot {0} is taken")]

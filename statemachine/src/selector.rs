@@ -153,16 +153,15 @@ impl Selector {
         self.refusal(node).is_none()
     }
 
-    /// Which of the three keeps a machine out.
-    pub fn refusal(&self, node: &Node) -> Option<String> {
+    /// Which of the three keeps a machine out. The planner asks this of each machine: so it is no text of its own.
+    pub fn refusal(&self, node: &Node) -> Option<&'static str> {
         if self.without.contains(&node.name) {
-            return Some("the job excludes it".into());
+            return Some("the job excludes it");
         }
         if !self.only.is_empty() && !self.only.contains(&node.name) {
-            return Some("it is none of those that the job names".into());
+            return Some("it is none of those that the job names");
         }
-        let holds = self.constraint.holds(node);
-        (!holds).then(|| format!("the job's constraint {} does not hold", self.constraint))
+        (!self.constraint.holds(node)).then_some("the job's constraint does not hold")
     }
 
     /// What is wrong with it, for a gang of so many machines.
