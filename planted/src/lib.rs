@@ -85,6 +85,10 @@ bugs! {
     AckBeforeQuorum "ack_before_quorum";
     /// A leader that restarts goes on with its term instead of being elected again.
     LeaderRestored "leader_restored";
+    /// Whoever is told a membership counts its learners as voters.
+    LearnerCounts "learner_counts";
+    /// An attempt starts before the fence file that names it is on disk.
+    FenceNotSynced "fence_not_synced";
 }
 
 #[cfg(feature = "on")]

@@ -37,17 +37,17 @@ pub fn breaks(bug: Bug) -> &'static [&'static str] {
         // Of the Raft tier: a replica that refuses its own log has lost what it acknowledged, too.
         Bug::AckWithoutFsync | Bug::FsyncErrorIgnored | Bug::AckBeforeQuorum => &["nothing_lost", "committed_stays"],
         Bug::VoteNotKept => &["vote_kept"],
-        Bug::LeaderRestored => &["nothing_lost", "log_matching", "committed_stays"],
+        Bug::LeaderRestored | Bug::LearnerCounts => &["nothing_lost", "log_matching", "committed_stays"],
+        Bug::FenceNotSynced => &["fence_kept"],
     }
 }
 
 /// Why nothing in this tier has shown the bug so far; `None` = it is looked for.
 pub fn out_of_reach(bug: Bug) -> Option<&'static str> {
     match bug {
-        Bug::AckAfterEnd => {
-            Some("an agent must be heard between the proposal of an end and its commit: rarer than once in 500 seeds")
+        Bug::WatchSkips | Bug::TokenNotInSnapshot | Bug::FenceNotSynced => {
+            Some("watches, stored snapshots and agents' disks are of real runs alone")
         }
-        Bug::WatchSkips | Bug::TokenNotInSnapshot => Some("watches and stored snapshots are of real runs alone"),
         bug if in_raft(bug) => Some("log, votes and elections are the Raft tier's"),
         _ => None,
     }
@@ -57,7 +57,12 @@ pub fn out_of_reach(bug: Bug) -> Option<&'static str> {
 pub fn in_raft(bug: Bug) -> bool {
     matches!(
         bug,
-        Bug::AckWithoutFsync | Bug::FsyncErrorIgnored | Bug::VoteNotKept | Bug::AckBeforeQuorum | Bug::LeaderRestored
+        Bug::AckWithoutFsync
+            | Bug::FsyncErrorIgnored
+            | Bug::VoteNotKept
+            | Bug::AckBeforeQuorum
+            | Bug::LeaderRestored
+            | Bug::LearnerCounts
     )
 }
 

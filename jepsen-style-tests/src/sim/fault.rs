@@ -60,6 +60,13 @@ pub enum Fault {
         by_ms: u64,
         for_ms: u64,
     },
+    /// This agent is parted from all until the end of its leases is due, while the leader's disk gets slow; it is heard for a moment
+    /// then, and parted again.
+    LateWord {
+        agent: usize,
+        by_ms: u64,
+        for_ms: u64,
+    },
     /// Users reach only the replica that leads now.
     UsersSeeOne {
         for_ms: u64,
@@ -169,6 +176,7 @@ impl Fault {
             Fault::DeafAgent { .. } => "deaf_agent",
             Fault::MuteAgent { .. } => "mute_agent",
             Fault::SlowWords { .. } => "slow_words",
+            Fault::LateWord { .. } => "late_word",
             Fault::UsersSeeOne { .. } => "users_see_one",
             Fault::CrashReplica { .. } => "crash_replica",
             Fault::CrashLeader { .. } => "crash_leader",
@@ -206,6 +214,7 @@ impl Fault {
             | Fault::DeafAgent { for_ms, .. }
             | Fault::MuteAgent { for_ms, .. }
             | Fault::SlowWords { for_ms, .. }
+            | Fault::LateWord { for_ms, .. }
             | Fault::UsersSeeOne { for_ms }
             | Fault::CrashReplica { for_ms, .. }
             | Fault::CrashLeader { for_ms }
@@ -250,6 +259,7 @@ pub const KINDS: &[&str] = &[
     "deaf_agent",
     "mute_agent",
     "slow_words",
+    "late_word",
     "users_see_one",
     "crash_replica",
     "crash_leader",
@@ -315,6 +325,8 @@ fn one(kind: &str, setup: &Setup, rng: &mut Rng) -> Fault {
         "deaf_agent" => Fault::DeafAgent { agent, for_ms: long },
         "mute_agent" => Fault::MuteAgent { agent, for_ms: long },
         "slow_words" => Fault::SlowWords { agent, by_ms: rng.range(2_200, 5_800), for_ms: long / 2 },
+        // The shortest lease, its drift bound and the margin after the last heartbeat, which was up to one interval ago.
+        "late_word" => Fault::LateWord { agent, by_ms: rng.range(2_500, 4_500), for_ms: rng.range(10_500, 14_500) },
         "users_see_one" => Fault::UsersSeeOne { for_ms: long },
         "crash_replica" => Fault::CrashReplica { replica, for_ms: short },
         "crash_leader" => Fault::CrashLeader { for_ms: short },

@@ -12,7 +12,9 @@ use statemachine::{Command, NodeId};
 /// Machines may lose so many GPUs in sum: every shape must find a place in the end.
 const LOST_GPUS: u64 = 6;
 /// Longer than most leases.
-const MUTE_AFTER_SLOW_MS: u64 = 20_000;
+const MUTE_AFTER_MS: u64 = 20_000;
+/// For how long an agent is heard between two cuts: one heartbeat is in it.
+const LATE_WORD_MS: u64 = 3_000;
 
 impl World {
     pub fn inject(&mut self, fault: Fault) {
@@ -55,8 +57,19 @@ impl World {
             Fault::MuteAgent { agent, .. } => self.net.cuts.push(Cut::MuteAgent(agent)),
             Fault::SlowWords { agent, by_ms, for_ms } => {
                 self.net.slow_words_us.insert(agent, by_ms * 1_000);
-                let mute = Fault::MuteAgent { agent, for_ms: MUTE_AFTER_SLOW_MS };
+                let mute = Fault::MuteAgent { agent, for_ms: MUTE_AFTER_MS };
                 self.after(for_ms * 1_000, Event::Fault(mute));
+            }
+            Fault::LateWord { agent, by_ms, for_ms } => {
+                self.net.cuts.push(Cut::Parted(agent));
+                let slow = Fault::SlowDisk { by_ms, for_ms: LATE_WORD_MS + by_ms };
+                self.after(for_ms.saturating_sub(LATE_WORD_MS) * 1_000, Event::Fault(slow));
+                for again in [
+                    Fault::MuteAgent { agent, for_ms: MUTE_AFTER_MS },
+                    Fault::DeafAgent { agent, for_ms: MUTE_AFTER_MS },
+                ] {
+                    self.after((for_ms + LATE_WORD_MS) * 1_000, Event::Fault(again));
+                }
             }
             Fault::UsersSeeOne { .. } => {
                 let Some(replica) = self.lasting() else { return false };
@@ -194,6 +207,7 @@ impl World {
             Fault::SlowWords { agent, .. } => {
                 self.net.slow_words_us.remove(&agent);
             }
+            Fault::LateWord { agent, .. } => self.uncut(|cut| *cut == Cut::Parted(agent)),
             Fault::UsersSeeOne { .. } => self.uncut(|cut| matches!(cut, Cut::UsersSee(_))),
             Fault::CrashReplica { replica, .. } | Fault::Outage { replica, .. } => self.restart_replica(replica),
             Fault::CrashLeader { .. } => {

@@ -20,6 +20,8 @@ pub enum Cut {
     Deaf(usize),
     /// From an agent.
     MuteAgent(usize),
+    /// Between an agent and all others.
+    Parted(usize),
     /// Between users and all replicas but one.
     UsersSee(usize),
 }
@@ -46,6 +48,7 @@ impl Cut {
             }
             Cut::Deaf(agent) => to == Site::Agent(agent),
             Cut::MuteAgent(agent) => from == Site::Agent(agent),
+            Cut::Parted(agent) => [from, to].contains(&Site::Agent(agent)),
             Cut::UsersSee(replica) => match (from, to) {
                 (Site::User(_), Site::Replica(at)) | (Site::Replica(at), Site::User(_)) => at != replica,
                 _ => false,
