@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use gpu_agent::agent::fence::Content;
 use proto::{Client, Identity, Patience, v1};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::disk::Disk;
+use crate::ledger::FenceLeft;
 use crate::network::Network;
-use crate::process::{self, Process};
+use crate::process::{self, Place, Process};
 
 /// How long anything may take to become true on a busy machine.
 pub const SOON: Duration = Duration::from_secs(40);
@@ -55,6 +57,10 @@ pub struct Cluster {
     join_token: String,
     /// By replica; empty without disks of their own. Before `dir`, for they are mounted in it.
     disks: Vec<Disk>,
+    /// By node, of those that have one.
+    agent_disks: BTreeMap<String, Disk>,
+    /// What power cuts left of the agents' fence files.
+    pub fences_left: Vec<FenceLeft>,
     dir: TempDir,
 }
 
@@ -75,6 +81,8 @@ impl Cluster {
             cluster_id: String::new(),
             join_token: String::new(),
             disks: Vec::new(),
+            agent_disks: BTreeMap::new(),
+            fences_left: Vec::new(),
             dir,
         };
         if let Some(mib) = cluster.setup.disk_mib {
@@ -209,11 +217,16 @@ impl Cluster {
 
     /// Starts `ares` on the machine of this name, if the cluster has a network.
     fn start_on(&self, name: &str, mut args: Vec<&str>, env: &[(String, String)]) -> Process {
-        let place = self.setup.network.as_deref().map(|network| (network, name));
-        if place.is_some() {
+        let network = self.setup.network.as_deref().map(|network| (network, name));
+        if network.is_some() {
             args.push("--insecure");
         }
-        Process::start(place, &args, &[&self.setup.env, env].concat(), &self.log(name))
+        let others = self.agent_disks.iter().filter(|(node, _)| *node != name).map(|(_, disk)| disk);
+        let hidden = match self.agent_disks.contains_key(name) {
+            true => others.chain(&self.disks).map(Disk::mounted_at).collect(),
+            false => Vec::new(),
+        };
+        Process::start(&Place { network, hidden }, &args, &[&self.setup.env, env].concat(), &self.log(name))
     }
 
     fn host(&self, name: &str) -> Ipv4Addr {
@@ -430,6 +443,27 @@ impl Cluster {
         self.agents.insert(name.to_owned(), process);
     }
 
+    /// Gives a node a disk of its own, before any agent starts: no job of another node may see it, or hold on to it.
+    pub fn give_disk(&mut self, name: &str, mib: u64) -> Result<(), String> {
+        let disk = Disk::make(&self.path().join(format!("{name}.image")), &self.path().join(name), mib)?;
+        self.agent_disks.insert(name.to_owned(), disk);
+        Ok(())
+    }
+
+    /// Cuts the power of a node with a disk of its own: its agent, shims and jobs are gone, and what was not synced. How many shims
+    /// there were.
+    pub fn cut_agent_power(&mut self, name: &str) -> Result<usize, String> {
+        let cut_ms = uptime_ms()?;
+        self.agent_disks.get(name).ok_or_else(|| format!("{name} has no disk of its own"))?.cut_power()?;
+        let shims = self.kill_agent_and_shims(name);
+        self.agent_disks[name].power_on()?;
+        let fence = std::fs::read_to_string(self.path().join(name).join("fence")).unwrap_or_default();
+        let content = fence.split_once('\n').and_then(|(_, json)| serde_json::from_str::<Content>(json).ok());
+        let max_token = content.map_or(0, |content| content.max_token);
+        self.fences_left.push(FenceLeft { node: name.to_owned(), cut_ms, max_token });
+        Ok(shims)
+    }
+
     pub async fn node(&self, name: &str) -> Option<v1::Node> {
         let nodes = self.client().list_nodes(v1::ListNodesRequest::default()).await.ok()?.nodes;
         nodes.into_iter().find(|node| node.name == name)
@@ -619,6 +653,13 @@ pub fn processes(wanted: impl Fn(&[String]) -> bool) -> Vec<Pid> {
         }
     }
     found
+}
+
+/// Since the machine's boot, as jobs read it too; in steps of 10 ms.
+fn uptime_ms() -> Result<u64, String> {
+    let text = std::fs::read_to_string("/proc/uptime").map_err(|error| format!("/proc/uptime: {error}"))?;
+    let seconds = text.split(' ').next().and_then(|word| word.parse::<f64>().ok());
+    seconds.map(|seconds| (seconds * 1_000.0).round() as u64).ok_or_else(|| format!("/proc/uptime says {text:?}"))
 }
 
 fn tail(text: &str) -> String {

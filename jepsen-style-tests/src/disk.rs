@@ -7,6 +7,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// A mounted file system; unmounted when dropped.
 #[derive(Debug)]
@@ -34,6 +36,10 @@ impl Disk {
     pub fn available() -> Result<(), String> {
         let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
         Self::make(&dir.path().join("image"), &dir.path().join("mounted"), 8).map(|_| ())
+    }
+
+    pub fn mounted_at(&self) -> &Path {
+        &self.mounted_at
     }
 
     fn mount(&self) -> Result<(), String> {
@@ -126,6 +132,23 @@ impl Drop for Disk {
             let _ = run(Command::new("umount").arg("-l").arg(&self.mounted_at));
         }
     }
+}
+
+/// Does something, such as to start a process, where these are not mounted: a mount namespace that it makes later would hold on to them.
+pub fn without<T: Send>(hidden: &[&Path], start: impl FnOnce() -> std::io::Result<T> + Send) -> std::io::Result<T> {
+    if hidden.is_empty() {
+        return start();
+    }
+    let apart = || {
+        // SAFETY: of what this thread shares, its view of file systems alone is parted.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+        for mounted_at in hidden {
+            unmount(*mounted_at, UnmountFlags::DETACH)?;
+        }
+        start()
+    };
+    std::thread::scope(|scope| scope.spawn(apart).join().expect("it does not panic"))
 }
 
 /// What it printed, if it succeeded.

@@ -33,6 +33,8 @@ pub enum Fault {
     KillAgent,
     /// An agent and its shims are killed -9, the agent is started again
     KillAgentAndShims,
+    /// The power of an agent's machine fails: agent, shims and jobs are gone, and what its disk had not synced
+    AgentPowerCut,
     /// An agent is stopped (SIGSTOP) past its leases, then goes on
     FreezeAgent,
     /// The replicas are stopped in order (SIGTERM) and started again, one after the other
@@ -98,7 +100,7 @@ impl Fault {
             | Fault::Loss
             | Fault::TinyBandwidth => Some(Need::Network),
             Fault::SlowFsync | Fault::FailingFsync => Some(Need::Strace),
-            Fault::FullDisk => Some(Need::Disk),
+            Fault::FullDisk | Fault::AgentPowerCut => Some(Need::Disk),
             Fault::MemoryLimit => Some(Need::MemoryGroup),
             Fault::WallClock | Fault::ClockRate => Some(Need::Clocks),
             _ => None,
@@ -117,7 +119,7 @@ impl Fault {
 
     /// Ends attempts whenever one runs on the machine that it strikes.
     pub fn ends_attempts(self) -> bool {
-        matches!(self, Fault::KillAgentAndShims | Fault::FreezeAgent | Fault::AgentSeesFollowers)
+        matches!(self, Fault::KillAgentAndShims | Fault::AgentPowerCut | Fault::FreezeAgent | Fault::AgentSeesFollowers)
     }
 }
 
@@ -205,6 +207,15 @@ pub async fn strike(cluster: &mut Cluster, fault: Fault, rng: &mut StdRng) -> Re
             let node = busy(cluster, node).await;
             let epoch = epoch(cluster, node).await?;
             let shims = cluster.kill_agent_and_shims(node);
+            tokio::time::sleep(away).await;
+            cluster.start_agent(node, GPUS);
+            comes_back(cluster, node, epoch).await?;
+            Ok(Struck { target: node.to_owned(), took_effect: shims > 0 })
+        }
+        Fault::AgentPowerCut => {
+            let node = busy(cluster, node).await;
+            let epoch = epoch(cluster, node).await?;
+            let shims = cluster.cut_agent_power(node)?;
             tokio::time::sleep(away).await;
             cluster.start_agent(node, GPUS);
             comes_back(cluster, node, epoch).await?;

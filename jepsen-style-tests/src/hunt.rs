@@ -33,7 +33,7 @@ pub struct Hunt {
     breaks: &'static [&'static str],
 }
 
-pub const ALL: [Hunt; 8] = [
+pub const ALL: [Hunt; 9] = [
     Hunt { bug: "ack_without_fsync", how: How::Powercut, breaks: &["nothing_lost"] },
     Hunt { bug: "token_not_in_snapshot", how: How::Corrupt, breaks: &["token_grows", "replicas_equal"] },
     Hunt { bug: "watch_skips", how: How::Nemesis(&[Fault::KillReplica]), breaks: &["watch"] },
@@ -45,6 +45,7 @@ pub const ALL: [Hunt; 8] = [
     },
     Hunt { bug: "shim_trusts_agent", how: How::Nemesis(&[Fault::FreezeAgent]), breaks: &["one_attempt_alive"] },
     Hunt { bug: "random_in_apply", how: How::Nemesis(&[Fault::KillAgentAndShims]), breaks: &["replicas_equal"] },
+    Hunt { bug: "fence_not_synced", how: How::Nemesis(&[Fault::AgentPowerCut]), breaks: &["fence_kept"] },
     Hunt { bug: "dedup_in_leader", how: How::Replays, breaks: &["request_once"] },
 ];
 

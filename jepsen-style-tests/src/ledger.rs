@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::process;
 
 /// Beats by which a machine's next rank goes on longer.
@@ -22,17 +24,30 @@ pub struct Sink {
     ledger: PathBuf,
     /// A file of effects for each job.
     effects: PathBuf,
+    /// What power cuts left of the agents' fence files.
+    fences: PathBuf,
+}
+
+/// What an agent's fence file held when its power was back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FenceLeft {
+    pub node: String,
+    /// Of the machine's uptime, read just before the cut.
+    pub cut_ms: u64,
+    /// The highest token that was started there; 0 = there was no file, or a damaged one.
+    pub max_token: u64,
 }
 
 impl Sink {
     pub fn of(out: &Path) -> Self {
-        Self { ledger: out.join("ledger"), effects: out.join("effects") }
+        Self { ledger: out.join("ledger"), effects: out.join("effects"), fences: out.join("fences.json") }
     }
 
     /// One that nobody wrote to.
     pub fn empty(out: &Path) -> Result<Self, String> {
         let sink = Self::of(out);
         let _ = fs::remove_file(&sink.ledger);
+        let _ = fs::remove_file(&sink.fences);
         let _ = fs::remove_dir_all(&sink.effects);
         fs::create_dir_all(&sink.effects).map_err(|error| format!("{}: {error}", sink.effects.display()))?;
         Ok(sink)
@@ -53,6 +68,12 @@ impl Sink {
         )
     }
 
+    /// Keeps what the power cuts of the run left, to be judged with what the jobs wrote.
+    pub fn keep(&self, fences: &[FenceLeft]) -> Result<(), String> {
+        let text = serde_json::to_vec(fences).map_err(|error| error.to_string())?;
+        fs::write(&self.fences, text).map_err(|error| format!("{}: {error}", self.fences.display()))
+    }
+
     pub fn read(&self) -> Result<Ledger, String> {
         let text = match fs::read_to_string(&self.ledger) {
             Ok(text) => text,
@@ -67,6 +88,10 @@ impl Sink {
             let Some(job) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             let text = fs::read_to_string(entry.path()).map_err(wrong)?;
             ledger.effects.insert(job, text.lines().map(parse_effect).collect::<Result<_, _>>()?);
+        }
+        if let Ok(text) = fs::read(&self.fences) {
+            ledger.fences =
+                serde_json::from_slice(&text).map_err(|error| format!("{}: {error}", self.fences.display()))?;
         }
         Ok(ledger)
     }
@@ -89,6 +114,7 @@ pub struct Line {
     pub token: u64,
     /// Of the machine's uptime, read just before the line was written.
     pub at_ms: u64,
+    pub node: String,
     /// Each with its node's name before it.
     pub gpus: Vec<String>,
 }
@@ -131,6 +157,9 @@ pub struct Ledger {
     lives: BTreeMap<u64, BTreeMap<u32, Life>>,
     /// Two ranks of one attempt must carry the same token.
     mixed: Vec<String>,
+    /// Token and time of each rank's start, by node.
+    starts: BTreeMap<String, Vec<(u64, u64)>>,
+    fences: Vec<FenceLeft>,
 }
 
 impl Ledger {
@@ -148,6 +177,9 @@ impl Ledger {
             life.first_ms = life.first_ms.min(line.at_ms);
             life.last_ms = life.last_ms.max(line.at_ms);
             life.ends += u32::from(line.what == What::End);
+            if line.what == What::Start {
+                ledger.starts.entry(line.node.clone()).or_default().push((line.token, line.at_ms));
+            }
             for gpu in &line.gpus {
                 let ranks = ledger.held.entry(gpu.clone()).or_default();
                 let held = ranks.entry((line.job, line.attempt, line.rank)).or_insert((line.at_ms, line.at_ms));
@@ -195,6 +227,26 @@ impl Ledger {
                 )
             })
         })
+    }
+
+    /// Power cuts of agents' disks.
+    pub fn power_cuts(&self) -> usize {
+        self.fences.len()
+    }
+
+    /// `fence_kept`: what had started before its machine's power was cut, the fence file on the machine's disk knows.
+    pub fn fence_kept(&self) -> Result<(), String> {
+        for left in &self.fences {
+            let starts = self.starts.get(&left.node).map(Vec::as_slice).unwrap_or_default();
+            let before = starts.iter().filter(|(_, at_ms)| *at_ms < left.cut_ms).max();
+            if let Some((token, at_ms)) = before.filter(|(token, _)| *token > left.max_token) {
+                return Err(format!(
+                    "fence_kept: token {token} started on {} at {at_ms} ms, its power was cut at {} ms, and its fence file knows none above {}",
+                    left.node, left.cut_ms, left.max_token
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// GPUs that any rank had.
@@ -315,6 +367,7 @@ fn parse(line: &str) -> Result<Line, String> {
         rank: small(rank)?,
         token: number(token)?,
         at_ms: number(seconds)? * 1_000 + number(hundredths)? * 10,
+        node: node.to_owned(),
         gpus,
     })
 }
@@ -335,7 +388,8 @@ mod tests {
 
     fn life(job: u64, attempt: u32, token: u64, times_ms: std::ops::RangeInclusive<u64>, end: bool) -> Vec<Line> {
         let gpus = vec!["n1:0".to_owned()];
-        let line = |what, at_ms| Line { what, job, attempt, rank: 0, token, at_ms, gpus: gpus.clone() };
+        let line =
+            |what, at_ms| Line { what, job, attempt, rank: 0, token, at_ms, node: "n1".to_owned(), gpus: gpus.clone() };
         let mut lines = vec![line(What::Start, *times_ms.start())];
         lines.extend(times_ms.clone().step_by(200).map(|at| line(What::Beat, at)));
         lines.push(line(if end { What::End } else { What::Beat }, *times_ms.end()));
@@ -408,6 +462,20 @@ mod tests {
     }
 
     #[test]
+    fn a_start_that_the_fence_forgot_is_found() {
+        // Tokens 10, 11 and 12 start at 1,000, 1,500 and 3,010 ms.
+        let left = |cut_ms, max_token| Ledger {
+            fences: vec![FenceLeft { node: "n1".to_owned(), cut_ms, max_token }],
+            ..Ledger::of(&good())
+        };
+        left(3_010, 11).fence_kept().expect("token 12 came later");
+        left(9_000, 12).fence_kept().expect("all are known");
+        left(1_000, 0).fence_kept().expect("nothing had started");
+        let found = left(3_011, 11).fence_kept().expect_err("token 12 is forgotten");
+        assert!(found.contains("token 12 started on n1"), "{found}");
+    }
+
+    #[test]
     fn a_token_that_does_not_grow_or_is_used_twice_is_found() {
         let with = |more: Vec<Line>| Ledger::of(&[good(), more].concat()).token_grows();
         with(life(2, 2, 9, 4_000..=4_100, true)).expect_err("lower than before");
@@ -433,7 +501,8 @@ mod tests {
     fn lines_are_read_as_the_script_writes_them() {
         let line = parse("beat 7 2 1 99 123.45 n1:a,b").expect("a line");
         let gpus = ["n1:a", "n1:b"].map(str::to_owned).to_vec();
-        let wanted = Line { what: What::Beat, job: 7, attempt: 2, rank: 1, token: 99, at_ms: 123_450, gpus };
+        let node = "n1".to_owned();
+        let wanted = Line { what: What::Beat, job: 7, attempt: 2, rank: 1, token: 99, at_ms: 123_450, node, gpus };
         assert_eq!(line, wanted);
         for wrong in ["", "beat 7 2 1 99", "beat 7 2 1 99 123 n1:", "stop 7 2 1 99 1.00 n1:", "beat 7 2 1 99 1.00 x"] {
             parse(wrong).expect_err("no line");

@@ -24,7 +24,7 @@ use crate::network::{Link, Network};
 use crate::reads;
 use crate::verdict::Verdict;
 use crate::watchers::{self, Watchers};
-use crate::work::{Accepted, READERS, SUBMITTERS, Work};
+use crate::work::{self, Accepted, READERS, SUBMITTERS, Work};
 
 pub(crate) const REPLICAS: usize = 3;
 /// Simulated machines, so that the real one's cores don't bound the jobs.
@@ -33,7 +33,7 @@ pub(crate) const GPUS: &str = "sim:rtx4090x8";
 /// Where the clients of locks leave their files, and the first number of their processes.
 const LOCKS: &str = "locks";
 const LOCKERS_FROM: usize = SUBMITTERS + READERS;
-/// Of each replica's file system, where they have their own.
+/// Of each replica's and each agent's file system, where they have their own.
 const DISK_MIB: u64 = 256;
 /// So few that each replica makes snapshots and purges its log within minutes.
 const SNAPSHOT_ENTRIES: &str = "500";
@@ -80,9 +80,13 @@ async fn try_run(plan: &Plan, verdict: &mut Verdict) -> Result<(), String> {
     let flags = ["--snapshot-entries", SNAPSHOT_ENTRIES].map(str::to_owned).to_vec();
     let setup = Setup { env, flags, disk_mib, network: plan.network.clone(), ..Setup::of(REPLICAS) };
     let mut cluster = Cluster::with(setup).await?;
+    if plan.faults.contains(&Fault::AgentPowerCut) {
+        NODES.iter().try_for_each(|name| cluster.give_disk(name, DISK_MIB))?;
+    }
     for name in NODES {
         cluster.agent(name, GPUS).await;
     }
+    work::allow_preemption(&cluster.client()).await.map_err(|error| error.to_string())?;
     let on = cluster.network().map_or_else(tokio::runtime::Handle::current, Network::clients);
     let replicas: Vec<Client> = (0..REPLICAS).map(|at| cluster.client_at(at)).collect();
     let watchers = Watchers::start(&replicas, &on);
@@ -91,6 +95,7 @@ async fn try_run(plan: &Plan, verdict: &mut Verdict) -> Result<(), String> {
     let effects = strike_in_turns(plan, &mut cluster, &history).await;
     lockers.finish().await;
     let jobs = work.finish().await;
+    sink.keep(&cluster.fences_left)?;
     let ended = judge(&cluster, &sink, &jobs, verdict).await;
     watchers.finish(&cluster, &plan.out, verdict).await;
     lockers::judge(&plan.out.join(LOCKS), verdict);
@@ -173,10 +178,12 @@ async fn strike_in_turns(plan: &Plan, cluster: &mut Cluster, history: &History) 
 
 // -------------------------------------------------------------------------------------------------------------- judging
 
-/// The jobs as they ended.
+/// The jobs, and the tasks of arrays, as they ended.
 async fn judge(cluster: &Cluster, sink: &Sink, jobs: &[Accepted], verdict: &mut Verdict) -> Vec<v1::Job> {
-    let ended = all_end(cluster, jobs, verdict).await;
     let acks: Vec<Ack> = jobs.iter().map(|job| job.ack.clone()).collect();
+    let tasks: Vec<Accepted> = jobs.iter().flat_map(Accepted::each_task).collect();
+    let jobs = [jobs, &tasks].concat();
+    let ended = all_end(cluster, &jobs, verdict).await;
     verdict.check(checks::nothing_lost(cluster, &acks).await);
     verdict.check(checks::request_once(&cluster.client(), &acks).await);
     verdict.check(result_once(cluster).await);
@@ -185,7 +192,7 @@ async fn judge(cluster: &Cluster, sink: &Sink, jobs: &[Accepted], verdict: &mut 
         Err(error) => verdict.empty.push(error),
         Ok(ledger) => {
             judge_ledger(&ledger, verdict);
-            for (job, accepted) in ended.iter().zip(jobs) {
+            for (job, accepted) in ended.iter().zip(&jobs) {
                 verdict.check(ended_once(&ledger, job, accepted));
             }
         }
@@ -200,6 +207,8 @@ fn judge_ledger(ledger: &Ledger, verdict: &mut Verdict) {
     verdict.check(ledger.token_grows());
     verdict.check(ledger.effects_fenced());
     verdict.check(ledger.gpu_in_one_lease());
+    verdict.check(ledger.fence_kept());
+    verdict.figure("power cuts of agents' disks", ledger.power_cuts());
     verdict.figure("GPUs in use", ledger.gpus());
     if ledger.effects() == 0 {
         verdict.empty.push("no job wrote behind its fence".to_owned());
@@ -261,9 +270,16 @@ async fn all_end(cluster: &Cluster, jobs: &[Accepted], verdict: &mut Verdict) ->
     ended
 }
 
-/// Jobs that exit 0 succeed in the end, whatever was done to their attempts, unless a person cancelled them before.
+/// Jobs that exit 0 succeed in the end, whatever was done to their attempts, unless a person cancelled them before; an array does with
+/// all its tasks.
 fn ended_once(ledger: &Ledger, job: &v1::Job, accepted: &Accepted) -> Result<(), String> {
     let result = job.result.as_ref().ok_or_else(|| format!("result_once: job {} has no result", job.id))?;
+    if accepted.tasks > 0 {
+        let succeeded = job.array.as_ref().map_or(0, |array| array.succeeded);
+        let whole = result.outcome == "SUCCEEDED" && succeeded == accepted.tasks;
+        let broken = || format!("result_once: {succeeded} of {} tasks of array {}: {job:?}", accepted.tasks, job.id);
+        return if whole { Ok(()) } else { Err(broken()) };
+    }
     match result.outcome.as_str() {
         "SUCCEEDED" => {
             let committed = Committed { attempt: result.attempt, token: result.token };
@@ -302,8 +318,10 @@ fn weigh(plan: &Plan, effects: &Result<Effects, String>, jobs: &[Accepted], ende
         }
     }
     let again = ended.iter().filter(|job| job.attempts.len() > 1).count();
-    verdict.figure("jobs accepted and ended", format!("{} and {}", jobs.len(), ended.len()));
+    let tasks: u32 = jobs.iter().map(|job| job.tasks).sum();
+    verdict.figure("jobs accepted", format!("{}, with {tasks} tasks of arrays; {} ended", jobs.len(), ended.len()));
     verdict.figure("jobs of more than one attempt", again);
+    verdict.figure("attempts that made room", ended.iter().map(|job| job.made_room).sum::<u32>());
     let outcomes = |wanted: &str| {
         ended.iter().filter_map(|job| job.result.as_ref()).filter(|result| result.outcome == wanted).count()
     };

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::disk;
 use crate::network::Network;
 
 /// The `ares` binary: what ARES_BIN names, or built as the sources are now, in the profile and directory of this
@@ -36,6 +37,15 @@ fn build() -> PathBuf {
     profile.join("ares")
 }
 
+/// Where a process runs.
+#[derive(Clone, Debug, Default)]
+pub struct Place<'a> {
+    /// A machine of a network; `None`: this one.
+    pub network: Option<(&'a Network, &'a str)>,
+    /// Mounted here, and not there: other machines' disks.
+    pub hidden: Vec<&'a Path>,
+}
+
 /// A running `ares` process; killed when dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -44,16 +54,17 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `ares` with the arguments, on a machine of a network or on this one; what it prints is appended to `log`.
-    pub fn start(place: Option<(&Network, &str)>, args: &[&str], env: &[(String, String)], log: &Path) -> Self {
+    /// Starts `ares` with the arguments; what it prints is appended to `log`.
+    pub fn start(place: &Place<'_>, args: &[&str], env: &[(String, String)], log: &Path) -> Self {
         let open = || -> File { OpenOptions::new().create(true).append(true).open(log).expect("the log opens") };
         let mut command = Command::new(ares());
         command.args(args).envs(env.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(open()).stderr(open());
-        let child = match place {
+        let spawn = || match place.network {
             Some((network, name)) => network.spawn(name, &mut command),
             None => command.spawn(),
         };
+        let child = disk::without(&place.hidden, spawn);
         let child = child.unwrap_or_else(|error| panic!("{}: {error}", ares().display()));
         Self { child, log: log.to_owned() }
     }

@@ -27,13 +27,53 @@ const BETWEEN_READS: Duration = Duration::from_millis(10);
 /// What a job needs to start and end, beside its beats: a cancel comes up to this after its last beat.
 const AROUND_THE_END_MS: u64 = 1_500;
 
+/// Priorities of jobs that may end others, and of those that make room.
+const URGENT: &str = "urgent";
+const LOW: &str = "low";
+/// Tasks of one array that run at a time.
+const AT_ONCE: u32 = 2;
+
+/// Lets urgent jobs end those of low priority, at any time and as often as it comes.
+pub async fn allow_preemption(client: &Client) -> Result<(), proto::Error> {
+    let urgent = v1::Priority { name: URGENT.into(), value: 100, preempts: true, ..Default::default() };
+    let low = v1::Priority { name: LOW.into(), preemptible: true, ..Default::default() };
+    for priority in [urgent, low] {
+        let create = v1::SetPriorityRequest { request_id: proto::request_id(), create: true, priority: Some(priority) };
+        client.set_priority(create).await?;
+    }
+    let policy = v1::SetPolicyRequest {
+        request_id: proto::request_id(),
+        min_run_ms: Some(0),
+        preemptions: Some(1_000),
+        ..Default::default()
+    };
+    client.set_policy(policy).await.map(|_| ())
+}
+
 /// A job that was acknowledged.
 #[derive(Clone, Debug)]
 pub struct Accepted {
     pub ack: Ack,
     pub ranks: u32,
+    /// It is an array of so many; 0 = of none.
+    pub tasks: u32,
     /// A person asks for its end, at about the time of its own.
     pub cancelled: bool,
+}
+
+impl Accepted {
+    /// An array's tasks, which are jobs of their own.
+    pub fn each_task(&self) -> impl Iterator<Item = Self> + '_ {
+        (1..=u64::from(self.tasks)).map(|nth| {
+            let ack = Ack { job_id: self.ack.job_id + nth, ..self.ack.clone() };
+            Self { ack, tasks: 0, ..*self }
+        })
+    }
+
+    /// The id that no job had yet when this one was made.
+    fn next_id(&self) -> u64 {
+        self.ack.job_id + u64::from(self.tasks) + 1
+    }
 }
 
 /// Clients that submit jobs and wait for their ends.
@@ -65,8 +105,8 @@ impl Work {
                 let mut process = SUBMITTERS + reader;
                 for at in (reader..).take_while(|_| !stop.load(Ordering::Relaxed)) {
                     // The newest, and sometimes the one that is perhaps being submitted now.
-                    let newest = accepted.lock().await.last().map_or(0, |job| job.ack.job_id);
-                    let job = newest + u64::from(newest == 0 || at % 5 == 0);
+                    let newest = accepted.lock().await.last().cloned();
+                    let job = newest.map_or(1, |job| if at % 5 == 0 { job.next_id() } else { job.ack.job_id });
                     let replica = at % replicas.len();
                     if !read(&replicas[replica], replica, job, process, &history).await {
                         process += RETIRED;
@@ -96,6 +136,9 @@ struct Submitter {
 
 /// What a job will do.
 struct Planned {
+    /// Empty: one that neither ends others nor makes room for them.
+    class: &'static str,
+    tasks: u32,
     beats: u32,
     nodes: u32,
     ranks_per_node: u32,
@@ -112,7 +155,8 @@ impl Submitter {
                 continue;
             };
             let (job, cancelled) = (ack.job_id, planned.cancel);
-            accepted.lock().await.push(Accepted { ack, ranks: planned.nodes * planned.ranks_per_node, cancelled });
+            let ranks = planned.nodes * planned.ranks_per_node;
+            accepted.lock().await.push(Accepted { ack, ranks, tasks: planned.tasks, cancelled });
             if planned.cancel {
                 let around = Duration::from_millis(self.rng.random_range(0..AROUND_THE_END_MS));
                 tokio::time::sleep(BEAT * planned.beats + around).await;
@@ -127,7 +171,7 @@ impl Submitter {
     }
 
     /// Most jobs are short; one in three outlives a lease, one in five is a gang over two machines, one in three has two ranks on each machine, of which
-    /// one ends later, one in six is cancelled. Those with GPUs compete for them.
+    /// one ends later, one in six is cancelled, one in six is an array. Those with GPUs compete for them: one in four may end others, half make room.
     fn plan(&mut self) -> Planned {
         let cancel = self.rng.random_range(0..6) == 0;
         let long = self.rng.random_range(0..3) == 0 && !cancel;
@@ -135,12 +179,18 @@ impl Submitter {
         let nodes = if self.rng.random_range(0..5) == 0 { 2 } else { 1 };
         let ranks_per_node = if self.rng.random_range(0..3) == 0 { 2 } else { 1 };
         let gpus_per_rank = [0, 2, 4, 4][self.rng.random_range(0..4)];
-        Planned { beats, nodes, ranks_per_node, gpus_per_rank, cancel }
+        let class = [URGENT, LOW, LOW, ""][self.rng.random_range(0..4)];
+        let array = self.rng.random_range(0..6) == 0 && !long && !cancel;
+        let tasks = if array { self.rng.random_range(2..6) } else { 0 };
+        Planned { class, tasks, beats, nodes, ranks_per_node, gpus_per_rank, cancel }
     }
 
     async fn submit(&self, planned: &Planned) -> Option<Ack> {
         let mut job = shell_job(&self.sink.script(planned.beats));
-        let Planned { nodes, ranks_per_node, gpus_per_rank, .. } = *planned;
+        let Planned { class, tasks, nodes, ranks_per_node, gpus_per_rank, .. } = *planned;
+        job.priority_class = class.to_owned();
+        job.array = (tasks > 0)
+            .then(|| v1::Array { ranges: vec![v1::IndexRange { first: 0, last: tasks - 1 }], throttle: AT_ONCE });
         // What machines have beside their GPUs is shared by jobs without any.
         let (cores_per_rank, mem_mib_per_rank) = (1, 64);
         job.shape = Some(v1::Shape {
@@ -153,7 +203,10 @@ impl Submitter {
         });
         let request = v1::SubmitJobRequest { request_id: proto::request_id(), job: Some(job), user: USER.into() };
         let key = request.request_id.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let told = json!({ "nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_rank, "beats": planned.beats });
+        let told = json!({
+            "nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_rank, "beats": planned.beats,
+            "tasks": tasks, "class": class,
+        });
         self.history.add(self.process, "invoke", "submit", &key, told);
         match self.client.submit_job(request.clone()).await {
             Ok(reply) => {
