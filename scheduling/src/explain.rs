@@ -1,24 +1,23 @@
 //! Why a task waits: finds the first thing that binds. The planner's reasons and every replica's answer to
 //! `ares queue` and `ares show` come from here.
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use statemachine::domain::Path;
-use statemachine::fit::{self, NoFit};
-use statemachine::record::{Alloc, GpuHealth, Job, Node, NodeAdmin, Phase};
+use statemachine::fit;
+use statemachine::record::{Job, Phase};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
-use crate::choose::Shortage;
-use crate::domains::domain_for;
-use crate::machines::{Cache, Machines, is_present, want_of};
+use crate::cache::{Cache, Choices};
+use crate::fleet::{Alike, Fleet};
+use crate::machines::Machines;
 use crate::outlook::{Outlook, Start};
 use crate::plan::waiting_task;
 use crate::quota::Planned;
-use crate::reason::{Best, Lack, Needs, Reason};
+use crate::reason::{Lack, Needs, Reason};
 use crate::selection::{allowed, told};
+use crate::survey::{Asked, Room, Step, Survey, Tally, name_of};
 use crate::windows;
 
 /// Why a task waits, from any replica's state; `None` when it does not wait (it runs, has ended, or is unknown).
@@ -56,8 +55,8 @@ pub struct Explainer<'a> {
 impl<'a> Explainer<'a> {
     /// `unheard` as the leader knows it; elsewhere empty, which takes silent machines for busy or free ones.
     pub fn new(state: &'a State, cache: &'a mut Cache, unheard: &'a BTreeSet<NodeId>) -> Self {
-        cache.keep_what_holds(state);
-        Self { machines: Machines::new(state, unheard), cache, by_shape: BTreeMap::new(), outlook: None }
+        cache.begin(state, unheard);
+        Self { machines: Machines::new(state, cache, unheard), cache, by_shape: BTreeMap::new(), outlook: None }
     }
 
     /// With the outlook of this state, or of one a little older.
@@ -81,7 +80,7 @@ impl<'a> Explainer<'a> {
         if let Some(reason) = of_array(state, job) {
             return Some(Arc::new(reason));
         }
-        let (spec, _) = waiting_task(state, key)?;
+        let spec = &waiting_task(state, key)?.0.spec;
         if let Some(reason) = windows::not_yet(state, spec) {
             return Some(Arc::new(reason));
         }
@@ -145,28 +144,41 @@ fn held(state: &State, job: &Job) -> Reason {
 /// A gang gets GPUs of one type, so each acceptable type is its own question, and the one that came farthest answers;
 /// a gang that may mix types asks one question about all.
 pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape) -> Reason {
-    if machines.state.nodes.is_empty() {
+    let state = machines.state;
+    if state.nodes.is_empty() {
         return Reason::NoNodes;
     }
+    cache.fleet.follow(machines);
+    let chosen = shape.machines.as_ref().map(|selector| cache.fleet.chosen(selector));
+    let (choices, fleet) = (&mut cache.choices, &cache.fleet);
+    let open = machines.window_nodes().map(|nodes| {
+        let is_chosen = |id: &NodeId| chosen.as_ref().is_none_or(|chosen| chosen.nodes.binary_search(id).is_ok());
+        fleet.grouped(nodes.iter().copied().filter(is_chosen))
+    });
+    let present: Vec<GpuTypeId> = fleet.present().collect();
+    let count = |machines: usize| u32::try_from(machines).unwrap_or(u32::MAX);
+    let question = Question {
+        state,
+        fleet,
+        shape,
+        idle: fleet.alike(chosen.as_ref().map(|chosen| &*chosen.grouped)),
+        open: open.as_ref().map(|grouped| fleet.alike(Some(grouped))),
+        allowed: chosen.as_ref().map(|chosen| (count(chosen.nodes.len()), count(fleet.machines()))),
+    };
     if shape.gpus_per_node() == 0 {
-        return Question::new(machines, shape, Vec::new()).answer(cache).1;
+        return question.answer(choices, &[]).1;
     }
-    let present = present_types(machines.state);
-    let mut types: Vec<GpuTypeId> = present.iter().copied().collect();
+    let mut types = present.clone();
     if !shape.gpu_types.is_empty() {
         types = shape.gpu_types.iter().copied().filter(|gpu_type| present.contains(gpu_type)).collect();
     }
+    if shape.mix_types && !types.is_empty() {
+        return question.answer(choices, &types).1;
+    }
     // max_by_key takes the last of equals: the most preferred type goes last.
-    let questions: Vec<Vec<GpuTypeId>> = match shape.mix_types && !types.is_empty() {
-        true => vec![types],
-        false => types.into_iter().rev().map(|gpu_type| vec![gpu_type]).collect(),
-    };
-    let answers = questions.into_iter().map(|types| Question::new(machines, shape, types).answer(cache));
+    let answers = types.chunks(1).rev().map(|types| question.answer(choices, types));
     answers.max_by_key(|(progress, _)| *progress).map_or_else(
-        || Reason::NoSuchGpuType {
-            wanted: type_names(machines.state, &shape.gpu_types),
-            present: type_names(machines.state, &present),
-        },
+        || Reason::NoSuchGpuType { wanted: type_names(state, &shape.gpu_types), present: type_names(state, &present) },
         |(_, reason)| reason,
     )
 }
@@ -179,30 +191,8 @@ pub(crate) fn needs_of(state: &State, shape: &Shape) -> Needs {
     Needs { machines: shape.nodes.into(), gpus: shape.gpus_per_node(), types, cores, mem_mib, within, allowed }
 }
 
-fn present_types(state: &State) -> BTreeSet<GpuTypeId> {
-    let gpus = state.nodes.iter().flat_map(|(_, node)| &node.value.gpus);
-    gpus.filter(|gpu| is_present(gpu)).map(|gpu| gpu.gpu_type).collect()
-}
-
 fn type_names<'a>(state: &State, types: impl IntoIterator<Item = &'a GpuTypeId>) -> Vec<String> {
     types.into_iter().map(|gpu_type| state.gpu_type_name(*gpu_type).to_owned()).collect()
-}
-
-/// What a machine must have, in the order in which it is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Step {
-    Gpus,
-    Cores,
-    Memory,
-    Links,
-    /// Fewer leases than a machine may hold.
-    Leases,
-    /// As many of them in one domain as the gang has.
-    Together,
-    /// Machines that could run it, were it not for its own word.
-    Allowed,
-    /// Nothing is short.
-    Fits,
 }
 
 /// How far a question came: an idle cluster could run it; enough of it is in service; the step that is short, the
@@ -210,28 +200,28 @@ enum Step {
 type Progress = (bool, bool, Step, u32, u64);
 
 struct Question<'a> {
-    machines: &'a Machines<'a>,
-    /// Accepts these types alone.
-    shape: Shape,
-    asked: &'a Shape,
-    /// Any of them will do on a machine; empty for a shape without GPUs.
-    types: Vec<GpuTypeId>,
+    state: &'a State,
+    fleet: &'a Fleet,
+    shape: &'a Shape,
+    /// The machines that it may be on.
+    idle: Vec<Alike<'a>>,
+    /// Of these, those of the window that it is for, where it is for one.
+    open: Option<Vec<Alike<'a>>>,
+    /// Machines that it may be on and all, where its job says which.
+    allowed: Option<(u32, u32)>,
 }
 
-impl<'a> Question<'a> {
-    fn new(machines: &'a Machines<'a>, asked: &'a Shape, types: Vec<GpuTypeId>) -> Self {
-        let shape = Shape { gpu_types: types.clone().into(), ..asked.clone() };
-        Self { machines, shape, asked, types }
-    }
-
-    fn answer(&self, cache: &mut Cache) -> (Progress, Reason) {
+impl Question<'_> {
+    /// With GPUs of one of these types.
+    fn answer(&self, choices: &mut Choices, types: &[GpuTypeId]) -> (Progress, Reason) {
         let needed = u32::from(self.shape.nodes);
-        let idle = self.survey_idle(cache);
-        if let Some((able, reason)) = self.kept_out(cache, &idle, needed) {
+        let asked = Asked { shape: self.shape, types };
+        let idle = asked.survey_idle(self.state, choices, &self.idle);
+        if let Some((able, reason)) = self.kept_out(choices, asked, &idle) {
             return ((false, false, Step::Allowed, able, 0), reason);
         }
         if let Some((step, tally)) = idle.short_step(needed) {
-            return ((false, false, step, tally.passed, tally.best().has), self.never(step, tally));
+            return ((false, false, step, tally.passed, tally.has()), self.never(step, tally));
         }
         if let Some((domain, able)) = idle.short_domain(needed, |room| room.able) {
             let lack = Lack::Domain { domain, able };
@@ -241,9 +231,9 @@ impl<'a> Question<'a> {
             return ((true, false, Step::Gpus, 0, 0), reason);
         }
         let away = idle.all.away();
-        let now = self.survey_now(cache);
+        let now = asked.survey_now(self.state, choices, self.open.as_ref().unwrap_or(&self.idle));
         if let Some((step, tally)) = now.short_step(needed) {
-            let progress = (true, true, step, tally.passed, tally.best().has);
+            let progress = (true, true, step, tally.passed, tally.has());
             return (progress, self.busy(step, tally, now.unhealthy, away));
         }
         match now.short_domain(needed, |room| room.able) {
@@ -253,17 +243,15 @@ impl<'a> Question<'a> {
     }
 
     /// Too few machines are left by what the job says of them, or of those too few could run it and in all there are enough.
-    fn kept_out(&self, cache: &mut Cache, idle: &Survey<'_>, needed: u32) -> Option<(u32, Reason)> {
-        let (allowed, machines) = allowed(self.machines.state, &self.shape)?;
+    fn kept_out(&self, choices: &mut Choices, asked: Asked<'_>, idle: &Survey<'_>) -> Option<(u32, Reason)> {
+        let ((allowed, machines), needed) = (self.allowed?, u32::from(self.shape.nodes));
         let is_short = |idle: &Survey<'_>| {
             idle.short_step(needed).is_some() || idle.short_domain(needed, |room| room.able).is_some()
         };
         if allowed == machines || !is_short(idle) {
             return None;
         }
-        let anywhere =
-            Self { shape: Shape { machines: None, ..self.shape.clone() }, types: self.types.clone(), ..*self };
-        let all = anywhere.survey_idle(cache);
+        let all = asked.survey_idle(self.state, choices, &self.fleet.alike(None));
         if allowed >= needed && is_short(&all) {
             return None;
         }
@@ -299,204 +287,41 @@ impl<'a> Question<'a> {
     fn never(&self, step: Step, tally: &Tally) -> Reason {
         let lack = match step {
             _ if tally.passed > 0 => Lack::Machines { able: tally.passed },
-            Step::Gpus => Lack::Gpus(tally.best()),
-            Step::Cores => Lack::Cores(tally.best()),
-            Step::Memory => Lack::Memory(tally.best()),
-            Step::Links | Step::Leases | Step::Together | Step::Allowed | Step::Fits => Lack::Bandwidth(tally.best()),
+            Step::Gpus => Lack::Gpus(tally.best(self.state)),
+            Step::Cores => Lack::Cores(tally.best(self.state)),
+            Step::Memory => Lack::Memory(tally.best(self.state)),
+            Step::Links | Step::Leases | Step::Together | Step::Allowed | Step::Fits => {
+                Lack::Bandwidth(tally.best(self.state))
+            }
         };
         Reason::Never { needs: self.needs(tally.nearest()), lack }
     }
 
     fn busy(&self, step: Step, tally: &Tally, unhealthy: u32, away: u32) -> Reason {
-        let (needs, ready, best) = (self.needs(tally.nearest()), tally.passed, tally.best());
+        let (needs, ready, best) = (self.needs(tally.nearest()), tally.passed, tally.best(self.state));
         match step {
             Step::Gpus => Reason::GpusBusy { needs, ready, best, unhealthy, away },
             Step::Cores => Reason::CoresBusy { needs, ready, best, away },
             Step::Memory => Reason::MemBusy { needs, ready, best, away },
             Step::Links => Reason::Bandwidth { needs, ready, best, wanted_mbps: self.shape.min_bandwidth_mbps },
             Step::Leases | Step::Together | Step::Allowed | Step::Fits => {
-                Reason::LeasesFull { needs, limit: self.machines.state.meta.settings.leases_per_node }
+                Reason::LeasesFull { needs, limit: self.state.meta.settings.leases_per_node }
             }
         }
     }
 
     /// `nearest` is the machine whose default share is named.
     fn needs(&self, nearest: Option<NodeId>) -> Needs {
-        let nearest = nearest.and_then(|id| self.machines.state.nodes.get(&id));
-        let (cores, mem_mib) = nearest.map_or((0, 0), |node| fit::request_on(&node.value, &self.shape));
+        let nearest = nearest.and_then(|id| self.state.nodes.get(&id));
+        let (cores, mem_mib) = nearest.map_or((0, 0), |node| fit::request_on(&node.value, self.shape));
         Needs {
             machines: self.shape.nodes.into(),
             gpus: self.shape.gpus_per_node(),
-            types: type_names(self.machines.state, &self.asked.gpu_types),
+            types: type_names(self.state, &self.shape.gpu_types),
             cores,
             mem_mib,
             within: self.shape.required_level(),
-            allowed: allowed(self.machines.state, &self.shape),
+            allowed: self.allowed,
         }
-    }
-
-    /// Every machine as it would be in service, healthy and empty.
-    fn survey_idle(&self, cache: &mut Cache) -> Survey<'a> {
-        let mut survey = self.new_survey();
-        for (id, node, alloc) in self.machines.idle().iter().filter(|(_, node, _)| self.shape.allows(node)) {
-            if survey.count(*id, node, self.first_lack(cache, node, alloc)) {
-                let in_service =
-                    self.machines.state.nodes.get(id).is_some_and(|node| node.value.admin == NodeAdmin::Ready);
-                let (out, silent) = (!in_service, in_service && self.machines.unheard.contains(id));
-                survey.add(node, &self.shape, Room { able: 1, out: out.into(), silent: silent.into() });
-            }
-        }
-        survey
-    }
-
-    /// The machines in service as the plan has left them.
-    fn survey_now(&self, cache: &mut Cache) -> Survey<'a> {
-        let mut survey = self.new_survey();
-        for (id, _) in self.machines.state.nodes.iter() {
-            let Some((node, alloc)) = self.machines.node(*id).filter(|(node, _)| self.shape.allows(node)) else {
-                continue;
-            };
-            if node.admin != NodeAdmin::Ready || self.machines.unheard.contains(id) || !self.machines.is_open(*id) {
-                continue;
-            }
-            let lack = self.first_lack(cache, node, alloc);
-            let full = lack == (Step::Fits, 0) && !self.machines.takes_leases(*id);
-            if survey.count(*id, node, if full { (Step::Leases, 0) } else { lack }) {
-                survey.add(node, &self.shape, Room { able: 1, ..Room::default() });
-            }
-            survey.unhealthy += self.unhealthy(node, alloc);
-        }
-        survey
-    }
-
-    fn new_survey(&self) -> Survey<'a> {
-        Survey { must_be_together: self.shape.required_level().is_some(), ..Survey::default() }
-    }
-
-    /// The first step that the machine fails, and how much it has of what is short there.
-    fn first_lack(&self, cache: &mut Cache, node: &Node, alloc: &Alloc) -> (Step, u64) {
-        let of_type = self.types.iter().map(|gpu_type| fit::usable_gpus(node, alloc, &[*gpu_type]));
-        let usable = of_type.max_by_key(|usable| usable.count_ones()).unwrap_or(0);
-        if usable.count_ones() < self.shape.gpus_per_node() {
-            return (Step::Gpus, usable.count_ones().into());
-        }
-        match fit::room_for(node, alloc, &self.shape) {
-            Err(NoFit::Cores { free, .. }) => return (Step::Cores, free.into()),
-            Err(NoFit::Memory { free, .. }) => return (Step::Memory, free),
-            _ => {}
-        }
-        let Some(want) = want_of(&self.shape) else { return (Step::Fits, 0) };
-        match cache.choose(self.machines.state, node.class, usable, want) {
-            Ok(_) => (Step::Fits, 0),
-            Err(Shortage::Bandwidth { best_mbps }) => (Step::Links, best_mbps.into()),
-            // More GPUs than the class has links for: nothing is known to link them.
-            Err(Shortage::Gpus { .. }) => (Step::Links, 0),
-        }
-    }
-
-    /// GPUs of the type that are idle only because they are not healthy.
-    fn unhealthy(&self, node: &Node, alloc: &Alloc) -> u32 {
-        let slots = node.gpus.iter().take(fit::MAX_GPUS).enumerate();
-        let sick = slots.filter(|(slot, gpu)| {
-            self.types.contains(&gpu.gpu_type) && gpu.health != GpuHealth::Ok && alloc.free_gpus & (1 << slot) != 0
-        });
-        sick.count() as u32
-    }
-}
-
-/// The steps at which a machine can fall short.
-const STEPS: [Step; 5] = [Step::Gpus, Step::Cores, Step::Memory, Step::Links, Step::Leases];
-
-/// The machines, counted at each step.
-#[derive(Default)]
-struct Survey<'a> {
-    tallies: [Tally; STEPS.len()],
-    all: Room,
-    /// By domain, where the gang must be in one.
-    rooms: BTreeMap<Path<'a>, Room>,
-    must_be_together: bool,
-    unhealthy: u32,
-}
-
-/// Machines that pass every step.
-#[derive(Clone, Copy, Default)]
-struct Room {
-    able: u32,
-    /// Of these.
-    out: u32,
-    silent: u32,
-}
-
-impl Room {
-    fn add(&mut self, more: Room) {
-        self.able += more.able;
-        self.out += more.out;
-        self.silent += more.silent;
-    }
-
-    fn away(&self) -> u32 {
-        self.out + self.silent
-    }
-
-    fn in_service(self) -> u32 {
-        self.able - self.away()
-    }
-}
-
-/// Its names, outermost first.
-fn name_of(domain: &Path<'_>) -> String {
-    domain.iter().filter(|name| !name.is_empty()).copied().collect::<Vec<_>>().join("/")
-}
-
-/// One step: who passes it and all before it, and who of those that fail it comes nearest.
-#[derive(Default)]
-struct Tally {
-    passed: u32,
-    nearest: Option<(NodeId, Best)>,
-}
-
-impl<'a> Survey<'a> {
-    /// Counts a machine with the first step that it fails; true when it fails none.
-    fn count(&mut self, id: NodeId, node: &Node, (lacks, has): (Step, u64)) -> bool {
-        for (step, tally) in STEPS.into_iter().zip(&mut self.tallies) {
-            if step == lacks {
-                if tally.nearest.as_ref().is_none_or(|(_, best)| has > best.has) {
-                    tally.nearest = Some((id, Best { node: node.name.clone(), has }));
-                }
-                return false;
-            }
-            tally.passed += 1;
-        }
-        true
-    }
-
-    /// The first step that fewer machines pass than are needed.
-    fn short_step(&self, needed: u32) -> Option<(Step, &Tally)> {
-        STEPS.into_iter().zip(&self.tallies).find(|(_, tally)| tally.passed < needed)
-    }
-
-    fn add(&mut self, node: &'a Node, shape: &Shape, machine: Room) {
-        self.all.add(machine);
-        if let Some(domain) = domain_for(node, shape).filter(|_| self.must_be_together) {
-            self.rooms.entry(domain).or_default().add(machine);
-        }
-    }
-
-    /// The domain that comes nearest, and how many it has, where the gang must be in one and none has as many as are needed.
-    fn short_domain(&self, needed: u32, count: impl Fn(Room) -> u32) -> Option<(String, u32)> {
-        let counted = self.rooms.iter().map(|(domain, room)| (count(*room), domain));
-        let most = counted.max_by_key(|(count, domain)| (*count, Reverse(*domain)));
-        let (count, domain) = most.map_or((0, String::new()), |(count, domain)| (count, name_of(domain)));
-        (self.must_be_together && count < needed).then_some((domain, count))
-    }
-}
-
-impl Tally {
-    fn nearest(&self) -> Option<NodeId> {
-        self.nearest.as_ref().map(|(id, _)| *id)
-    }
-
-    fn best(&self) -> Best {
-        self.nearest.as_ref().map_or_else(Best::default, |(_, best)| best.clone())
     }
 }

@@ -2,10 +2,12 @@
 //! matters to a task, and what is kept for it, is `reserve`'s.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use statemachine::command::PlacePart;
-use statemachine::record::{Alloc, Lease, Node, PartState};
-use statemachine::{NodeId, State};
+use statemachine::record::{Alloc, Lease, Node, PartState, Versioned};
+use statemachine::table::Table;
+use statemachine::{NodeId, State, Token};
 
 /// Times from here on stand for "when jobs without a time limit have ended": the n-th such job of a machine, the oldest
 /// first, is taken to end n times this later. So waiting for few of them comes before waiting for many.
@@ -19,8 +21,22 @@ const OVERDUE_MS: u64 = 600_000;
 pub(crate) enum End {
     /// At this cluster time at the latest.
     By(u64),
+    /// Of a lease: by its job's limit, or its grace. One that is long overdue can't be waited for: nobody knows when its
+    /// processes can be killed.
+    Due { since_ms: u64, end_ms: u64 },
     /// Its job has no time limit; since when it holds its machine.
     Unknown { since_ms: u64 },
+}
+
+impl End {
+    /// As it is taken now: by a time, or unknown.
+    fn seen_at(self, now_ms: u64) -> Self {
+        match self {
+            End::Due { end_ms, .. } if now_ms <= end_ms.saturating_add(OVERDUE_MS) => End::By(end_ms),
+            End::Due { since_ms, .. } => End::Unknown { since_ms },
+            other => other,
+        }
+    }
 }
 
 /// The share of one part on one machine.
@@ -66,6 +82,12 @@ impl Holding {
     }
 }
 
+/// What is free, without who has the rest.
+pub(crate) fn free_of(alloc: &Alloc) -> Alloc {
+    let Alloc { free_gpus, mem_free_mib, .. } = *alloc;
+    Alloc { free_gpus, mem_free_mib, cores_free: alloc.cores_free.clone(), ..Alloc::default() }
+}
+
 /// Takes what the part holds out of what is free.
 pub(crate) fn take(alloc: &mut Alloc, part: &PlacePart) {
     for slot in &part.gpu_order {
@@ -86,22 +108,48 @@ pub(crate) fn lower(free: &mut Alloc, other: &Alloc) {
     free.mem_free_mib = free.mem_free_mib.min(other.mem_free_mib);
 }
 
-/// What every lease holds on each machine.
-pub(crate) fn of_leases(state: &State) -> BTreeMap<NodeId, Vec<Holding>> {
-    let mut held: BTreeMap<NodeId, Vec<Holding>> = BTreeMap::new();
-    for (_, lease) in state.leases.iter() {
-        let end = lease_end(state, &lease.value);
-        for part in lease.value.parts.iter().filter(|part| part.state != PartState::Released) {
-            let (gpus, cores_by_numa, mem_mib) = (part.gpus, part.cores_by_numa.clone(), part.mem_mib);
-            held.entry(part.node).or_default().push(Holding { end, gpus, cores_by_numa, mem_mib });
-        }
-    }
-    held
+/// What every lease of a state holds on each machine, kept from plan to plan.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Held {
+    leases: Table<Token, Versioned<Lease>>,
+    /// By the tokens.
+    on: BTreeMap<NodeId, Vec<(Token, Holding)>>,
 }
 
-/// By its job's limit from the start of its ranks; one that was decided, by its grace. One that is long overdue can't be
-/// waited for: nobody knows when its processes can be killed.
-pub(crate) fn lease_end(state: &State, lease: &Lease) -> End {
+impl Held {
+    /// Reads the leases that changed. A running job's limit never changes, so a lease tells when it ends once and for all.
+    pub fn begin(&mut self, state: &State) {
+        let changed: Vec<Token> = state.leases.changed_since(&self.leases).copied().collect();
+        for token in changed {
+            for part in self.leases.get(&token).iter().flat_map(|lease| &lease.value.parts) {
+                if let Entry::Occupied(mut here) = self.on.entry(part.node) {
+                    here.get_mut().retain(|(of, _)| *of != token);
+                    if here.get().is_empty() {
+                        here.remove();
+                    }
+                }
+            }
+            let Some(lease) = state.leases.get(&token) else { continue };
+            let end = due(state, &lease.value);
+            for part in lease.value.parts.iter().filter(|part| part.state != PartState::Released) {
+                let (gpus, cores_by_numa, mem_mib) = (part.gpus, part.cores_by_numa.clone(), part.mem_mib);
+                let here = self.on.entry(part.node).or_default();
+                let at = here.partition_point(|(of, _)| *of <= token);
+                here.insert(at, (token, Holding { end, gpus, cores_by_numa, mem_mib }));
+            }
+        }
+        self.leases = state.leases.clone();
+    }
+
+    /// By the tokens.
+    pub fn on(&self, id: NodeId) -> impl ExactSizeIterator<Item = &Holding> + Clone {
+        let here = self.on.get(&id).map(Vec::as_slice).unwrap_or_default();
+        here.iter().map(|(_, holding)| holding)
+    }
+}
+
+/// By its job's limit from the start of its ranks; one that was decided, by its grace.
+fn due(state: &State, lease: &Lease) -> End {
     let Some(job) = state.jobs.get(&lease.task.job) else { return End::By(0) };
     let spec = &job.value.spec;
     let since_ms = lease.started_ms.unwrap_or(lease.granted_ms);
@@ -109,8 +157,12 @@ pub(crate) fn lease_end(state: &State, lease: &Lease) -> End {
         Some(verdict) => Some(verdict.clock_ms.saturating_add(spec.kill_grace_ms)),
         None => spec.length_ms().map(|length| since_ms.saturating_add(length)),
     };
-    let in_time = end_ms.filter(|end| state.meta.clock_ms <= end.saturating_add(OVERDUE_MS));
-    in_time.map_or(End::Unknown { since_ms }, End::By)
+    end_ms.map_or(End::Unknown { since_ms }, |end_ms| End::Due { since_ms, end_ms })
+}
+
+/// When a lease ends, as it is taken now.
+pub(crate) fn lease_end(state: &State, lease: &Lease) -> End {
+    due(state, lease).seen_at(state.meta.clock_ms)
 }
 
 /// The holdings of one machine with the times at which they end: in the future, as they have not ended yet.
@@ -118,16 +170,16 @@ pub(crate) fn with_ends<'a>(
     holdings: impl Iterator<Item = &'a Holding> + Clone,
     now_ms: u64,
 ) -> Vec<(u64, &'a Holding)> {
-    let since = |holding: &Holding| match holding.end {
+    let since = |holding: &Holding| match holding.end.seen_at(now_ms) {
         End::Unknown { since_ms } => Some(since_ms),
-        End::By(_) => None,
+        End::By(_) | End::Due { .. } => None,
     };
     let mut endless: Vec<u64> = holdings.clone().filter_map(since).collect();
     endless.sort_unstable();
     // Equal ages are told apart by their order.
     let mut equal: BTreeMap<u64, u64> = BTreeMap::new();
-    let mut end_ms = |holding: &Holding| match holding.end {
-        End::By(time) => time.max(now_ms.saturating_add(1)),
+    let mut end_ms = |holding: &Holding| match holding.end.seen_at(now_ms) {
+        End::By(time) | End::Due { end_ms: time, .. } => time.max(now_ms.saturating_add(1)),
         End::Unknown { since_ms } => {
             let nth = equal.entry(since_ms).or_default();
             *nth += 1;

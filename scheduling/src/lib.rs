@@ -4,15 +4,18 @@
 //! is built. What is allowed at all (`fit`) is decided once, in `statemachine`, and imported here.
 
 pub mod bandwidth;
+mod cache;
 pub mod choose;
 mod domains;
 pub mod explain;
+mod fleet;
 pub mod fragmentation;
 mod holding;
 pub mod line;
 pub mod links;
 mod machines;
 pub mod order;
+mod outcome;
 pub mod outlook;
 pub mod plan;
 pub mod points;
@@ -26,6 +29,7 @@ pub mod score;
 mod seats;
 mod selection;
 pub mod simulate;
+mod survey;
 pub mod why;
 mod windows;
 pub mod world;

@@ -11,6 +11,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
+use statemachine::record::Job;
 use statemachine::settings::OrderBy;
 use statemachine::state::{Kin, QueueKey, Waiter};
 use statemachine::{JobId, State, TenantId, UserId};
@@ -49,55 +50,75 @@ pub(crate) struct Passed {
 }
 
 /// One tenant's waiting jobs, from its highest priority on.
-#[derive(Debug)]
-pub(crate) struct Line {
+pub(crate) struct Line<'a> {
+    state: &'a State,
     passed: Passed,
+    kin: Vec<Kindred<'a>>,
     /// The first of each kin of the level, in the order.
-    heads: BTreeSet<(Rank, Waiter)>,
+    heads: BTreeMap<(Rank, Waiter), Head<'a>>,
 }
 
-impl Line {
+/// The first of a kin.
+struct Head<'a> {
+    /// Its place in `Line::kin`.
+    kin: usize,
+    job: Option<&'a Job>,
+}
+
+/// Jobs of one kin.
+struct Kindred<'a> {
+    guess_ms: u64,
+    /// Those behind its head, once somebody asked.
+    behind: Option<Box<dyn Iterator<Item = Waiter> + 'a>>,
+    last: Option<(Kin, (u64, JobId))>,
+}
+
+impl<'a> Line<'a> {
     /// Behind what was passed, without the ones that `skip` names.
-    pub fn new(state: &State, tenant: TenantId, passed: Option<Passed>, skip: &BTreeSet<QueueKey>) -> Self {
+    pub fn new(state: &'a State, tenant: TenantId, passed: Option<Passed>, skip: &BTreeSet<QueueKey>) -> Self {
         let level = Kin::first_of(tenant);
-        let mut line =
-            Self { passed: passed.unwrap_or(Passed { level, last: BTreeMap::new() }), heads: BTreeSet::new() };
-        line.enter(state, skip);
+        let passed = passed.unwrap_or(Passed { level, last: BTreeMap::new() });
+        let mut line = Self { state, passed, kin: Vec::new(), heads: BTreeMap::new() };
+        line.enter(skip);
         line
     }
 
-    pub fn into_passed(self) -> Passed {
+    pub fn into_passed(mut self) -> Passed {
+        self.passed.last.extend(self.kin.iter().filter_map(|kin| kin.last));
         self.passed
     }
 
     pub fn first(&self) -> Option<QueueKey> {
-        self.heads.first().map(|(_, waiter)| waiter.key())
+        self.heads.first_key_value().map(|((_, waiter), _)| waiter.key())
     }
 
-    /// Passes the first one.
-    pub fn pass(&mut self, state: &State, skip: &BTreeSet<QueueKey>) {
-        let Some((_, waiter)) = self.heads.pop_first() else { return };
-        self.passed.last.insert(waiter.kin, (waiter.seq, waiter.job));
-        self.follow(state, waiter, skip);
+    /// Passes the first one: its job.
+    pub fn pass(&mut self, skip: &BTreeSet<QueueKey>) -> Option<&'a Job> {
+        let ((_, waiter), head) = self.heads.pop_first()?;
+        self.kin[head.kin].last = Some((waiter.kin, (waiter.seq, waiter.job)));
+        self.follow(waiter, head.kin, skip);
+        head.job
     }
 
     /// A task out of its turn, which `skip` names: it stands here no more.
-    pub fn leave(&mut self, state: &State, key: QueueKey, skip: &BTreeSet<QueueKey>) {
-        let Some(head) = self.heads.iter().find(|(_, waiter)| waiter.key() == key).copied() else { return };
-        self.heads.remove(&head);
-        self.follow(state, head.1, skip);
+    pub fn leave(&mut self, key: QueueKey, skip: &BTreeSet<QueueKey>) {
+        let Some(head) = self.heads.keys().find(|(_, waiter)| waiter.key() == key).copied() else { return };
+        if let Some(Head { kin, .. }) = self.heads.remove(&head) {
+            self.follow(head.1, kin, skip);
+        }
     }
 
     /// The next of the same kin, or the next level behind the last of this one.
-    fn follow(&mut self, state: &State, waiter: Waiter, skip: &BTreeSet<QueueKey>) {
-        let behind = state.index.kins.range((Bound::Excluded(waiter), Bound::Unbounded)).copied();
-        let mut kin = behind.take_while(|other| other.kin == waiter.kin);
-        if let Some(next) = kin.find(|other| !skip.contains(&other.key())) {
-            let guess_ms = state.guess_ms(next.kin.user, next.kin.limit_ms);
-            self.heads.insert((rank(state, &next, guess_ms), next));
+    fn follow(&mut self, waiter: Waiter, kin: usize, skip: &BTreeSet<QueueKey>) {
+        let state = self.state;
+        let of_kin = &mut self.kin[kin];
+        let behind = of_kin.behind.get_or_insert_with(|| Box::new(all_behind(state, waiter)));
+        if let Some(next) = behind.find(|other| !skip.contains(&other.key())) {
+            let (rank, job) = rank(state, &next, of_kin.guess_ms);
+            self.heads.insert((rank, next), Head { kin, job });
         }
         if self.heads.is_empty() && self.descend() {
-            self.enter(state, skip);
+            self.enter(skip);
         }
     }
 
@@ -106,81 +127,80 @@ impl Line {
         let next = self.passed.level.next_level();
         if let Some(level) = next {
             self.passed = Passed { level, last: BTreeMap::new() };
+            self.kin.clear();
         }
         next.is_some()
     }
 
     /// The first level from here on that has something left.
-    fn enter(&mut self, state: &State, skip: &BTreeSet<QueueKey>) {
+    fn enter(&mut self, skip: &BTreeSet<QueueKey>) {
         loop {
             let Passed { level, last } = &mut self.passed;
             let from = Waiter::first_of(*level);
-            let Some(first) = state.index.kins.range(from..).next().filter(|first| first.kin.tenant == level.tenant)
-            else {
-                return;
-            };
+            let first = self.state.index.kins.range(from..).next();
+            let Some(first) = first.filter(|first| first.kin.tenant == level.tenant) else { return };
             if first.kin.level() != *level {
                 *level = first.kin.level();
                 last.clear();
             }
-            self.heads = heads(state, *level, last, skip);
+            self.find_heads(skip);
             if !self.heads.is_empty() || !self.descend() {
                 return;
             }
         }
     }
-}
 
-/// The first of each kin behind the last one that was passed. Where kin are many a step leads from one to the next.
-fn heads(
-    state: &State,
-    level: Kin,
-    last: &BTreeMap<Kin, (u64, JobId)>,
-    skip: &BTreeSet<QueueKey>,
-) -> BTreeSet<(Rank, Waiter)> {
-    let mut heads = BTreeSet::new();
-    let mut guess: Option<(UserId, u64, u64)> = None;
-    let mut rest = state.index.kins.range(Waiter::first_of(level)..);
-    let mut next = rest.next().copied();
-    while let Some(waiter) = next.filter(|waiter| waiter.kin.level() == level) {
-        let from = match last.get(&waiter.kin) {
-            Some((seq, job)) => Bound::Excluded(Waiter { kin: waiter.kin, seq: *seq, job: *job }),
-            None => Bound::Included(waiter),
-        };
-        let stands = |other: &Waiter| !skip.contains(&other.key());
-        let first = if from == Bound::Included(waiter) && stands(&waiter) {
-            Some(waiter)
-        } else {
-            let behind = state.index.kins.range((from, Bound::Unbounded)).copied();
-            behind.take_while(|other| other.kin == waiter.kin).find(stands)
-        };
-        let (user, limit_ms) = (waiter.kin.user, waiter.kin.limit_ms);
-        if let Some(first) = first {
-            let known = guess.filter(|(of, limit, _)| (*of, *limit) == (user, limit_ms)).map(|(.., guess_ms)| guess_ms);
-            let guess_ms = known.unwrap_or_else(|| state.guess_ms(user, limit_ms));
-            guess = Some((user, limit_ms, guess_ms));
-            heads.insert((rank(state, &first, guess_ms), first));
-        }
-        next = rest.next().copied();
-        if next.is_some_and(|other| other.kin == waiter.kin) {
-            rest = state.index.kins.range((Bound::Excluded(Waiter::last_of(waiter.kin)), Bound::Unbounded));
+    /// The first of each kin behind the last one that was passed. Where kin are many a step leads from one to the next.
+    fn find_heads(&mut self, skip: &BTreeSet<QueueKey>) {
+        let (state, level) = (self.state, self.passed.level);
+        let mut guess: Option<(UserId, u64, u64)> = None;
+        let mut rest = state.index.kins.range(Waiter::first_of(level)..);
+        let mut next = rest.next().copied();
+        while let Some(waiter) = next.filter(|waiter| waiter.kin.level() == level) {
+            let stands = |other: &Waiter| !skip.contains(&other.key());
+            let first = match self.passed.last.get(&waiter.kin) {
+                None if stands(&waiter) => Some(waiter),
+                None => all_behind(state, waiter).find(stands),
+                Some((seq, job)) => all_behind(state, Waiter { kin: waiter.kin, seq: *seq, job: *job }).find(stands),
+            };
+            if let Some(first) = first {
+                let (user, limit_ms) = (waiter.kin.user, waiter.kin.limit_ms);
+                let known = guess.filter(|(of, limit, _)| (*of, *limit) == (user, limit_ms));
+                let guess_ms = known.map_or_else(|| state.guess_ms(user, limit_ms), |(.., guess_ms)| guess_ms);
+                guess = Some((user, limit_ms, guess_ms));
+                let (rank, job) = rank(state, &first, guess_ms);
+                self.heads.insert((rank, first), Head { kin: self.kin.len(), job });
+                self.kin.push(Kindred { guess_ms, behind: None, last: None });
+            }
             next = rest.next().copied();
+            if next.is_some_and(|other| other.kin == waiter.kin) {
+                rest = state.index.kins.range((Bound::Excluded(Waiter::last_of(waiter.kin)), Bound::Unbounded));
+                next = rest.next().copied();
+            }
         }
     }
-    heads
 }
 
-fn rank(state: &State, waiter: &Waiter, guess_ms: u64) -> Rank {
+/// Those of the same kin behind this one.
+fn all_behind(state: &State, waiter: Waiter) -> impl Iterator<Item = Waiter> + '_ {
+    let behind = state.index.kins.range((Bound::Excluded(waiter), Bound::Unbounded)).copied();
+    behind.take_while(move |other| other.kin == waiter.kin)
+}
+
+/// Its rank, and its job, which is looked at for it.
+fn rank<'a>(state: &'a State, waiter: &Waiter, guess_ms: u64) -> (Rank, Option<&'a Job>) {
     let planning = &state.meta.settings.planning;
-    match planning.order {
-        OrderBy::Fair => Rank::new(waited_ms(state, waiter), guess_ms, planning.aged_after_ms, waiter.seq),
+    let job = state.jobs.get(&waiter.job).map(|job| &job.value);
+    let rank = match planning.order {
+        OrderBy::Fair => Rank::new(waited_ms(state, waiter, job), guess_ms, planning.aged_after_ms, waiter.seq),
         OrderBy::Fifo => Rank { ratio: Reverse(0), seq: waiter.seq },
-    }
+    };
+    (rank, job)
 }
 
 /// Since its submission, or since the begin that it asked for.
-fn waited_ms(state: &State, waiter: &Waiter) -> u64 {
-    let submitted_ms = state.jobs.get(&waiter.job).map_or(state.meta.clock_ms, |job| job.value.submitted_clock_ms);
+fn waited_ms(state: &State, waiter: &Waiter, job: Option<&Job>) -> u64 {
+    let submitted_ms = job.map_or(state.meta.clock_ms, |job| job.submitted_clock_ms);
     let since_ms = state.meta.clock_ms.saturating_sub(submitted_ms);
     match waiter.kin.begin_wall_ms {
         0 => since_ms,

@@ -1,73 +1,26 @@
 //! The machines as one plan sees them: what is free after the placements made so far, what falls free later and what is
-//! kept for a waiting task, and the memoised choice of GPUs.
+//! kept for a waiting task.
 //!
 //! Whether a part fits is `statemachine::fit`'s answer, given here for the machine as the plan has left it.
 
 use std::borrow::Cow;
-use std::cell::OnceCell;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use statemachine::command::PlacePart;
 use statemachine::fit;
-use statemachine::record::{Alloc, Class, Gpu, GpuHealth, Node, NodeAdmin};
+use statemachine::record::{Alloc, Gpu, GpuHealth, Node};
 use statemachine::spec::{JobSpec, Shape};
-use statemachine::{ClassId, GpuTypeId, JobId, NodeId, State, TaskKey};
+use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey};
 
-use crate::bandwidth::BandwidthTable;
-use crate::choose::{Choice, Shortage, Want, choose};
-use crate::holding::{self, End, Holding, Kept};
-use crate::links::Mask;
+use crate::cache::Cache;
+use crate::choose::Want;
+use crate::holding::{self, End, Held, Holding, Kept};
 use crate::windows::{self, Window};
-
-/// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
-const CHOICES: usize = 65_536;
 
 /// Four of five jobs of real logs that wait start no sooner than if those before them used this part of their limits.
 const HASTE: u64 = 10;
-
-/// What a planner may keep from plan to plan. Everything in it follows from the state: an empty cache gives the same
-/// plan, later.
-#[derive(Clone, Debug, Default)]
-pub struct Cache {
-    tables: BTreeMap<ClassId, Arc<BandwidthTable>>,
-    choices: BTreeMap<(ClassId, Mask, Want), Result<Choice, Shortage>>,
-}
-
-impl Cache {
-    /// Forgets what was derived from classes that are not those of the state.
-    pub(crate) fn keep_what_holds(&mut self, state: &State) {
-        let holds =
-            |(class, table): (&ClassId, &Arc<BandwidthTable>)| state.classes.get(class) == Some(table.links().facts());
-        if !self.tables.iter().all(holds) {
-            *self = Self::default();
-        }
-    }
-
-    pub(crate) fn table(&mut self, state: &State, class: ClassId) -> Arc<BandwidthTable> {
-        let new = || Arc::new(BandwidthTable::new(state.classes.get(&class).unwrap_or(&Class::default())));
-        self.tables.entry(class).or_insert_with(new).clone()
-    }
-
-    pub(crate) fn choose(
-        &mut self,
-        state: &State,
-        class: ClassId,
-        usable: Mask,
-        want: Want,
-    ) -> Result<Choice, Shortage> {
-        let key = (class, usable, want);
-        if let Some(known) = self.choices.get(&key) {
-            return known.clone();
-        }
-        if self.choices.len() >= CHOICES {
-            self.choices.clear();
-        }
-        let answer = choose(&self.table(state, class), usable, want);
-        self.choices.insert(key, answer.clone());
-        answer
-    }
-}
 
 /// What a shape asks of the GPUs of one machine; `None` for a shape without GPUs.
 pub(crate) fn want_of(shape: &Shape) -> Option<Want> {
@@ -84,9 +37,7 @@ pub(crate) struct Machines<'a> {
     left: BTreeMap<NodeId, Left>,
     /// Machines that lost something, in order: whoever keeps a view of them reads on from where it stopped.
     pub(crate) touched: Vec<NodeId>,
-    idle: OnceCell<Vec<(NodeId, Node, Alloc)>>,
-    /// What the leases of the state hold.
-    leased: OnceCell<BTreeMap<NodeId, Vec<Holding>>>,
+    held: Arc<Held>,
     kept: BTreeMap<NodeId, Vec<Kept>>,
     /// When what is kept for tasks begins.
     starts: BTreeSet<u64>,
@@ -108,15 +59,16 @@ struct Left {
 }
 
 impl<'a> Machines<'a> {
-    pub(crate) fn new(state: &'a State, unheard: &'a BTreeSet<NodeId>) -> Self {
+    /// The cache has begun with this state.
+    pub(crate) fn new(state: &'a State, cache: &Cache, unheard: &'a BTreeSet<NodeId>) -> Self {
+        let held = cache.held.clone();
         let mut machines = Self {
             state,
             unheard,
             hasty: false,
             left: BTreeMap::new(),
             touched: Vec::new(),
-            idle: OnceCell::new(),
-            leased: OnceCell::new(),
+            held,
             kept: BTreeMap::new(),
             starts: BTreeSet::new(),
             windows: windows::of_state(state),
@@ -137,6 +89,7 @@ impl<'a> Machines<'a> {
                 let part = windows::whole(*id, &node.value);
                 let kept = Kept { from_ms: window.from_ms, until_ms: window.until_ms, part, window: Some(nth) };
                 self.kept.entry(*id).or_default().push(kept);
+                self.touched.push(*id);
             }
         }
     }
@@ -151,6 +104,11 @@ impl<'a> Machines<'a> {
     /// The window of the task that is looked at.
     pub(crate) fn inside(&self) -> Option<usize> {
         self.inside
+    }
+
+    /// The machines of that window, by their ids.
+    pub(crate) fn window_nodes(&self) -> Option<&'a BTreeSet<NodeId>> {
+        self.inside.map(|nth| &self.windows[nth].record.nodes)
     }
 
     /// The times between which such a task may start.
@@ -168,6 +126,11 @@ impl<'a> Machines<'a> {
         let kept = self.kept_on(id).filter(|kept| kept.window.is_some() && kept.from_ms < until_ms);
         let first = kept.min_by_key(|kept| kept.from_ms)?;
         first.window.map(|nth| self.windows[nth])
+    }
+
+    /// Some machine is set aside at some time.
+    pub(crate) fn has_windows(&self) -> bool {
+        !self.windows.is_empty()
     }
 
     /// When windows that have not begun begin.
@@ -188,8 +151,13 @@ impl<'a> Machines<'a> {
 
     /// The same for this task.
     pub(crate) fn takes_lease_of(&self, id: NodeId, task: TaskKey) -> bool {
+        !self.unheard.contains(&id) && self.has_lease_left(id, task)
+    }
+
+    /// It may hold one more, heard of or not.
+    pub(crate) fn has_lease_left(&self, id: NodeId, task: TaskKey) -> bool {
         let held = self.state.allocs.get(&id).map_or(0, |alloc| alloc.leases.len());
-        !self.unheard.contains(&id) && self.takes_lease_beside(id, held, task)
+        self.takes_lease_beside(id, held, task)
     }
 
     /// It may hold one more beside so many and those that were planned there.
@@ -198,12 +166,10 @@ impl<'a> Machines<'a> {
         self.state.takes_lease(id, held + planned, task)
     }
 
-    /// Every machine as it would be in service, healthy and empty.
-    pub(crate) fn idle(&self) -> &[(NodeId, Node, Alloc)] {
-        self.idle.get_or_init(|| {
-            let nodes = self.state.nodes.iter();
-            nodes.map(|(id, node)| idle(*id, &node.value)).collect()
-        })
+    /// Parts that the plan has put on a machine, and what is kept there for others.
+    pub(crate) fn changes_on(&self, id: NodeId) -> (usize, usize) {
+        let parts = self.left.get(&id).map_or(0, |left| left.parts.len());
+        (parts, self.kept.get(&id).map_or(0, Vec::len))
     }
 
     /// What is free on a machine for a task that runs on at `bar`: without what is kept from then on or sooner.
@@ -221,7 +187,7 @@ impl<'a> Machines<'a> {
         let kept: Vec<&Kept> = self.kept_on(id).filter(|kept| kept.from_ms <= bar).collect();
         let holdings = self.holdings(id);
         let at = |time: u64| {
-            let mut alloc = alloc.clone();
+            let mut alloc = holding::free_of(alloc);
             for (_, holding) in holdings.iter().filter(|(end, _)| *end <= time) {
                 holding.give_back(node, &mut alloc);
             }
@@ -239,11 +205,10 @@ impl<'a> Machines<'a> {
 
     /// When each part on a machine ends, in no order.
     pub(crate) fn holdings(&self, id: NodeId) -> Vec<(u64, &Holding)> {
-        let leased = self.leased.get_or_init(|| holding::of_leases(self.state)).get(&id);
-        let leased = leased.map(Vec::as_slice).unwrap_or_default();
+        let leased = self.held.on(id);
         let planned = self.left.get(&id).map(|left| left.parts.as_slice()).unwrap_or_default();
         let now_ms = self.state.meta.clock_ms;
-        let mut holdings = holding::with_ends(leased.iter().chain(planned), now_ms);
+        let mut holdings = holding::with_ends(leased.clone().chain(planned), now_ms);
         if self.hasty {
             holdings.iter_mut().take(leased.len()).for_each(|(end, _)| *end = now_ms.saturating_add(1));
         }
@@ -328,7 +293,7 @@ impl<'a> Machines<'a> {
         let gpu_order = match (want_of(shape), gpu_type) {
             (Some(want), Some(gpu_type)) => {
                 let usable = fit::usable_gpus(node, alloc, &[gpu_type]);
-                cache.choose(self.state, node.class, usable, want).ok()?.order
+                cache.choices.choose(self.state, node.class, usable, want).as_ref().ok()?.order.clone()
             }
             _ => Vec::new(),
         };
@@ -339,9 +304,13 @@ impl<'a> Machines<'a> {
 
     /// Takes what the part holds out of the overlay, until it ends.
     pub(crate) fn take(&mut self, part: &PlacePart, end: End) {
-        let Some((_, alloc)) = self.node(part.node) else { return };
-        let alloc = alloc.clone();
-        let left = self.left.entry(part.node).or_insert(Left { alloc, parts: Vec::new(), claimed: 0 });
+        let left = match self.left.entry(part.node) {
+            Entry::Occupied(left) => left.into_mut(),
+            Entry::Vacant(new) => {
+                let Some(alloc) = self.state.allocs.get(&part.node) else { return };
+                new.insert(Left { alloc: holding::free_of(alloc), parts: Vec::new(), claimed: 0 })
+            }
+        };
         left.parts.push(Holding::of_placed(part, end));
         holding::take(&mut left.alloc, part);
         self.touched.push(part.node);
@@ -351,17 +320,6 @@ impl<'a> Machines<'a> {
 /// The GPU is in the machine, whatever its health.
 pub(crate) fn is_present(gpu: &Gpu) -> bool {
     gpu.health != GpuHealth::Gone
-}
-
-fn idle(id: NodeId, node: &Node) -> (NodeId, Node, Alloc) {
-    let mut node = Node { admin: NodeAdmin::Ready, ..node.clone() };
-    let mut free_gpus = 0;
-    for (slot, gpu) in node.gpus.iter_mut().enumerate().take(fit::MAX_GPUS).filter(|(_, gpu)| is_present(gpu)) {
-        gpu.health = GpuHealth::Ok;
-        free_gpus |= 1 << slot;
-    }
-    let (cores_free, mem_free_mib) = (node.cores_by_numa.clone(), node.mem_mib);
-    (id, node, Alloc { free_gpus, cores_free, mem_free_mib, ..Alloc::default() })
 }
 
 /// Cores from the NUMA domains of the GPUs, in proportion to the GPUs in each; what is missing there comes from the

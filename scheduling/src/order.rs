@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Bound;
 
 use statemachine::account::{Amounts, Usage};
-use statemachine::record::Tenant;
+use statemachine::record::{Job, Tenant};
 use statemachine::settings::OrderBy;
 use statemachine::spec::Shape;
 use statemachine::state::QueueKey;
@@ -46,7 +46,7 @@ pub struct Order<'a> {
     places: BTreeMap<Place, Standing>,
     passed: Position,
     /// By tenant, its tasks by priority and ratio.
-    lines: BTreeMap<TenantId, Line>,
+    lines: BTreeMap<TenantId, Line<'a>>,
     /// By tenant, its tasks that have aged and were not passed, the oldest first.
     aged: BTreeMap<TenantId, VecDeque<QueueKey>>,
     /// Tasks of arrays that were started, and by tenant the array whose next one goes on.
@@ -78,6 +78,8 @@ struct Standing {
     used: Amounts,
     past: Usage,
     weight: u32,
+    /// Of what it uses and used, in `WHOLE`ths, divided by the weight.
+    share: u64,
     /// The task of this place that goes first, and its rank; `None` when nothing is left.
     first: Option<(Rank, QueueKey)>,
     /// Those below that have something left.
@@ -87,9 +89,14 @@ struct Standing {
 impl<'a> Order<'a> {
     /// The order behind a position of the same state.
     pub fn new(state: &'a State, passed: Position) -> Self {
+        Self::with_capacity(state, passed, capacity(state))
+    }
+
+    /// The same where what all machines have is known.
+    pub(crate) fn with_capacity(state: &'a State, passed: Position, capacity: Amounts) -> Self {
         let (places, lines, aged) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let (started, again) = (BTreeMap::new(), BTreeMap::new());
-        let mut order = Self { state, capacity: capacity(state), places, passed, lines, aged, started, again };
+        let mut order = Self { state, capacity, places, passed, lines, aged, started, again };
         order.places.insert(Place::Root, Standing::default());
         let below = sums_below(state);
         for tenant in waiting_tenants(state) {
@@ -114,10 +121,10 @@ impl<'a> Order<'a> {
         self.places.get(&Place::Root).is_some_and(|root| !root.below.is_empty())
     }
 
-    /// A task starts. Of an array the next one is at the front again.
-    pub fn started(&mut self, key: QueueKey) {
+    /// A task of this job starts. Of an array the next one is at the front again.
+    pub fn started(&mut self, key: QueueKey, job: &Job) {
         let array = key.task.job;
-        if self.state.jobs.get(&array).is_some_and(|job| job.value.array().is_some()) {
+        if job.array().is_some() {
             let started = self.started.entry(array).or_default();
             *started += 1;
             if let Some(task) = self.state.task_to_start(array, *started) {
@@ -132,6 +139,7 @@ impl<'a> Order<'a> {
         for place in std::iter::once(Place::Own(tenant)).chain(above) {
             if let Some(standing) = self.places.get_mut(&place) {
                 standing.used.add(takes);
+                standing.share = share(standing, &self.capacity, self.state.meta.settings.usage_half_life_ms);
             }
         }
         self.rank(tenant);
@@ -142,7 +150,7 @@ impl<'a> Order<'a> {
         let (now_ms, half_life_ms) = (self.state.meta.clock_ms, self.state.meta.settings.usage_half_life_ms);
         for (id, account) in self.state.tenant_chain(tenant) {
             let past = account.usage.at(now_ms, &account.used, half_life_ms);
-            let standing =
+            let mut standing =
                 Standing { used: account.used.clone(), past, weight: account.policy.weight, ..Standing::default() };
             if id == tenant {
                 let mut own = Standing { weight: 1, ..standing.clone() };
@@ -151,8 +159,10 @@ impl<'a> Order<'a> {
                     own.past.gpu_ms = own.past.gpu_ms.saturating_sub(past.gpu_ms);
                     own.past.core_ms = own.past.core_ms.saturating_sub(past.core_ms);
                 }
+                own.share = share(&own, &self.capacity, half_life_ms);
                 self.places.insert(Place::Own(id), own);
             }
+            standing.share = share(&standing, &self.capacity, half_life_ms);
             self.places.entry(Place::Tenant(id)).or_insert(standing);
         }
     }
@@ -176,13 +186,9 @@ impl<'a> Order<'a> {
     fn settle(&mut self, place: Place, above: Place, first: Option<(bool, QueueKey)>) {
         let aged = first.is_some_and(|(_, key)| self.first_aged(key.tenant) == Some(key));
         let Some(standing) = self.places.get_mut(&place) else { return };
-        let settings = &self.state.meta.settings;
         let ranked = first.map(|(borrows, key)| {
-            let rank = match settings.planning.order {
-                OrderBy::Fair => {
-                    let share = share(standing, &self.capacity, settings.usage_half_life_ms);
-                    Rank { borrows, share, seq: key.seq }
-                }
+            let rank = match self.state.meta.settings.planning.order {
+                OrderBy::Fair => Rank { borrows, share: standing.share, seq: key.seq },
                 OrderBy::Fifo => Rank { borrows: false, share: urgency(key, aged), seq: key.seq },
             };
             (rank, key)
@@ -213,6 +219,9 @@ impl<'a> Order<'a> {
 
     /// The task's GPUs are within what is guaranteed to the tenant, whichever acceptable type has room.
     fn is_guaranteed(&self, id: TenantId, account: &Tenant, task: TaskKey) -> bool {
+        if account.policy.guaranteed.is_empty() {
+            return false;
+        }
         let Some(shape) = shape_of(self.state, task) else { return false };
         let gpus = all_gpus(shape);
         let used = self.places.get(&Place::Tenant(id)).map_or(&account.used, |standing| &standing.used);
@@ -228,25 +237,36 @@ impl Iterator for Order<'_> {
     type Item = QueueKey;
 
     fn next(&mut self) -> Option<QueueKey> {
+        self.next_job().map(|(key, _)| key)
+    }
+}
+
+impl<'a> Order<'a> {
+    /// The next task with its job.
+    pub(crate) fn next_job(&mut self) -> Option<(QueueKey, Option<&'a Job>)> {
         let (_, lowest) = self.places.get(&Place::Root)?.below.first()?;
         let (_, key) = self.places.get(lowest)?.first?;
+        let state = self.state;
+        let look_up = || state.jobs.get(&key.task.job).map(|job| &job.value);
         if self.again.remove(&key.tenant).is_some() {
             self.rank(key.tenant);
-            return Some(key);
+            return Some((key, look_up()));
         }
         let line = self.lines.get_mut(&key.tenant)?;
-        match self.aged.get_mut(&key.tenant).filter(|aged| aged.front() == Some(&key)) {
+        let job = match self.aged.get_mut(&key.tenant).filter(|aged| aged.front() == Some(&key)) {
             Some(aged) => {
                 aged.pop_front();
                 self.passed.aged.insert(key);
-                line.leave(self.state, key, &self.passed.aged);
+                line.leave(key, &self.passed.aged);
+                look_up()
             }
-            None => line.pass(self.state, &self.passed.aged),
-        }
+            None => line.pass(&self.passed.aged),
+        };
         self.rank(key.tenant);
         // The queue has an array once, whatever its next task.
-        let task = self.state.task_to_start(key.task.job, 0).unwrap_or(key.task);
-        Some(QueueKey { task, ..key })
+        let is_array = job.is_some_and(|job| job.array().is_some());
+        let task = is_array.then(|| state.task_to_start(key.task.job, 0)).flatten().unwrap_or(key.task);
+        Some((QueueKey { task, ..key }, job))
     }
 }
 

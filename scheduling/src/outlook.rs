@@ -132,7 +132,8 @@ impl Cycle<'_> {
             if !reason.ends_with_time() || starts.contains_key(&task) {
                 continue;
             }
-            let Some((spec, _)) = waiting_task(state, task) else { continue };
+            let Some((job, _)) = waiting_task(state, task) else { continue };
+            let spec = &job.spec;
             let kind = (&spec.shape, spec.length_ms(), spec.reservation());
             if hopeless.contains(&kind) {
                 continue;

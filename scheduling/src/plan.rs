@@ -17,30 +17,25 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use statemachine::account::Amounts;
-use statemachine::command::{self, Place, PlacePart};
+use statemachine::command::{Place, PlacePart};
 use statemachine::fit;
-use statemachine::record::{Claim, Phase, Task};
+use statemachine::record::{Claim, Job, Phase, Task};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::state::QueueKey;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 
+pub use crate::cache::Cache;
 use crate::explain::{explain, needs_of};
-use crate::holding::ENDLESS_MS;
-pub use crate::machines::Cache;
 use crate::machines::Machines;
 use crate::order::{Order, Position};
+use crate::outcome::PLACES_PER_COMMAND;
+pub use crate::outcome::{Plan, Reservation};
 use crate::preempt::{self, Before, Open};
 use crate::quota::Planned;
 use crate::reason::Reason;
 use crate::reserve::earliest;
 use crate::seats::Seats;
 use crate::windows;
-
-/// Placements in one `Plan` command, as apply bounds it.
-const PLACES_PER_COMMAND: usize = 4_096;
-
-/// Bytes of one `Plan` command: an entry of the log holds 128 KiB.
-const BYTES_PER_COMMAND: usize = 120 << 10;
 
 /// Tasks of one pool whose reservation is tried, beyond those that get one: each costs a look at every machine.
 const MORE_TRIES: u32 = 3;
@@ -66,73 +61,6 @@ impl Default for Limits {
     }
 }
 
-/// The outcome of one cycle.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
-    /// Log index of the state that was planned on.
-    pub base_index: u64,
-    /// In the order of the queue.
-    pub places: Vec<Place>,
-    /// Why each other task that was looked at does not start, in the order of the queue; shared by equal shapes.
-    pub reasons: Vec<(TaskKey, Arc<Reason>)>,
-    /// What is kept for tasks that wait, in the order of the queue.
-    pub reservations: Vec<Reservation>,
-    /// Who ends for whom.
-    pub preempts: Vec<command::Preempt>,
-    /// Somebody who could end for a task that waits has not run for the least time yet.
-    pub preempts_later: bool,
-    /// What it took, in `Limits::steps`.
-    pub steps: u64,
-    /// The limits were reached before the queue's end.
-    pub unfinished: bool,
-    /// How far the order was looked at: `Limits::after` of the next cycle when this one is unfinished and placed nothing.
-    pub reached: Option<Position>,
-}
-
-/// Machines kept for a task from the time at which it can start.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reservation {
-    pub task: TaskKey,
-    /// Cluster time; from `ENDLESS_MS` on it is not known, as it waits for tasks without a time limit.
-    pub start_ms: u64,
-    pub parts: Vec<PlacePart>,
-}
-
-impl Reservation {
-    /// When it starts at the latest, if that is known.
-    pub fn known_start_ms(&self) -> Option<u64> {
-        (self.start_ms < ENDLESS_MS).then_some(self.start_ms)
-    }
-}
-
-impl Plan {
-    /// The placements as commands within apply's bounds, in order, cut between placements.
-    pub fn commands(&self) -> Vec<command::Plan> {
-        let mut commands: Vec<command::Plan> = Vec::new();
-        let mut bytes = 0;
-        for place in &self.places {
-            let more = encoded_bytes(place);
-            let full =
-                |last: &command::Plan| last.places.len() >= PLACES_PER_COMMAND || bytes + more > BYTES_PER_COMMAND;
-            if commands.last().is_none_or(full) {
-                commands.push(command::Plan { base_index: self.base_index, places: Vec::new() });
-                bytes = 0;
-            }
-            bytes += more;
-            if let Some(last) = commands.last_mut() {
-                last.places.push(place.clone());
-            }
-        }
-        commands
-    }
-}
-
-/// An upper bound of what a placement takes in the log: full-width integers, 8-byte lengths.
-fn encoded_bytes(place: &Place) -> usize {
-    let parts = place.parts.iter().map(|part| 36 + part.gpu_order.len() + 2 * part.cores_by_numa.len());
-    24 + parts.sum::<usize>()
-}
-
 /// Plans one cycle. `unheard` are the nodes that were silent too long: they get nothing new.
 ///
 /// The same arguments give the same plan, whatever the cache holds.
@@ -148,7 +76,7 @@ pub(crate) struct Cycle<'a> {
     seats: BTreeMap<(Inside, &'a Shape, u64), Seats<'a>>,
     /// Shapes that failed at a bar. Resources only shrink within a cycle, and a higher bar leaves less: so they fail for
     /// all that follow at this bar or a higher one.
-    failed: BTreeMap<(Inside, &'a Shape), (u64, Arc<Reason>)>,
+    failed: BTreeMap<Ask<'a>, (u64, Arc<Reason>)>,
     planned: Planned,
     /// What was planned and what is kept.
     promised: Planned,
@@ -169,6 +97,22 @@ pub(crate) struct Cycle<'a> {
 /// The window that a task is for, as `Machines::inside` has it.
 type Inside = Option<usize>;
 
+/// What tasks of one shape ask for. The numbers stand in front because shapes lie apart in memory, and most differ in them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Ask<'a> {
+    inside: Inside,
+    counts: [u16; 4],
+    mem_mib_per_rank: u64,
+    shape: &'a Shape,
+}
+
+impl<'a> Ask<'a> {
+    fn new(inside: Inside, shape: &'a Shape) -> Self {
+        let counts = [shape.cores_per_rank, shape.gpus_per_rank, shape.ranks_per_node, shape.nodes];
+        Self { inside, counts, mem_mib_per_rank: shape.mem_mib_per_rank, shape }
+    }
+}
+
 /// Tasks for whom the same ends make room. Without reservations of time it is all one how long they run.
 type Asking<'a> = (Inside, &'a Shape, Option<u64>, TenantId, bool);
 
@@ -188,9 +132,9 @@ impl<'a> Cycle<'a> {
         limits: &Limits,
         unheard: &'a BTreeSet<NodeId>,
     ) -> Cycle<'a> {
-        cache.keep_what_holds(state);
+        cache.begin(state, unheard);
         Cycle {
-            machines: Machines::new(state, unheard),
+            machines: Machines::new(state, cache, unheard),
             cache,
             seats: BTreeMap::new(),
             failed: BTreeMap::new(),
@@ -212,7 +156,7 @@ impl<'a> Cycle<'a> {
         let state = self.machines.state;
         let from = limits.after.clone().unwrap_or_default();
         let mut reserved: Vec<QueueKey> = Vec::new();
-        let mut order = Order::new(state, from.clone());
+        let mut order = Order::with_capacity(state, from.clone(), self.cache.fleet.capacity().clone());
         self.serve_claims(&mut order);
         // Those behind go on beside what an earlier cycle kept for those in front.
         let mut again = from.reserved.into_iter();
@@ -226,10 +170,12 @@ impl<'a> Cycle<'a> {
             }
             let front = again.next();
             looked += usize::from(front.is_none());
-            let Some(key) = front.or_else(|| order.next()) else { break };
+            let still_waits = |key: QueueKey| (key, waiting_task(state, key.task).map(|(job, _)| job));
+            let Some((key, job)) = front.map(still_waits).or_else(|| order.next_job()) else { break };
             let kept = self.plan.reservations.len();
-            if let Some(takes) = self.look_at(key.task, key.tenant) {
-                order.started(key);
+            self.steps += 1;
+            if let Some((job, takes)) = job.and_then(|job| Some((job, self.look_at(key.task, job)?))) {
+                order.started(key, job);
                 order.placed(key.tenant, &takes);
             }
             if self.plan.reservations.len() > kept {
@@ -247,11 +193,10 @@ impl<'a> Cycle<'a> {
         self
     }
 
-    /// What it takes, if it starts.
-    fn look_at(&mut self, task: TaskKey, tenant: TenantId) -> Option<Amounts> {
-        self.steps += 1;
+    /// What it takes, if it starts. Who is in line waits, so that the task's own record is not looked at before it could be placed.
+    fn look_at(&mut self, task: TaskKey, job: &'a Job) -> Option<Amounts> {
         let state = self.machines.state;
-        let (spec, record) = waiting_task(state, task)?;
+        let (tenant, spec) = (job.tenant, &job.spec);
         if state.claims.contains(&task) {
             return None;
         }
@@ -266,13 +211,19 @@ impl<'a> Cycle<'a> {
         let (_, end) = self.machines.length_of(spec);
         let until_ms = self.machines.room_until(spec);
         let bar = self.machines.bar(until_ms);
+        let no_room =
+            || self.failed.get(&Ask::new(self.machines.inside(), &spec.shape)).filter(|(failed, _)| *failed <= bar);
         let placed = match self.planned.hit_by_shape(state, tenant, &spec.shape) {
             Some(reason) => Err(Arc::new(reason)),
-            None => self.place(task, spec, record, bar).and_then(|place| {
-                // What is kept for a task must be free for its tenant too by then.
-                let charged = if self.machines.bar_of_tasks(until_ms) == 0 { &self.planned } else { &self.promised };
-                charged.hit_by(state, tenant, &place.parts).map_or(Ok(place), |reason| Err(Arc::new(reason)))
-            }),
+            None => match no_room() {
+                Some((_, reason)) => Err(reason.clone()),
+                None => self.place(task, spec, waiting_task(state, task)?.1, bar).and_then(|place| {
+                    // What is kept for a task must be free for its tenant too by then.
+                    let charged =
+                        if self.machines.bar_of_tasks(until_ms) == 0 { &self.planned } else { &self.promised };
+                    charged.hit_by(state, tenant, &place.parts).map_or(Ok(place), |reason| Err(Arc::new(reason)))
+                }),
+            },
         };
         match placed {
             Ok(place) => {
@@ -285,7 +236,7 @@ impl<'a> Cycle<'a> {
                 Some(takes)
             }
             Err(reason) => {
-                let reason = match reason.ends_for_room().then(|| self.make_room(task, tenant, spec)).flatten() {
+                let reason = match reason.ends_for_room().then(|| self.make_room(task, job)).flatten() {
                     Some(made) => Arc::new(made),
                     None => {
                         if reason.ends_with_time() && self.may_reserve(&spec.shape) {
@@ -308,19 +259,21 @@ impl<'a> Cycle<'a> {
         bar: u64,
     ) -> Result<Place, Arc<Reason>> {
         let (inside, shape) = (self.machines.inside(), &spec.shape);
-        if let Some((_, reason)) = self.failed.get(&(inside, shape)).filter(|(failed, _)| *failed <= bar) {
-            return Err(reason.clone());
-        }
+        self.cache.fleet.follow(&self.machines);
         let seats = match self.seats.entry((inside, shape, bar)) {
-            Entry::Occupied(known) => known.into_mut(),
+            Entry::Occupied(known) => {
+                let seats = known.into_mut();
+                self.steps += seats.refresh(&self.machines, self.cache);
+                seats
+            }
             Entry::Vacant(new) => {
-                self.steps += self.machines.state.nodes.len() as u64;
-                new.insert(Seats::new(&self.machines, self.cache, shape, bar))
+                let (seats, looks) = Seats::new(&self.machines, self.cache, shape, bar);
+                self.steps += looks;
+                new.insert(seats)
             }
         };
-        self.steps += seats.refresh(&self.machines, self.cache);
         let no_avoid = VecDeque::new();
-        let picked = seats.pick(record.map_or(&no_avoid, |task| &task.avoid));
+        let picked = seats.pick(&self.cache.fleet, record.map_or(&no_avoid, |task| &task.avoid));
         let part = |(id, gpu_type): (NodeId, Option<GpuTypeId>)| {
             let (node, alloc) = self.machines.beside(id, bar)?;
             self.machines.part(self.cache, (id, node, &alloc), shape, gpu_type)
@@ -329,16 +282,24 @@ impl<'a> Cycle<'a> {
         match parts {
             Some(parts) => Ok(Place { task, attempt: next_attempt(record), parts }),
             None => {
-                self.steps += self.machines.state.nodes.len() as u64;
+                self.steps += self.looks_to_explain(shape);
                 let reason = match explain(&self.machines, self.cache, shape) {
                     Reason::Soon if bar > 0 => self.kept_for_another(spec, bar),
                     reason => reason,
                 };
                 let reason = Arc::new(reason);
-                self.failed.insert((inside, shape), (bar, reason.clone()));
+                self.failed.insert(Ask::new(inside, shape), (bar, reason.clone()));
                 Err(reason)
             }
         }
+    }
+
+    /// A shape is explained by groups of machines, one that says which machines it may have, or how near, by these.
+    fn looks_to_explain(&self, shape: &Shape) -> u64 {
+        let by_machine =
+            shape.machines.is_some() || shape.required_level().is_some() || self.machines.inside().is_some();
+        let fleet = &self.cache.fleet;
+        if by_machine { fleet.machines() as u64 } else { fleet.len() as u64 }
     }
 
     /// Starts each task for which others ended, once all that is kept for it is free; until then it is kept.
@@ -346,10 +307,8 @@ impl<'a> Cycle<'a> {
         let state = self.machines.state;
         for (task, claim) in state.claims.iter() {
             self.steps += 1 + claim.parts.len() as u64;
-            let (Some((spec, record)), Some(job)) = (waiting_task(state, *task), state.jobs.get(&task.job)) else {
-                continue;
-            };
-            let tenant = job.value.tenant;
+            let Some((job, record)) = waiting_task(state, *task) else { continue };
+            let (tenant, spec) = (job.tenant, &job.spec);
             let parts = self.free_parts(*task, claim, spec);
             match parts.filter(|parts| self.planned.hit_by(state, tenant, parts).is_none()) {
                 Some(parts) => {
@@ -387,9 +346,9 @@ impl<'a> Cycle<'a> {
     }
 
     /// Ends others for the task, where that suffices and is its right: what it then waits for.
-    fn make_room(&mut self, task: TaskKey, tenant: TenantId, spec: &'a JobSpec) -> Option<Reason> {
+    fn make_room(&mut self, task: TaskKey, job: &'a Job) -> Option<Reason> {
         let state = self.machines.state;
-        let job = &state.jobs.get(&task.job)?.value;
+        let (tenant, spec) = (job.tenant, &job.spec);
         if !state.may_preempt(job) || self.plan.preempts.len() >= PREEMPTS {
             return None;
         }
@@ -425,7 +384,8 @@ impl<'a> Cycle<'a> {
         let barred = || self.plan.reservations.iter().filter(|kept| kept.start_ms <= bar);
         let first = barred().find(|kept| kept.parts.iter().any(has_room)).or_else(|| barred().next());
         let in_ms = |kept: &Reservation| kept.known_start_ms().map(|start| start.saturating_sub(state.meta.clock_ms));
-        match windows::in_the_way(&self.machines, spec, self.machines.room_until(spec)) {
+        let windows = self.machines.has_windows().then(|| self.machines.room_until(spec));
+        match windows.and_then(|until_ms| windows::in_the_way(&self.machines, spec, until_ms)) {
             Some((reason, others_have_room)) if first.is_none() || !others_have_room => return reason,
             None if first.is_none() => return Reason::Soon,
             _ => {}
@@ -479,13 +439,13 @@ fn pool_of(inside: Inside, shape: &Shape) -> Pool {
     (inside, shape.gpus_per_node() == 0, types)
 }
 
-/// The spec and, if it ever left its first PENDING, the record of a task that may be placed.
-pub(crate) fn waiting_task(state: &State, key: TaskKey) -> Option<(&JobSpec, Option<&Task>)> {
+/// The job and, if it ever left its first PENDING, the record of a task that may be placed.
+pub(crate) fn waiting_task(state: &State, key: TaskKey) -> Option<(&Job, Option<&Task>)> {
     let job = &state.jobs.get(&key.job)?.value;
     let task = state.tasks.get(&key).map(|task| &task.value);
     let pending = task.is_none_or(|task| task.phase == Phase::Pending);
     let may_start = pending && !state.is_barred(job) && job.ended.is_none();
-    may_start.then_some((&job.spec, task))
+    may_start.then_some((job, task))
 }
 
 fn next_attempt(task: Option<&Task>) -> u32 {

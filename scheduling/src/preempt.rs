@@ -19,8 +19,10 @@ use statemachine::record::{Alloc, Lease, NodeAdmin, PartState};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 
+use crate::cache::Cache;
 use crate::domains::{along, domain_for};
-use crate::machines::{Cache, Machines};
+use crate::fleet::Fleet;
+use crate::machines::Machines;
 use crate::seats::seats_on;
 
 /// Looks at sets of victims on one machine.
@@ -149,7 +151,7 @@ pub(crate) fn make_room(
         return None;
     }
     let mut best: Option<(Cost, Preempt)> = None;
-    for gpu_type in types_of(state, &spec.shape) {
+    for gpu_type in types_of(&cache.fleet, &spec.shape) {
         let asks = asks(&spec.shape, gpu_type);
         let Some(mut rights) = Rights::new(state, task, &asks, &before.coming) else { continue };
         before.victims.iter().for_each(|token| rights.count(*token));
@@ -180,16 +182,15 @@ pub(crate) fn make_room(
 }
 
 /// The types to try, in the shape's order.
-fn types_of(state: &State, shape: &Shape) -> Vec<Option<GpuTypeId>> {
+fn types_of(fleet: &Fleet, shape: &Shape) -> Vec<Option<GpuTypeId>> {
     if shape.gpus_per_node() == 0 {
         return vec![None];
     }
-    let present: BTreeSet<GpuTypeId> =
-        state.nodes.iter().flat_map(|(_, node)| node.value.gpus.iter().map(|gpu| gpu.gpu_type)).collect();
+    let registered = &fleet.capacity().gpus;
     if shape.gpu_types.is_empty() {
-        return present.into_iter().map(Some).collect();
+        return registered.keys().copied().map(Some).collect();
     }
-    shape.gpu_types.iter().copied().filter(|wanted| present.contains(wanted)).map(Some).collect()
+    shape.gpu_types.iter().copied().filter(|wanted| registered.contains_key(wanted)).map(Some).collect()
 }
 
 fn asks(shape: &Shape, gpu_type: Option<GpuTypeId>) -> Amounts {

@@ -33,12 +33,18 @@ impl Planned {
 
     /// The bound that these parts would pass.
     pub fn hit_by(&self, state: &State, tenant: TenantId, parts: &[PlacePart]) -> Option<Reason> {
+        if !is_bounded(state, tenant) {
+            return None;
+        }
         let asks = state.amounts_of(parts.iter().map(PlacePart::takes));
         state.quota_hit(tenant, &asks, &self.0).map(|hit| reason(state, hit))
     }
 
     /// The bound that the gang would pass on whatever machines it got: `None` while one acceptable type is left.
     pub fn hit_by_shape(&self, state: &State, tenant: TenantId, shape: &Shape) -> Option<Reason> {
+        if !is_bounded(state, tenant) {
+            return None;
+        }
         let gpus = u32::from(shape.nodes) * shape.gpus_per_node();
         let cores = shape.ranks() * u32::from(shape.cores_per_rank);
         let mem_mib = u64::from(shape.ranks()).saturating_mul(shape.mem_mib_per_rank);
@@ -58,6 +64,11 @@ impl Planned {
         };
         hit.map(|hit| reason(state, hit))
     }
+}
+
+/// The tenant or one above it may not use all that there is.
+fn is_bounded(state: &State, tenant: TenantId) -> bool {
+    state.tenant_chain(tenant).any(|(_, tenant)| tenant.policy.is_bounded())
 }
 
 fn of_unknown_type(hit: &QuotaHit) -> bool {

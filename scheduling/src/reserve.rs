@@ -8,13 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use statemachine::command::PlacePart;
 use statemachine::domain::Path;
 use statemachine::fit;
-use statemachine::record::{Node, NodeAdmin};
+use statemachine::record::{Alloc, Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId};
 
+use crate::cache::Cache;
 use crate::domains::{along, domain_for};
-use crate::holding::Kept;
-use crate::machines::{Cache, Machines};
+use crate::holding::{self, Kept};
+use crate::machines::Machines;
 use crate::seats::{Seat, seats_on};
 
 /// A start to come.
@@ -141,21 +142,22 @@ fn look_at<'a>(
     }
     times.sort_unstable();
     times.dedup();
-    let (mut free, mut ended) = (alloc.clone(), 0);
+    let (mut free, mut ended) = (holding::free_of(alloc), 0);
     let mut found: BTreeSet<Option<GpuTypeId>> = BTreeSet::new();
+    let healthy = fit::usable_gpus(node, &Alloc { free_gpus: u128::MAX, ..Alloc::default() }, &shape.gpu_types);
     for time in times {
+        while let Some((_, holding)) = holdings.get(ended).filter(|(end, _)| *end <= time) {
+            holding.give_back(node, &mut free);
+            ended += 1;
+        }
+        if holdings.len() - ended >= limit || (free.free_gpus & healthy).count_ones() < shape.gpus_per_node() {
+            continue;
+        }
         if found.len() == types.len() || is_late(shape, soonest, (domain, &types), time) {
             return;
         }
         // Beside what is kept the machine is looked at as often as something begins there.
         *steps += 1 + kept.len() as u64;
-        while let Some((_, holding)) = holdings.get(ended).filter(|(end, _)| *end <= time) {
-            holding.give_back(node, &mut free);
-            ended += 1;
-        }
-        if holdings.len() - ended >= limit {
-            continue;
-        }
         let during = match kept.is_empty() {
             true => Some(Cow::Borrowed(&free)),
             false => machines.free_during(id, time, room_until(asked, time), u64::MAX).map(Cow::Owned),

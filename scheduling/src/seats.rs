@@ -1,100 +1,136 @@
 //! For one shape: the machines that have room for a part of it, best fit first. Kept up to date while a plan takes
 //! resources away, so that the n-th job of equal shape costs a look-up, not a scan. What is kept for tasks before it in
-//! the order counts as taken from the bar on. Which of them a gang takes is `domains`' answer.
+//! the order counts as taken from the bar on.
+//!
+//! Machines that are alike offer the same. For a job of one machine, whichever it is, their groups are ranked; for others the
+//! machines with room are listed. Which of them a gang takes is `domains`' answer.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use statemachine::domain::{Level, Path};
-use statemachine::fit;
-use statemachine::record::{Alloc, Node};
+use statemachine::record::{Alloc, Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State};
 
+use crate::cache::{Cache, Choices};
 use crate::domains::{APART, Domains, along};
-use crate::machines::{Cache, Machines, want_of};
+use crate::fleet::{self, Face, Fleet, Grouped, Service};
+use crate::machines::{Machines, want_of};
 
-/// A machine with room, in the order of best fit: the fewest free GPUs, the highest bandwidth in GB/s among those, the
-/// fewest free cores, then the oldest node.
+/// A machine with room, in the order of best fit, then the oldest node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Seat {
+    offer: Offer,
+    pub node: NodeId,
+}
+
+/// How well a machine fits: the fewest free GPUs, the highest bandwidth in GB/s among those, the fewest free cores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Offer {
     gpus_free: u32,
     gbps: Reverse<u32>,
     cores_free: u32,
-    pub node: NodeId,
 }
+
+/// By the type of the GPUs; `None` for a shape without GPUs.
+type Offers = Vec<(Option<GpuTypeId>, Offer)>;
 
 pub(crate) struct Seats<'a> {
     shape: &'a Shape,
     bar: u64,
-    /// By the type of the GPUs; `None` for a shape without GPUs.
+    state: &'a State,
+    kind: Kind<'a>,
+}
+
+enum Kind<'a> {
+    Ranked(Ranking),
+    Listed(Listing<'a>),
+}
+
+/// Groups of machines, the best first.
+#[derive(Default)]
+struct Ranking {
+    by_type: BTreeMap<Option<GpuTypeId>, BTreeSet<(Offer, usize)>>,
+    /// How far `Fleet::born` was read.
+    read: usize,
+}
+
+/// Machines one by one.
+#[derive(Default)]
+struct Listing<'a> {
+    /// Those that the job may be on; absent = all.
+    among: Option<BTreeSet<NodeId>>,
     by_type: BTreeMap<Option<GpuTypeId>, BTreeSet<Seat>>,
-    of_node: BTreeMap<NodeId, Vec<(Option<GpuTypeId>, Seat)>>,
+    of_node: BTreeMap<NodeId, Offers>,
     /// The same as `by_type`, for a gang.
     domains: BTreeMap<Option<GpuTypeId>, Domains<'a>>,
-    state: &'a State,
     /// How far `Machines::touched` was read.
     read: usize,
 }
 
 impl<'a> Seats<'a> {
-    /// Looks at every machine once.
-    pub(crate) fn new(machines: &Machines<'a>, cache: &mut Cache, shape: &'a Shape, bar: u64) -> Self {
-        let mut seats = Self {
-            shape,
-            bar,
-            by_type: BTreeMap::new(),
-            of_node: BTreeMap::new(),
-            domains: BTreeMap::new(),
-            state: machines.state,
-            read: machines.touched.len(),
+    /// Looks at each group of machines once, and enters those that are listed; with the number of looks. The fleet has
+    /// followed the plan.
+    pub(crate) fn new(machines: &Machines<'a>, cache: &mut Cache, shape: &'a Shape, bar: u64) -> (Self, u64) {
+        let among = among(machines, &mut cache.fleet, shape);
+        let (choices, fleet) = (&mut cache.choices, &cache.fleet);
+        let kind = match shape.nodes == 1 && among.is_none() {
+            true => Kind::Ranked(Ranking { read: fleet.born().len(), ..Ranking::default() }),
+            false => Kind::Listed(Listing { read: machines.touched.len(), ..Listing::default() }),
         };
-        for (node, _) in machines.state.nodes.iter() {
-            seats.look_at(machines, cache, *node);
-        }
-        seats
-    }
-
-    /// Looks again at the machines that were touched since; their number.
-    pub(crate) fn refresh(&mut self, machines: &Machines<'_>, cache: &mut Cache) -> u64 {
-        let touched: BTreeSet<NodeId> = machines.touched[self.read..].iter().copied().collect();
-        self.read = machines.touched.len();
-        for node in &touched {
-            self.look_at(machines, cache, *node);
-        }
-        touched.len() as u64
-    }
-
-    fn look_at(&mut self, machines: &Machines<'_>, cache: &mut Cache, node: NodeId) {
-        for (gpu_type, seat) in self.of_node.remove(&node).unwrap_or_default() {
-            self.by_type.entry(gpu_type).or_default().remove(&seat);
-            if let Some(path) = self.path_for_gang(node) {
-                self.domains.entry(gpu_type).or_default().remove(path, &seat);
+        let mut seats = Self { shape, bar, state: machines.state, kind };
+        let groups = fleet.alike(among.as_deref());
+        let mut looks = groups.len() as u64;
+        for alike in &groups {
+            let offers = offers_of(machines, choices, alike.face, (shape, bar));
+            match &mut seats.kind {
+                Kind::Ranked(ranking) => ranking.enter(alike.number, &offers),
+                Kind::Listed(listing) if !offers.is_empty() => {
+                    looks += alike.nodes.len() as u64;
+                    alike
+                        .nodes
+                        .iter()
+                        .for_each(|node| listing.enter(path_for(machines.state, shape, node), node, &offers));
+                }
+                Kind::Listed(_) => {}
             }
         }
-        let seats = match machines.beside(node, self.bar) {
-            Some((record, alloc)) if machines.takes_leases(node) && machines.is_open(node) => {
-                seats_on(machines, cache, self.shape, (node, record, &alloc))
-            }
-            _ => Vec::new(),
-        };
-        for (gpu_type, seat) in &seats {
-            self.by_type.entry(*gpu_type).or_default().insert(*seat);
-            if let Some(path) = self.path_for_gang(node) {
-                self.domains.entry(*gpu_type).or_default().insert(path, *seat);
-            }
+        if let Kind::Listed(listing) = &mut seats.kind {
+            listing.among = among.map(|grouped| grouped.values().flatten().copied().collect());
         }
-        if !seats.is_empty() {
-            self.of_node.insert(node, seats);
-        }
+        (seats, looks)
     }
 
-    /// The machine's domains, where the shape is a gang's.
-    fn path_for_gang(&self, node: NodeId) -> Option<Path<'a>> {
-        if self.shape.nodes < 2 {
-            return None;
+    /// Looks again at what was touched since; the number of looks. The fleet has followed the plan.
+    pub(crate) fn refresh(&mut self, machines: &Machines<'a>, cache: &mut Cache) -> u64 {
+        let (choices, fleet) = (&mut cache.choices, &cache.fleet);
+        let asked = (self.shape, self.bar);
+        match &mut self.kind {
+            Kind::Ranked(ranking) => {
+                let born = &fleet.born()[ranking.read..];
+                ranking.read += born.len();
+                for number in born {
+                    ranking.enter(*number, &offers_of(machines, choices, &fleet.group(*number).face, asked));
+                }
+                born.len() as u64
+            }
+            Kind::Listed(listing) => {
+                let touched: BTreeSet<NodeId> = machines.touched[listing.read..].iter().copied().collect();
+                listing.read = machines.touched.len();
+                for node in &touched {
+                    let path = path_for(self.state, self.shape, *node);
+                    listing.leave(path, *node);
+                    if listing.among.as_ref().is_none_or(|among| among.contains(node)) {
+                        let face = fleet.of(*node).map(|number| &fleet.group(number).face);
+                        let offers = face.map(|face| offers_of(machines, choices, face, asked));
+                        listing.enter(path, *node, &offers.unwrap_or_default());
+                    }
+                }
+                touched.len() as u64
+            }
         }
-        self.state.nodes.get(&node).map(|node| node.value.path())
     }
 
     /// Machines for the whole gang with the type of their GPUs, along their domains; `None` when too few have room.
@@ -102,12 +138,18 @@ impl<'a> Seats<'a> {
     /// All get GPUs of one type where that is possible, in the shape's order of preference; a shape that accepts any
     /// gets the type whose machines are nearest to each other, then the one that fits best. Types are mixed only where the shape allows it and no single one suffices. Nodes
     /// on the list to avoid are taken only where others don't suffice.
-    pub(crate) fn pick(&self, avoid: &VecDeque<NodeId>) -> Option<Vec<(NodeId, Option<GpuTypeId>)>> {
-        let of = |gpu_type: &Option<GpuTypeId>| Some((*gpu_type, self.pick_type(gpu_type, avoid)?));
+    pub(crate) fn pick(&mut self, fleet: &Fleet, avoid: &VecDeque<NodeId>) -> Option<Vec<(NodeId, Option<GpuTypeId>)>> {
+        if let Kind::Ranked(ranking) = &mut self.kind {
+            ranking.forget_empty(fleet);
+        }
+        let of = |gpu_type: &Option<GpuTypeId>| Some((*gpu_type, self.pick_type(fleet, gpu_type, avoid)?));
         let of_one_type = if self.shape.gpus_per_node() == 0 {
             of(&None)
         } else if self.shape.gpu_types.is_empty() {
-            self.by_type.keys().filter_map(of).min_by_key(|(_, (spread, seats))| (*spread, fit_of(seats)))
+            self.types()
+                .into_iter()
+                .filter_map(|gpu_type| of(&gpu_type))
+                .min_by_key(|(_, (spread, seats))| (*spread, fit_of(seats)))
         } else {
             self.shape.gpu_types.iter().find_map(|gpu_type| of(&Some(*gpu_type)))
         };
@@ -120,11 +162,28 @@ impl<'a> Seats<'a> {
         Some(nodes)
     }
 
+    /// The types of which there may be seats.
+    fn types(&self) -> Vec<Option<GpuTypeId>> {
+        match &self.kind {
+            Kind::Ranked(ranking) => ranking.by_type.keys().copied().collect(),
+            Kind::Listed(listing) => listing.by_type.keys().copied().collect(),
+        }
+    }
+
     /// Seats of one type, and how far they are spread, as `Domains::pick` tells it.
-    fn pick_type(&self, gpu_type: &Option<GpuTypeId>, avoid: &VecDeque<NodeId>) -> Option<(usize, Vec<Seat>)> {
-        let seats = self.by_type.get(gpu_type)?;
+    fn pick_type(
+        &self,
+        fleet: &Fleet,
+        gpu_type: &Option<GpuTypeId>,
+        avoid: &VecDeque<NodeId>,
+    ) -> Option<(usize, Vec<Seat>)> {
+        let listing = match &self.kind {
+            Kind::Ranked(ranking) => return ranking.first(fleet, gpu_type, avoid).map(|seat| (APART, vec![seat])),
+            Kind::Listed(listing) => listing,
+        };
+        let seats = listing.by_type.get(gpu_type)?;
         if self.shape.nodes > 1 && avoid.is_empty() {
-            return self.domains.get(gpu_type)?.pick(usize::from(self.shape.nodes), self.shape.topology);
+            return listing.domains.get(gpu_type)?.pick(usize::from(self.shape.nodes), self.shape.topology);
         }
         self.nearest(seats.iter().map(|seat| (*seat, ())), avoid).map(|(spread, picked)| {
             let seats = picked.into_iter().map(|(seat, ())| seat);
@@ -132,10 +191,14 @@ impl<'a> Seats<'a> {
         })
     }
 
-    /// The best seat of each machine, whatever its type.
+    /// The best seat of each machine, whatever its type; a machine alone is never mixed.
     fn pick_mixed(&self, avoid: &VecDeque<NodeId>) -> Option<Vec<(NodeId, Option<GpuTypeId>)>> {
-        let best = self.of_node.values().filter_map(|seats| seats.iter().min_by_key(|(_, seat)| *seat));
-        let sorted: BTreeSet<(Seat, Option<GpuTypeId>)> = best.map(|(gpu_type, seat)| (*seat, *gpu_type)).collect();
+        let Kind::Listed(listing) = &self.kind else { return None };
+        let best = listing.of_node.iter().filter_map(|(node, offers)| {
+            let (gpu_type, offer) = offers.iter().min_by_key(|(_, offer)| *offer)?;
+            Some((Seat { offer: *offer, node: *node }, *gpu_type))
+        });
+        let sorted: BTreeSet<(Seat, Option<GpuTypeId>)> = best.collect();
         let (_, picked) = self.nearest(sorted.iter().copied(), avoid)?;
         Some(picked.into_iter().map(|(seat, gpu_type)| (seat.node, gpu_type)).collect())
     }
@@ -198,11 +261,131 @@ impl<'a> Seats<'a> {
     }
 }
 
+impl Ranking {
+    fn enter(&mut self, number: usize, offers: &Offers) {
+        for (gpu_type, offer) in offers {
+            self.by_type.entry(*gpu_type).or_default().insert((*offer, number));
+        }
+    }
+
+    /// Groups in front that have no machine left; one that gets a machine again is born again.
+    fn forget_empty(&mut self, fleet: &Fleet) {
+        for ranked in self.by_type.values_mut() {
+            while ranked.first().is_some_and(|(_, number)| fleet.group(*number).nodes.is_empty()) {
+                ranked.pop_first();
+            }
+        }
+    }
+
+    /// The best seat on a machine that is not to be avoided, else on one that is.
+    fn first(&self, fleet: &Fleet, gpu_type: &Option<GpuTypeId>, avoid: &VecDeque<NodeId>) -> Option<Seat> {
+        let ranked = self.by_type.get(gpu_type)?;
+        let best = |may_be: &dyn Fn(&NodeId) -> bool| {
+            let mut best: Option<Seat> = None;
+            for (offer, number) in ranked {
+                if best.is_some_and(|best| best.offer < *offer) {
+                    break;
+                }
+                let node = fleet.group(*number).nodes.iter().copied().find(may_be);
+                let seat = node.map(|node| Seat { offer: *offer, node });
+                best = best.into_iter().chain(seat).min();
+            }
+            best
+        };
+        best(&|node| !avoid.contains(node)).or_else(|| best(&|_| true))
+    }
+}
+
+impl<'a> Listing<'a> {
+    fn enter(&mut self, path: Option<Path<'a>>, node: NodeId, offers: &Offers) {
+        for (gpu_type, offer) in offers {
+            let seat = Seat { offer: *offer, node };
+            self.by_type.entry(*gpu_type).or_default().insert(seat);
+            if let Some(path) = path {
+                self.domains.entry(*gpu_type).or_default().insert(path, seat);
+            }
+        }
+        if !offers.is_empty() {
+            self.of_node.insert(node, offers.clone());
+        }
+    }
+
+    fn leave(&mut self, path: Option<Path<'a>>, node: NodeId) {
+        for (gpu_type, offer) in self.of_node.remove(&node).unwrap_or_default() {
+            let seat = Seat { offer, node };
+            self.by_type.entry(gpu_type).or_default().remove(&seat);
+            if let Some(path) = path {
+                self.domains.entry(gpu_type).or_default().remove(path, &seat);
+            }
+        }
+    }
+}
+
+/// The machines that a shape's job may be on, where its own word or its window says which.
+fn among(machines: &Machines<'_>, fleet: &mut Fleet, shape: &Shape) -> Option<Arc<Grouped>> {
+    let chosen = shape.machines.as_ref().map(|selector| fleet.chosen(selector));
+    let Some(nodes) = machines.window_nodes() else { return chosen.map(|chosen| chosen.grouped) };
+    let is_chosen = |id: &NodeId| chosen.as_ref().is_none_or(|chosen| chosen.nodes.binary_search(id).is_ok());
+    Some(Arc::new(fleet.grouped(nodes.iter().copied().filter(is_chosen))))
+}
+
+/// The machine's domains, where the shape is a gang's.
+fn path_for<'a>(state: &'a State, shape: &Shape, node: NodeId) -> Option<Path<'a>> {
+    if shape.nodes < 2 {
+        return None;
+    }
+    state.nodes.get(&node).map(|node| node.value.path())
+}
+
 /// How well a gang's seats fit: free GPUs left on its machines, then the lowest bandwidth. Less is better.
 fn fit_of(seats: &[Seat]) -> (u32, Reverse<u32>) {
-    let free = seats.iter().map(|seat| seat.gpus_free).sum();
-    let slowest = seats.iter().map(|seat| seat.gbps.0).min().unwrap_or(0);
+    let free = seats.iter().map(|seat| seat.offer.gpus_free).sum();
+    let slowest = seats.iter().map(|seat| seat.offer.gbps.0).min().unwrap_or(0);
     (free, Reverse(slowest))
+}
+
+/// What each machine with this face offers to the shape, beside what is kept there from the bar on.
+fn offers_of(machines: &Machines<'_>, choices: &mut Choices, face: &Face, (shape, bar): (&Shape, u64)) -> Offers {
+    let Some(alone) = &face.alone else { return offers(machines.state, choices, face, shape) };
+    let beside = machines.beside(alone.node, bar).filter(|_| machines.takes_leases(alone.node));
+    beside.map_or_else(Vec::new, |(node, alloc)| offers_on(machines.state, choices, shape, (node, &alloc)))
+}
+
+/// What a machine with this face offers to the shape, where it may be on it at all.
+fn offers(state: &State, choices: &mut Choices, face: &Face, shape: &Shape) -> Offers {
+    let (cores, mem_mib) = face.total.request(shape);
+    let has_room = face.service == Service::In && !face.is_full;
+    if !has_room || face.cores_free < cores || face.mem_free_mib < mem_mib {
+        return Vec::new();
+    }
+    let cores_free = face.cores_free;
+    let Some(want) = want_of(shape) else {
+        // Jobs without GPUs go where they take cores from no free GPU.
+        let gpus_free = face.kinds.iter().map(|kind| kind.usable.count_ones()).sum();
+        return vec![(None, Offer { gpus_free, gbps: Reverse(0), cores_free })];
+    };
+    // In the shape's order, else in that of the slots.
+    let kinds: Vec<&fleet::Kind> = match shape.gpu_types.is_empty() {
+        true => face.kinds.iter().collect(),
+        false => shape.gpu_types.iter().filter_map(|gpu_type| face.kind(*gpu_type)).collect(),
+    };
+    let offer = |kind: &fleet::Kind| {
+        let gpus_free = kind.usable.count_ones();
+        if gpus_free < want.gpus {
+            return None;
+        }
+        let choice = choices.choose(state, face.class, kind.usable, want).as_ref().ok()?;
+        Some((Some(kind.gpu_type), Offer { gpus_free, gbps: Reverse(choice.mbps / 1_000), cores_free }))
+    };
+    kinds.into_iter().filter_map(offer).collect()
+}
+
+/// The same of one machine within what is free there.
+fn offers_on(state: &State, choices: &mut Choices, shape: &Shape, (node, alloc): (&Node, &Alloc)) -> Offers {
+    if node.admin != NodeAdmin::Ready || !shape.allows(node) {
+        return Vec::new();
+    }
+    offers(state, choices, &Face::of_free(node, alloc), shape)
 }
 
 /// A machine's seats for the shape within what is free there, by the type of the GPUs.
@@ -212,23 +395,6 @@ pub(crate) fn seats_on(
     shape: &Shape,
     (id, node, alloc): (NodeId, &Node, &Alloc),
 ) -> Vec<(Option<GpuTypeId>, Seat)> {
-    if fit::room_for(node, alloc, shape).is_err() {
-        return Vec::new();
-    }
-    let cores_free = fit::cores_of(&alloc.cores_free);
-    let Some(want) = want_of(shape) else {
-        // Jobs without GPUs go where they take cores from no free GPU.
-        let gpus_free = fit::usable_gpus(node, alloc, &[]).count_ones();
-        return vec![(None, Seat { gpus_free, gbps: Reverse(0), cores_free, node: id })];
-    };
-    let mut seats = Vec::new();
-    for gpu_type in fit::acceptable_types(node, shape) {
-        let usable = fit::usable_gpus(node, alloc, &[gpu_type]);
-        if let Ok(choice) = cache.choose(machines.state, node.class, usable, want) {
-            let seat =
-                Seat { gpus_free: usable.count_ones(), gbps: Reverse(choice.mbps / 1_000), cores_free, node: id };
-            seats.push((Some(gpu_type), seat));
-        }
-    }
-    seats
+    let offers = offers_on(machines.state, &mut cache.choices, shape, (node, alloc));
+    offers.into_iter().map(|(gpu_type, offer)| (gpu_type, Seat { offer, node: id })).collect()
 }

@@ -7,14 +7,15 @@ use std::sync::Arc;
 use statemachine::account::{QuotaHit, Resource};
 use statemachine::command::Place;
 use statemachine::domain::Topology;
-use statemachine::record::{Node, NodeAdmin};
+use statemachine::record::{Job, Node, NodeAdmin};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::state::{Kin, Waiter};
 use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey, TenantId};
 
+use crate::cache::Cache;
 use crate::explain::reason_with;
 use crate::holding::{End, lease_end};
-use crate::machines::{Cache, is_present};
+use crate::machines::is_present;
 use crate::order::is_aged;
 use crate::outlook::{Look, Start};
 use crate::plan::waiting_task;
@@ -76,7 +77,7 @@ pub struct Change {
 
 /// The answer for a task that waits; `None` for one that runs, has ended or is unknown. `unheard` as for `plan`.
 pub fn why(state: &State, cache: &mut Cache, task: TaskKey, unheard: &BTreeSet<NodeId>) -> Option<Why> {
-    let Some((spec, _)) = waiting_task(state, task) else {
+    let Some((Job { spec, .. }, _)) = waiting_task(state, task) else {
         let reason = Arc::new(reason_with(state, cache, task, unheard)?);
         return Some(Why::of(state, reason));
     };
@@ -175,7 +176,7 @@ fn on_node(state: &State, node: NodeId) -> Vec<Holder> {
 
 fn of_lease(state: &State, lease: &statemachine::record::Lease) -> Vec<Holder> {
     let ends_ms = match lease_end(state, lease) {
-        End::By(end) => Some(end),
+        End::By(end) | End::Due { end_ms: end, .. } => Some(end),
         End::Unknown { .. } => None,
     };
     let part = |part: &statemachine::record::Part| Holder {

@@ -33,27 +33,47 @@ pub enum NoFit {
     Memory { needs: u64, free: u64 },
 }
 
-/// Cores and memory (MiB) that one part of `shape` takes on `node`, all its ranks together. Where the shape names
-/// none: beside GPUs the machine's share (cores x GPUs taken / GPUs of the machine, at least one core), without GPUs
-/// one core and 1 GiB a rank.
+/// What a machine has in all: of it a shape that names no cores or no memory gets its share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Total {
+    pub gpus: u32,
+    pub cores: u32,
+    pub mem_mib: u64,
+}
+
+impl Total {
+    pub fn of(node: &Node) -> Self {
+        let gpus = u32::try_from(node.gpus.len()).unwrap_or(u32::MAX);
+        Self { gpus, cores: cores_of(&node.cores_by_numa), mem_mib: node.mem_mib }
+    }
+
+    /// Cores and memory (MiB) that one part of `shape` takes on such a machine, all its ranks together. Where the shape
+    /// names none: beside GPUs the machine's share (cores x GPUs taken / GPUs of the machine, at least one core), without
+    /// GPUs one core and 1 GiB a rank.
+    pub fn request(&self, shape: &Shape) -> (u32, u64) {
+        let ranks = u32::from(shape.ranks_per_node);
+        let gpus = shape.gpus_per_node();
+        let all_gpus = u64::from(self.gpus).max(1);
+        let cores = match (shape.cores_per_rank, gpus) {
+            (0, 0) => ranks,
+            (0, gpus) => {
+                let share = u64::from(self.cores) * u64::from(gpus) / all_gpus;
+                u32::try_from(share).unwrap_or(u32::MAX).max(1)
+            }
+            (each, _) => u32::from(each).saturating_mul(ranks),
+        };
+        let mem_mib = match (shape.mem_mib_per_rank, gpus) {
+            (0, 0) => DEFAULT_MEM_MIB.saturating_mul(u64::from(ranks)),
+            (0, gpus) => self.mem_mib.saturating_mul(u64::from(gpus)) / all_gpus,
+            (each, _) => each.saturating_mul(u64::from(ranks)),
+        };
+        (cores, mem_mib)
+    }
+}
+
+/// [`Total::request`] on this machine.
 pub fn request_on(node: &Node, shape: &Shape) -> (u32, u64) {
-    let ranks = u32::from(shape.ranks_per_node);
-    let gpus = shape.gpus_per_node();
-    let all_gpus = u64::try_from(node.gpus.len()).unwrap_or(u64::MAX).max(1);
-    let cores = match (shape.cores_per_rank, gpus) {
-        (0, 0) => ranks,
-        (0, gpus) => {
-            let share = u64::from(cores_of(&node.cores_by_numa)) * u64::from(gpus) / all_gpus;
-            u32::try_from(share).unwrap_or(u32::MAX).max(1)
-        }
-        (each, _) => u32::from(each).saturating_mul(ranks),
-    };
-    let mem_mib = match (shape.mem_mib_per_rank, gpus) {
-        (0, 0) => DEFAULT_MEM_MIB.saturating_mul(u64::from(ranks)),
-        (0, gpus) => node.mem_mib.saturating_mul(u64::from(gpus)) / all_gpus,
-        (each, _) => each.saturating_mul(u64::from(ranks)),
-    };
-    (cores, mem_mib)
+    Total::of(node).request(shape)
 }
 
 /// GPUs that a new lease may take: free, healthy and, where `types` names some, of one of them.

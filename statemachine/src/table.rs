@@ -4,6 +4,7 @@
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
+use imbl::ordmap::DiffItem;
 use imbl::{OrdMap, OrdSet};
 
 /// Ordered records of one kind. Cloning is O(1); a clone and its origin share rows until one of them changes.
@@ -70,6 +71,13 @@ impl<V> AsRef<V> for Shared<V> {
     }
 }
 
+/// The very same row, not one of the same content.
+impl<V> PartialEq for Shared<V> {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 impl<V: Clone> Clone for Row<V> {
     /// A copy is made in order to be changed, so it starts without a hash.
     fn clone(&self) -> Self {
@@ -108,6 +116,14 @@ impl<K: Ord + Clone, V: Clone> Table<K, V> {
 
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
+    }
+
+    /// Keys whose rows were put there, changed or removed between two clones, in order. Costs as much as was changed: what both share is
+    /// passed over. A row that was changed back is told, too.
+    pub fn changed_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a K> {
+        before.rows.diff(&self.rows).map(|item| match item {
+            DiffItem::Add(key, _) | DiffItem::Remove(key, _) | DiffItem::Update { new: (key, _), .. } => key,
+        })
     }
 
     /// Rows in key order.
@@ -186,6 +202,21 @@ mod tests {
         assert_eq!((before.get(&1).unwrap().as_str(), table.get(&1).unwrap().as_str()), ("a", "ab"));
         assert_eq!(table.update(&7, |_| ()), None);
         assert_eq!(table.uncut.iter().copied().collect::<Vec<_>>(), [1], "what did not change is not written");
+    }
+
+    #[test]
+    fn what_changed_between_two_clones_is_told() {
+        let mut table = Table::<u32, String>::default();
+        (0..1_000).for_each(|key| table.insert(key, "a".into()));
+        let before = table.clone();
+        assert_eq!(table.changed_since(&before).count(), 0);
+        table.update(&500, |text| text.push('b')).expect("row 500");
+        table.insert(2_000, "c".into());
+        table.remove(&3);
+        table.insert(7, "a".into());
+        assert_eq!(table.changed_since(&before).copied().collect::<Vec<_>>(), [3, 7, 500, 2_000]);
+        assert_eq!(before.changed_since(&table).copied().collect::<Vec<_>>(), [3, 7, 500, 2_000]);
+        assert_eq!(table.changed_since(&Table::default()).count(), 1_000);
     }
 
     #[test]

@@ -1,0 +1,71 @@
+//! What a planner keeps from plan to plan: predicted bandwidths, choices of GPUs, machines by groups.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use statemachine::record::Class;
+use statemachine::{ClassId, NodeId, State};
+
+use crate::bandwidth::BandwidthTable;
+use crate::choose::{Choice, Shortage, Want, choose};
+use crate::fleet::Fleet;
+use crate::holding::Held;
+use crate::links::Mask;
+
+/// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
+const CHOICES: usize = 65_536;
+
+/// What a planner may keep from plan to plan. Everything in it follows from the state: an empty cache gives the same
+/// plan, later.
+#[derive(Clone, Debug, Default)]
+pub struct Cache {
+    pub(crate) choices: Choices,
+    pub(crate) fleet: Fleet,
+    pub(crate) held: Arc<Held>,
+}
+
+impl Cache {
+    /// The best set of a machine's usable GPUs, as `choose` finds it; remembered.
+    pub fn choose(&mut self, state: &State, class: ClassId, usable: Mask, want: Want) -> &Result<Choice, Shortage> {
+        self.choices.choose(state, class, usable, want)
+    }
+
+    /// What is known of this state, as one with these machines unheard sees it before it plans.
+    pub(crate) fn begin(&mut self, state: &State, unheard: &BTreeSet<NodeId>) {
+        self.choices.keep_what_holds(state);
+        self.fleet.begin(state, unheard);
+        Arc::make_mut(&mut self.held).begin(state);
+    }
+}
+
+/// Which GPUs of a machine are the best, as often as it is asked.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Choices {
+    tables: BTreeMap<ClassId, Arc<BandwidthTable>>,
+    known: BTreeMap<(ClassId, Want), BTreeMap<Mask, Result<Choice, Shortage>>>,
+    count: usize,
+}
+
+impl Choices {
+    /// Forgets what was derived from classes that are not those of the state.
+    fn keep_what_holds(&mut self, state: &State) {
+        let holds =
+            |(class, table): (&ClassId, &Arc<BandwidthTable>)| state.classes.get(class) == Some(table.links().facts());
+        if !self.tables.iter().all(holds) {
+            *self = Self::default();
+        }
+    }
+
+    pub fn choose(&mut self, state: &State, class: ClassId, usable: Mask, want: Want) -> &Result<Choice, Shortage> {
+        if self.count >= CHOICES {
+            self.known.clear();
+            self.count = 0;
+        }
+        let Self { tables, known, count } = self;
+        known.entry((class, want)).or_default().entry(usable).or_insert_with(|| {
+            *count += 1;
+            let new = || Arc::new(BandwidthTable::new(state.classes.get(&class).unwrap_or(&Class::default())));
+            choose(tables.entry(class).or_insert_with(new), usable, want)
+        })
+    }
+}
