@@ -102,7 +102,10 @@ struct Source {
 
 fn check_rank(job: &v1::Job, rank: u32) -> Result<(), Failure> {
     let shape = job.spec.as_ref().and_then(|spec| spec.shape.clone()).unwrap_or_default();
-    let ranks = shape.nodes.max(1) * shape.ranks_per_node.max(1);
+    // Where the cluster chose the machines there are as many as an attempt had.
+    let held = job.attempts.iter().map(|attempt| attempt.nodes.len()).chain([job.parts.len()]).max().unwrap_or(0);
+    let nodes = if shape.nodes == 0 { held.max(1) as u32 } else { shape.nodes };
+    let ranks = nodes * shape.ranks_per_node.max(1);
     if rank < ranks {
         return Ok(());
     }

@@ -64,7 +64,7 @@ fn queue_reasons(cluster: &Cluster) {
     let queue = cluster.ares(&["queue"]).ok().shows(&[
         "JOB  NAME",
         "NODES / REASON",
-        "needs 64 GPUs on one machine; no machine could ever run it; the largest, gpus, has 8",
+        "needs 64 GPUs in equal parts; no machines could ever hold it so, 8 on one machine would fit",
         "needs 8 GPUs on one machine; best has 6 free on gpus",
     ]);
     assert!(queue.err.is_empty());

@@ -77,6 +77,8 @@ fn bad_values(cluster: &Cluster) {
     misused(&["--retries", "-1"], &["'-1' for '--retries <N>'", "0.."]);
     misused(&["--gpus", "-1"], &["'-1' for '--gpus <N>'", "a number of GPUs is expected"]);
     misused(&["--gpus", "h100:8|a100:16"], &["h100:8 and a100:16 differ", "submit a job for each"]);
+    misused(&["--gpus", "8..24"], &["24 is not 8 doubled some times over", "write 8..16 or 8..32"]);
+    misused(&["--gpus", "h100:0..8"], &["0..8 begins with no number from 1 up to its second"]);
     misused(&["--gpus", "h100:8|a100"], &["\"a100\" is no TYPE:N", "'h100:8|a100:8'"]);
     misused(&["--gpus", "2", "--nodes", "2"], &["--gpus", "--nodes"]);
     misused(&["--nodes", "0"], &["'0' for '--nodes <N>'", "1.."]);

@@ -251,17 +251,27 @@ impl Model {
         }
         let nodes: BTreeSet<&str> = lease.parts.iter().map(|part| part.node.as_str()).collect();
         let Some(job) = self.jobs.get(&lease.job_id) else { return Ok(()) };
-        let gpus_fit =
-            lease.parts.iter().all(|part| part.gpus.len() as u64 == part.ranks.saturating_mul(job.gpus_per_rank));
-        let wanted = job.nodes.saturating_mul(job.ranks_per_node);
-        if rank == wanted && nodes.len() as u64 == job.nodes && gpus_fit {
+        let granted = lease.parts.len() as u64;
+        // One that leaves its machines open has its GPUs in equal parts on as many as it was given.
+        let gpus = lease.parts.iter().map(|part| part.gpus.len() as u64).sum::<u64>();
+        let sizes = (0..=job.doublings.unwrap_or(0)).filter_map(|times| job.gpus_per_rank.checked_shl(times));
+        let size = sizes.filter(|size| size.saturating_mul(job.ranks_per_node) <= gpus).max();
+        let size = size.unwrap_or(job.gpus_per_rank);
+        let (machines, each) = match job.nodes {
+            0 if granted > 0 && size.is_multiple_of(granted) => (granted, size / granted),
+            0 => (1, size),
+            named => (named, job.gpus_per_rank),
+        };
+        let gpus_fit = lease.parts.iter().all(|part| part.gpus.len() as u64 == part.ranks.saturating_mul(each));
+        let wanted = machines.saturating_mul(job.ranks_per_node);
+        if rank == wanted && nodes.len() as u64 == machines && gpus_fit {
             return Ok(());
         }
         let what = format!(
             "Job {} asked for {wanted} ranks on {} nodes with {} GPUs each; lease {} has {rank} ranks on {}, and {} GPUs",
             job.job_id,
-            job.nodes,
-            job.gpus_per_rank,
+            machines,
+            each,
             lease.token,
             nodes.len(),
             lease.parts.iter().map(|part| part.gpus.len()).sum::<usize>()

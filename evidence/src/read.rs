@@ -81,6 +81,9 @@ pub(crate) struct Job {
     pub nodes: u64,
     pub ranks_per_node: u64,
     pub gpus_per_rank: u64,
+    /// Beside open nodes: so often its GPUs may be doubled.
+    #[serde(default)]
+    pub doublings: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -208,6 +208,10 @@ fn a_torn_gang_is_found() {
     assert_eq!(fewer_gpus.broken().invariant, "gang_whole");
     let one_node = Tale::new().job(1, 2, 1).grant(1, 1, 1, &[("n1", &["GPU-a"]), ("n1", &["GPU-b"])]);
     assert_eq!(one_node.broken().invariant, "gang_whole");
+    // Open on how many nodes, but not how many GPUs each has.
+    Tale::new().job(1, 0, 2).grant(1, 1, 1, BOTH).ended(1, 1, 1).holds();
+    let open = Tale::new().job(1, 0, 3).grant(1, 1, 1, BOTH);
+    assert_eq!(open.broken().invariant, "gang_whole");
     let moved = Tale::new().job(1, 1, 1).grant(1, 1, 1, ONE).shown(1, 1, 1, OTHER);
     assert_eq!(moved.broken().invariant, "gang_whole");
 }

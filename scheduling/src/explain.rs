@@ -1,6 +1,7 @@
 //! Why a task waits: finds the first thing that binds. The planner's reasons and every replica's answer to
 //! `ares queue` and `ares show` come from here.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -10,6 +11,7 @@ use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
 use crate::cache::{Cache, Choices};
+use crate::cuts::uncut;
 use crate::fleet::{Alike, Fleet};
 use crate::machines::Machines;
 use crate::outlook::{Outlook, Start};
@@ -88,7 +90,9 @@ impl<'a> Explainer<'a> {
         if let Some(claim) = state.claims.get(&key) {
             let left = claim.victims.iter().filter(|victim| state.leases.contains(victim)).count();
             let victims = u32::try_from(left).unwrap_or(u32::MAX);
-            return Some(Arc::new(Reason::Preempting { needs: needs_of(state, shape), victims }));
+            let gpus = claim.parts.iter().map(|part| part.gpu_order.len()).sum();
+            let shape = spec.shape_of(claim.parts.len(), gpus).unwrap_or(Cow::Borrowed(shape));
+            return Some(Arc::new(Reason::Preempting { needs: needs_of(state, &shape), victims }));
         }
         if let Some(reason) = Planned::default().hit_by_shape(state, job.tenant, shape) {
             return Some(Arc::new(reason));
@@ -98,7 +102,10 @@ impl<'a> Explainer<'a> {
             let known = self.outlook.as_ref().and_then(|outlook| outlook.reason(key)).cloned();
             return Some(known.unwrap_or(Arc::new(Reason::Soon)));
         }
-        let explained = || Arc::new(explain(&self.machines, self.cache, shape));
+        let explained = || {
+            let reason = explain(&self.machines, self.cache, &state.cut_of(spec));
+            Arc::new(uncut(state, spec, &reason))
+        };
         let reason = self.by_shape.entry(shape).or_insert_with(explained).clone();
         if *reason != Reason::Soon {
             return Some(reason);

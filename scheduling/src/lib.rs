@@ -6,6 +6,7 @@
 pub mod bandwidth;
 mod cache;
 pub mod choose;
+mod cuts;
 mod domains;
 pub mod explain;
 mod fleet;

@@ -223,7 +223,7 @@ impl<'a> Order<'a> {
             return false;
         }
         let Some(shape) = shape_of(self.state, task) else { return false };
-        let gpus = all_gpus(shape);
+        let gpus = shape.gpus();
         let used = self.places.get(&Place::Tenant(id)).map_or(&account.used, |standing| &standing.used);
         let accepted = |gpu_type: &GpuTypeId| shape.gpu_types.is_empty() || shape.gpu_types.contains(gpu_type);
         gpus > 0
@@ -329,7 +329,7 @@ fn urgency(key: QueueKey, aged: bool) -> u64 {
 
 /// What a gang would take before its machines are known: the first type it accepts, or the cluster's commonest.
 fn wants(shape: &Shape, most: Option<GpuTypeId>) -> Amounts {
-    let gpus = all_gpus(shape);
+    let gpus = shape.gpus();
     let gpu_type = shape.gpu_types.first().copied().or(most).filter(|_| gpus > 0);
     Amounts {
         gpus: gpu_type.map(|gpu_type| (gpu_type, gpus)).into_iter().collect(),
@@ -340,10 +340,6 @@ fn wants(shape: &Shape, most: Option<GpuTypeId>) -> Amounts {
 
 fn shape_of(state: &State, task: TaskKey) -> Option<&Shape> {
     state.jobs.get(&task.job).map(|job| &job.value.spec.shape)
-}
-
-fn all_gpus(shape: &Shape) -> u32 {
-    u32::from(shape.nodes).saturating_mul(shape.gpus_per_node())
 }
 
 /// What the machines have, in service or not: the order must not jump with each drained one.

@@ -9,6 +9,7 @@ use statemachine::command::{Place, PlacePart};
 use statemachine::spec::Shape;
 use statemachine::{NodeId, State, TaskKey};
 
+use crate::cuts::Shelf;
 use crate::holding::ENDLESS_MS;
 use crate::plan::{Cache, Cycle, Limits, Plan, Reservation, waiting_task};
 use crate::reason::Reason;
@@ -50,7 +51,8 @@ impl Outlook {
     /// Estimates end after so many steps, and what comes later is unknown.
     pub fn new(state: &State, cache: &mut Cache, unheard: &BTreeSet<NodeId>, steps: u64) -> Self {
         let limits = Limits::default();
-        let mut cycle = Cycle::new(state, cache, &limits, unheard).run(&limits, None);
+        let shelf = Shelf::default();
+        let mut cycle = Cycle::new(state, cache, &shelf, &limits, unheard).run(&limits, None);
         let starts = cycle.estimate(steps);
         let Plan { places, mut reasons, .. } = cycle.plan;
         reasons.sort_unstable_by_key(|(task, _)| *task);
@@ -90,7 +92,8 @@ impl Look {
         (steps, hasty): (u64, bool),
     ) -> Self {
         let limits = Limits { steps, ..Limits::default() };
-        let mut cycle = Cycle::new(state, cache, &limits, unheard);
+        let shelf = Shelf::default();
+        let mut cycle = Cycle::new(state, cache, &shelf, &limits, unheard);
         cycle.machines.hasty = hasty;
         let mut cycle = cycle.run(&limits, Some(task));
         let mut starts = cycle.estimate(steps);
@@ -138,7 +141,8 @@ impl Cycle<'_> {
             if hopeless.contains(&kind) {
                 continue;
             }
-            match self.keep(task, spec) {
+            let shape = self.shape_of(spec);
+            match self.keep(task, (spec, shape)) {
                 Some(start) => {
                     starts.insert(task, start);
                 }

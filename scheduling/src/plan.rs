@@ -25,6 +25,7 @@ use statemachine::state::QueueKey;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 
 pub use crate::cache::Cache;
+use crate::cuts::{Cuts, Shelf};
 use crate::explain::{explain, needs_of};
 use crate::machines::Machines;
 use crate::order::{Order, Position};
@@ -65,12 +66,14 @@ impl Default for Limits {
 ///
 /// The same arguments give the same plan, whatever the cache holds.
 pub fn plan(state: &State, cache: &mut Cache, limits: &Limits, unheard: &BTreeSet<NodeId>) -> Plan {
-    Cycle::new(state, cache, limits, unheard).run(limits, None).plan
+    let shelf = Shelf::default();
+    Cycle::new(state, cache, &shelf, limits, unheard).run(limits, None).plan
 }
 
 /// One cycle under way.
 pub(crate) struct Cycle<'a> {
     pub machines: Machines<'a>,
+    cuts: Cuts<'a>,
     pub cache: &'a mut Cache,
     /// By window, shape and bar.
     seats: BTreeMap<(Inside, &'a Shape, u64), Seats<'a>>,
@@ -129,12 +132,14 @@ impl<'a> Cycle<'a> {
     pub(crate) fn new(
         state: &'a State,
         cache: &'a mut Cache,
+        shelf: &'a Shelf,
         limits: &Limits,
         unheard: &'a BTreeSet<NodeId>,
     ) -> Cycle<'a> {
         cache.begin(state, unheard);
         Cycle {
             machines: Machines::new(state, cache, unheard),
+            cuts: Cuts::on(shelf),
             cache,
             seats: BTreeMap::new(),
             failed: BTreeMap::new(),
@@ -201,9 +206,12 @@ impl<'a> Cycle<'a> {
             return None;
         }
         self.machines.look_for(spec);
+        let sizes = self.cuts.sizes_of(state, spec, &mut self.steps);
+        // The largest that fits starts; who finds no room waits for the least that it takes.
+        let (shape, larger) = sizes.split_last()?;
         if let Some(reason) = windows::not_yet(state, spec) {
-            if reason.ends_with_time() && self.may_reserve(&spec.shape) {
-                self.reserve(task, tenant, spec);
+            if reason.ends_with_time() && self.may_reserve(shape) {
+                self.reserve(task, tenant, (spec, shape));
             }
             self.plan.reasons.push((task, Arc::new(reason)));
             return None;
@@ -211,20 +219,23 @@ impl<'a> Cycle<'a> {
         let (_, end) = self.machines.length_of(spec);
         let until_ms = self.machines.room_until(spec);
         let bar = self.machines.bar(until_ms);
-        let no_room =
-            || self.failed.get(&Ask::new(self.machines.inside(), &spec.shape)).filter(|(failed, _)| *failed <= bar);
-        let placed = match self.planned.hit_by_shape(state, tenant, &spec.shape) {
-            Some(reason) => Err(Arc::new(reason)),
-            None => match no_room() {
-                Some((_, reason)) => Err(reason.clone()),
-                None => self.place(task, spec, waiting_task(state, task)?.1, bar).and_then(|place| {
-                    // What is kept for a task must be free for its tenant too by then.
-                    let charged =
-                        if self.machines.bar_of_tasks(until_ms) == 0 { &self.planned } else { &self.promised };
-                    charged.hit_by(state, tenant, &place.parts).map_or(Ok(place), |reason| Err(Arc::new(reason)))
-                }),
-            },
+        let mut placed_as = |size: &'a Shape| {
+            if let Some(reason) = self.planned.hit_by_shape(state, tenant, size) {
+                return Some(Err(Arc::new(reason)));
+            }
+            let failed = self.failed.get(&Ask::new(self.machines.inside(), size));
+            if let Some((_, reason)) = failed.filter(|(failed, _)| *failed <= bar) {
+                return Some(Err(reason.clone()));
+            }
+            let record = waiting_task(state, task)?.1;
+            Some(self.place(task, (spec, size), record, bar).and_then(|place| {
+                // What is kept for a task must be free for its tenant too by then.
+                let charged = if self.machines.bar_of_tasks(until_ms) == 0 { &self.planned } else { &self.promised };
+                charged.hit_by(state, tenant, &place.parts).map_or(Ok(place), |reason| Err(Arc::new(reason)))
+            }))
         };
+        let grown = larger.iter().find_map(|size| placed_as(size)?.ok());
+        let placed = grown.map_or_else(|| placed_as(shape), |place| Some(Ok(place)))?;
         match placed {
             Ok(place) => {
                 let takes = self.planned.add(state, tenant, &place.parts);
@@ -236,13 +247,14 @@ impl<'a> Cycle<'a> {
                 Some(takes)
             }
             Err(reason) => {
-                let reason = match reason.ends_for_room().then(|| self.make_room(task, job)).flatten() {
+                let making = reason.ends_for_room().then(|| self.make_room(task, job, shape)).flatten();
+                let reason = match making {
                     Some(made) => Arc::new(made),
                     None => {
-                        if reason.ends_with_time() && self.may_reserve(&spec.shape) {
-                            self.reserve(task, tenant, spec);
+                        if reason.ends_with_time() && self.may_reserve(shape) {
+                            self.reserve(task, tenant, (spec, shape));
                         }
-                        reason
+                        self.cuts.told(state, spec, reason)
                     }
                 };
                 self.plan.reasons.push((task, reason));
@@ -254,11 +266,11 @@ impl<'a> Cycle<'a> {
     fn place(
         &mut self,
         task: TaskKey,
-        spec: &'a JobSpec,
+        (spec, shape): (&'a JobSpec, &'a Shape),
         record: Option<&Task>,
         bar: u64,
     ) -> Result<Place, Arc<Reason>> {
-        let (inside, shape) = (self.machines.inside(), &spec.shape);
+        let inside = self.machines.inside();
         self.cache.fleet.follow(&self.machines);
         let seats = match self.seats.entry((inside, shape, bar)) {
             Entry::Occupied(known) => {
@@ -284,7 +296,7 @@ impl<'a> Cycle<'a> {
             None => {
                 self.steps += self.looks_to_explain(shape);
                 let reason = match explain(&self.machines, self.cache, shape) {
-                    Reason::Soon if bar > 0 => self.kept_for_another(spec, bar),
+                    Reason::Soon if bar > 0 => self.kept_for_another((spec, shape), bar),
                     reason => reason,
                 };
                 let reason = Arc::new(reason);
@@ -331,36 +343,39 @@ impl<'a> Cycle<'a> {
     /// What is kept for a task, if all of it is free.
     fn free_parts(&self, task: TaskKey, claim: &Claim, spec: &JobSpec) -> Option<Vec<PlacePart>> {
         let state = self.machines.state;
+        let gpus = claim.parts.iter().map(|part| part.gpu_order.len()).sum();
+        let shape = spec.shape_of(claim.parts.len(), gpus)?;
         let part = |part: &PlacePart| {
             let node = &state.nodes.get(&part.node)?.value;
             let free = state.free_beside_claims(part.node, state.allocs.get(&part.node)?, task);
             let part = PlacePart { epoch: node.epoch, ..part.clone() };
             let may = self.machines.takes_lease_of(part.node, task) && state.may_use(spec, part.node).is_ok();
-            let fits = may && fit::fit(node, &free, &spec.shape, &part).is_ok();
+            let fits = may && fit::fit(node, &free, &shape, &part).is_ok();
             fits.then_some(part)
         };
-        if !state.are_near_enough(&spec.shape, claim.parts.iter().map(|part| part.node)) {
+        if !state.are_near_enough(&shape, claim.parts.iter().map(|part| part.node)) {
             return None;
         }
         claim.parts.iter().map(part).collect()
     }
 
     /// Ends others for the task, where that suffices and is its right: what it then waits for.
-    fn make_room(&mut self, task: TaskKey, job: &'a Job) -> Option<Reason> {
+    fn make_room(&mut self, task: TaskKey, job: &'a Job, shape: &'a Shape) -> Option<Reason> {
         let state = self.machines.state;
         let (tenant, spec) = (job.tenant, &job.spec);
         if !state.may_preempt(job) || self.plan.preempts.len() >= PREEMPTS {
             return None;
         }
         let length_ms = if state.reservations.is_empty() { None } else { spec.length_ms() };
-        let equal = (self.machines.inside(), &spec.shape, length_ms, tenant, state.preempts_by_class(job));
+        let equal = (self.machines.inside(), shape, length_ms, tenant, state.preempts_by_class(job));
         if self.hopeless.get(&equal).is_some_and(|highest| spec.priority <= *highest) {
             return None;
         }
         let open = self.open.get_or_insert_with(|| Open::of(state, &mut self.steps));
         self.plan.preempts_later |= open.later;
         let before = Before { victims: self.victims.clone(), coming: self.planned.with(&self.making) };
-        let made = preempt::make_room(&self.machines, self.cache, (open, &before), (task, spec), &mut self.steps);
+        let asked = (task, spec, shape);
+        let made = preempt::make_room(&self.machines, self.cache, (open, &before), asked, &mut self.steps);
         let Some(made) = made else {
             self.hopeless.insert(equal, spec.priority);
             return None;
@@ -371,32 +386,38 @@ impl<'a> Cycle<'a> {
         made.parts.iter().for_each(|part| self.machines.keep_room(part, true));
         let victims = u32::try_from(made.victims.len()).unwrap_or(u32::MAX);
         self.plan.preempts.push(made);
-        Some(Reason::Preempting { needs: needs_of(state, &spec.shape), victims })
+        Some(Reason::Preempting { needs: needs_of(state, shape), victims })
     }
 
     /// Who has the machines that it could have, and how short it would have to be.
-    fn kept_for_another(&self, spec: &JobSpec, bar: u64) -> Reason {
+    fn kept_for_another(&self, (spec, shape): (&JobSpec, &Shape), bar: u64) -> Reason {
         let state = self.machines.state;
         let has_room = |part: &PlacePart| {
             let machine = self.machines.node(part.node);
-            machine.is_some_and(|(node, alloc)| fit::room_for(node, alloc, &spec.shape).is_ok())
+            machine.is_some_and(|(node, alloc)| fit::room_for(node, alloc, shape).is_ok())
         };
         let barred = || self.plan.reservations.iter().filter(|kept| kept.start_ms <= bar);
         let first = barred().find(|kept| kept.parts.iter().any(has_room)).or_else(|| barred().next());
         let in_ms = |kept: &Reservation| kept.known_start_ms().map(|start| start.saturating_sub(state.meta.clock_ms));
         let windows = self.machines.has_windows().then(|| self.machines.room_until(spec));
-        match windows.and_then(|until_ms| windows::in_the_way(&self.machines, spec, until_ms)) {
+        match windows.and_then(|until_ms| windows::in_the_way(&self.machines, (spec, shape), until_ms)) {
             Some((reason, others_have_room)) if first.is_none() || !others_have_room => return reason,
             None if first.is_none() => return Reason::Soon,
             _ => {}
         }
         let starts_in_ms = first.and_then(in_ms);
         Reason::Reserved {
-            needs: needs_of(state, &spec.shape),
+            needs: needs_of(state, shape),
             job: first.map(|kept| kept.task.job).unwrap_or_default(),
             starts_in_ms,
             fits_ms: starts_in_ms.and_then(|ms| ms.checked_sub(spec.kill_grace_ms)),
         }
+    }
+
+    /// The shape in which the job waits: the least that it takes.
+    pub(crate) fn shape_of(&mut self, spec: &'a JobSpec) -> &'a Shape {
+        let sizes = self.cuts.sizes_of(self.machines.state, spec, &mut self.steps);
+        sizes.last().unwrap_or(&spec.shape)
     }
 
     /// Its pool has a reservation left.
@@ -406,9 +427,9 @@ impl<'a> Cycle<'a> {
     }
 
     /// Keeps machines for the task, if a start can be told.
-    fn reserve(&mut self, task: TaskKey, tenant: TenantId, spec: &JobSpec) {
-        let made = self.keep(task, spec);
-        let tries = self.pools.entry(pool_of(self.machines.inside(), &spec.shape)).or_default();
+    fn reserve(&mut self, task: TaskKey, tenant: TenantId, (spec, shape): (&JobSpec, &Shape)) {
+        let made = self.keep(task, (spec, shape));
+        let tries = self.pools.entry(pool_of(self.machines.inside(), shape)).or_default();
         match made {
             Some(reservation) => {
                 tries.made += 1;
@@ -420,11 +441,11 @@ impl<'a> Cycle<'a> {
     }
 
     /// The task's start, with its machines kept from then on.
-    pub(crate) fn keep(&mut self, task: TaskKey, spec: &JobSpec) -> Option<Reservation> {
+    pub(crate) fn keep(&mut self, task: TaskKey, (spec, shape): (&JobSpec, &Shape)) -> Option<Reservation> {
         self.machines.look_for(spec);
         let (length_ms, _) = self.machines.length_of(spec);
         let room_ms = self.machines.room_ms(spec);
-        let start = earliest(&self.machines, self.cache, &spec.shape, room_ms, &mut self.steps)?;
+        let start = earliest(&self.machines, self.cache, shape, room_ms, &mut self.steps)?;
         let until_ms = length_ms.map_or(u64::MAX, |length| start.at_ms.saturating_add(length));
         for part in &start.parts {
             self.machines.keep(start.at_ms, until_ms, part.clone());

@@ -142,7 +142,7 @@ pub(crate) fn make_room(
     machines: &Machines<'_>,
     cache: &mut Cache,
     (open, before): (&Open, &Before),
-    (task, spec): (TaskKey, &JobSpec),
+    (task, spec, shape): (TaskKey, &JobSpec, &Shape),
     steps: &mut u64,
 ) -> Option<Preempt> {
     let state = machines.state;
@@ -151,14 +151,14 @@ pub(crate) fn make_room(
         return None;
     }
     let mut best: Option<(Cost, Preempt)> = None;
-    for gpu_type in types_of(&cache.fleet, &spec.shape) {
-        let asks = asks(&spec.shape, gpu_type);
+    for gpu_type in types_of(&cache.fleet, shape) {
+        let asks = asks(shape, gpu_type);
         let Some(mut rights) = Rights::new(state, task, &asks, &before.coming) else { continue };
         before.victims.iter().for_each(|token| rights.count(*token));
         let (spared, cost) = (BTreeSet::new(), BTreeMap::new());
         let leaving = before.victims.iter().copied();
         let headroom = Headroom::new(state, task, &before.coming, leaving);
-        let (shape, until_ms) = (&spec.shape, machines.room_until(spec));
+        let until_ms = machines.room_until(spec);
         let mut search = Search {
             machines,
             open,
@@ -194,8 +194,7 @@ fn types_of(fleet: &Fleet, shape: &Shape) -> Vec<Option<GpuTypeId>> {
 }
 
 fn asks(shape: &Shape, gpu_type: Option<GpuTypeId>) -> Amounts {
-    let gpus = u32::from(shape.nodes).saturating_mul(shape.gpus_per_node());
-    Amounts { gpus: gpu_type.map(|gpu_type| (gpu_type, gpus)).into_iter().collect(), ..Amounts::default() }
+    Amounts { gpus: gpu_type.map(|gpu_type| (gpu_type, shape.gpus())).into_iter().collect(), ..Amounts::default() }
 }
 
 impl Search<'_, '_> {

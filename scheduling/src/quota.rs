@@ -45,7 +45,7 @@ impl Planned {
         if !is_bounded(state, tenant) {
             return None;
         }
-        let gpus = u32::from(shape.nodes) * shape.gpus_per_node();
+        let gpus = shape.gpus();
         let cores = shape.ranks() * u32::from(shape.cores_per_rank);
         let mem_mib = u64::from(shape.ranks()).saturating_mul(shape.mem_mib_per_rank);
         let hit = |of_type: Option<GpuTypeId>| {

@@ -5,6 +5,7 @@ use std::fmt;
 
 use statemachine::JobId;
 use statemachine::account::QuotaHit;
+use statemachine::cut::Nearest;
 use statemachine::domain::Level;
 use statemachine::record::Holds;
 use statemachine::spec::AfterKind;
@@ -205,6 +206,7 @@ pub const CODES: &[(&str, &str, &str)] = &[
 /// What the gang asks for, as far as the reason needs it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Needs {
+    /// 0 = as few as hold the GPUs in equal parts.
     pub machines: u32,
     /// GPUs on each.
     pub gpus: u32,
@@ -244,6 +246,8 @@ pub enum Lack {
         domain: String,
         able: u32,
     },
+    /// Machines with as many GPUs each as the parts would have: the next counts that could be cut.
+    Cut(Nearest),
 }
 
 impl Reason {
@@ -450,6 +454,7 @@ fn never(f: &mut fmt::Formatter<'_>, needs: &Needs, lack: &Lack) -> fmt::Result 
                 domain => write!(f, "needs {needs}; the largest, {domain}, has {able}, in service or not"),
             }
         }
+        Lack::Cut(nearest) => write!(f, "needs {needs}; no machines could ever hold it so, {nearest}"),
         Lack::Machines { able } => write!(f, "needs {needs}; the cluster has {able} such, in service or not"),
     }
 }
@@ -464,6 +469,7 @@ impl fmt::Display for Needs {
         match (self.machines, self.gpus) {
             (1, 0) => f.write_str("one machine"),
             (1, _) => write!(f, "{gpus} on one machine"),
+            (0, _) => write!(f, "{gpus} in equal parts"),
             (machines, 0) => write!(f, "{machines} machines"),
             (machines, _) => write!(f, "{machines} machines with {gpus} each"),
         }?;

@@ -305,7 +305,7 @@ fn alternatives(state: &State, task: TaskKey, spec: &JobSpec, reason: &Reason) -
         state.jobs.update(&task.job, |job| change(&mut job.value.spec));
         all.push(Instead { kind, ask, state });
     };
-    let shape = &spec.shape;
+    let shape = &*state.cut_of(spec);
     if let Reason::Reserved { fits_ms: Some(ms), .. } | Reason::SetAside { fits_ms: Some(ms), .. } = reason
         && *ms >= 1_000
     {
@@ -387,6 +387,11 @@ fn other_shapes(shape: &Shape, reason: &Reason) -> Vec<(Kind, Shape)> {
     if gpus == 0 {
         return shapes;
     }
+    if let Reason::Never { lack: Lack::Cut(nearest), .. } = reason {
+        let open = Shape { nodes: 0, ..shape.clone() };
+        let cuts = nearest.fewer.into_iter().chain(nearest.more);
+        shapes.extend(cuts.filter_map(|cut| with_gpus(&open, cut.gpus())).map(|shape| (Kind::Gpus, shape)));
+    }
     shapes.extend([2, 4].into_iter().filter_map(|parts| spread(shape, parts)).map(|shape| (Kind::Spread, shape)));
     let (ready, room) = match reason {
         Reason::GpusBusy { ready, best, .. } => (*ready, best.has),
@@ -439,7 +444,7 @@ fn with_gpus(shape: &Shape, gpus: u32) -> Option<Shape> {
 fn flags(before: &Shape, shape: &Shape) -> String {
     let gpus = shape.gpus_per_node();
     let mut text = match shape.nodes {
-        1 => format!("--gpus {gpus}"),
+        0 | 1 => format!("--gpus {gpus}"),
         nodes => format!("--nodes {nodes} --gpus-per-node {gpus}"),
     };
     if shape.ranks_per_node > 1 || before.ranks_per_node > 1 {

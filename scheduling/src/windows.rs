@@ -9,7 +9,7 @@ use statemachine::command::PlacePart;
 use statemachine::domain::Path;
 use statemachine::fit;
 use statemachine::record::{Node, Reservation};
-use statemachine::spec::JobSpec;
+use statemachine::spec::{JobSpec, Shape};
 use statemachine::{NodeId, State};
 
 use crate::domains::domain_for;
@@ -62,16 +62,20 @@ pub(crate) fn not_yet(state: &State, spec: &JobSpec) -> Option<Reason> {
 }
 
 /// The window that keeps the task from machines with room, if one does; and whether enough others have room.
-pub(crate) fn in_the_way(machines: &Machines<'_>, spec: &JobSpec, until_ms: u64) -> Option<(Reason, bool)> {
+pub(crate) fn in_the_way(
+    machines: &Machines<'_>,
+    (spec, shape): (&JobSpec, &Shape),
+    until_ms: u64,
+) -> Option<(Reason, bool)> {
     let state = machines.state;
     let has_room = |id: &NodeId| {
         let machine = machines.node(*id).filter(|_| machines.is_open(*id) && machines.takes_leases(*id));
-        machine.is_some_and(|(node, alloc)| fit::room_for(node, alloc, &spec.shape).is_ok())
+        machine.is_some_and(|(node, alloc)| fit::room_for(node, alloc, shape).is_ok())
     };
-    let needed = usize::from(spec.shape.nodes);
+    let needed = usize::from(shape.nodes);
     let mut by_domain: BTreeMap<Path<'_>, Vec<Option<Window<'_>>>> = BTreeMap::new();
     for (id, node) in state.nodes.iter().filter(|(id, _)| has_room(id)) {
-        if let Some(domain) = domain_for(&node.value, &spec.shape) {
+        if let Some(domain) = domain_for(&node.value, shape) {
             by_domain.entry(domain).or_default().push(machines.window_on(*id, until_ms));
         }
     }
@@ -88,7 +92,7 @@ pub(crate) fn in_the_way(machines: &Machines<'_>, spec: &JobSpec, until_ms: u64)
     let now_ms = state.meta.clock_ms;
     let starts_in_ms = binding.from_ms.saturating_sub(now_ms);
     let reason = Reason::SetAside {
-        needs: needs_of(state, &spec.shape),
+        needs: needs_of(state, shape),
         name: binding.record.name.clone(),
         maintenance: binding.record.is_maintenance(),
         starts_in_ms,

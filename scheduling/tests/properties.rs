@@ -42,8 +42,10 @@ fn machine() -> impl Strategy<Value = Machine> {
 fn shapes() -> impl Strategy<Value = Shape> {
     let memory = prop_oneof![Just(0u64), Just(500), Just(40_000)];
     let bandwidth = prop_oneof![3 => Just(0u32), 1 => Just(30_000), 1 => Just(300_000)];
-    (1u16..=3, 1u16..=3, 0u16..=3, 0u16..=5, memory, bandwidth).prop_map(
-        |(nodes, ranks, gpus, cores_per_rank, mem_mib_per_rank, min_bandwidth_mbps)| Shape {
+    // Some leave their machines open.
+    let counts = prop_oneof![4 => (1u16..=3, 0u16..=3), 1 => (Just(0u16), 1u16..=12)];
+    (counts, 1u16..=3, 0u16..=5, memory, bandwidth).prop_map(
+        |((nodes, gpus), ranks, cores_per_rank, mem_mib_per_rank, min_bandwidth_mbps)| Shape {
             cores_per_rank,
             mem_mib_per_rank,
             min_bandwidth_mbps,
@@ -140,7 +142,9 @@ proptest! {
         prop_assert_eq!(tokens.len(), plan.places.len());
         prop_assert_eq!(site.state.check(), Ok(()));
         for place in &plan.places {
-            let shape = shape_of(&site, place.task.job);
+            let spec = &site.state.jobs.get(&place.task.job).unwrap().value.spec;
+            let gpus = place.parts.iter().map(|part| part.gpu_order.len()).sum();
+            let shape = spec.shape_of(place.parts.len(), gpus).expect("equal parts");
             prop_assert_eq!(place.parts.len(), usize::from(shape.nodes));
             for part in &place.parts {
                 prop_assert!(!site.unheard.contains(&part.node));
@@ -208,7 +212,7 @@ proptest! {
         }
         site.grant(&plan);
         for (key, ()) in &site.state.index.queue {
-            let shape = shape_of(&site, key.task.job);
+            let shape = site.state.cut_of(&site.state.jobs.get(&key.task.job).unwrap().value.spec).into_owned();
             let roomy = site.state.nodes.iter().filter(|(id, node)| {
                 let alloc = site.state.allocs.get(id).unwrap();
                 !site.unheard.contains(id) && fit::room_for(&node.value, alloc, &shape).is_ok()

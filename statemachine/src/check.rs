@@ -131,10 +131,14 @@ impl State {
         let named = task.is_some_and(|task| task.phase == Phase::Leased { token });
         must(named, "lease_iff_running", || format!("lease {token} is not its task's"))?;
         must(token <= self.meta.token, "token_grows", || format!("lease {token} is above the counter"))?;
-        let shape = self.jobs.get(&lease.task.job).map(|job| &job.value.spec.shape);
+        let spec = self.jobs.get(&lease.task.job).map(|job| &job.value.spec);
+        let gpus = lease.parts.iter().map(|part| part.gpu_order.len()).sum();
+        let shape = spec.and_then(|spec| spec.shape_of(lease.parts.len(), gpus));
+        let shape = shape.as_deref();
         let whole = shape.is_some_and(|shape| {
             let ranks: u32 = lease.parts.iter().map(|part| u32::from(part.ranks)).sum();
-            lease.parts.len() == usize::from(shape.nodes) && ranks == shape.ranks()
+            let equal = lease.parts.iter().all(|part| part.gpu_order.len() == shape.gpus_per_node() as usize);
+            lease.parts.len() == usize::from(shape.nodes) && ranks == shape.ranks() && equal
         });
         must(whole, "gang_whole", || format!("lease {token} does not hold its whole gang"))?;
         // A machine may have registered since with other labels.

@@ -8,6 +8,7 @@ pub mod apply;
 pub mod array;
 pub mod check;
 pub mod command;
+pub mod cut;
 pub mod domain;
 pub mod event;
 pub mod fit;

@@ -46,6 +46,8 @@ pub struct Terms {
     pub reservation: String,
     /// It stands for so many tasks.
     pub array: Option<Array>,
+    /// Beside open machines: where there is room an attempt has twice the GPUs of the shape, up to so many times over.
+    pub doublings: u8,
 }
 
 /// A job that another one waits for, and how it must end.
@@ -104,6 +106,11 @@ impl JobSpec {
         self.terms.as_ref()?.array.as_ref()
     }
 
+    /// How often the GPUs of an open shape may be doubled.
+    pub fn doublings(&self) -> u8 {
+        self.terms.as_ref().filter(|_| self.shape.is_open()).map_or(0, |terms| terms.doublings)
+    }
+
     /// What of an array's spec holds for a task that starts.
     pub(crate) fn of_element(&self) -> Self {
         let terms = self.terms.as_ref().map(|terms| Terms {
@@ -140,11 +147,11 @@ impl JobSpec {
 /// What the ranks of a gang need. All nodes of a gang hold equally many ranks.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Shape {
-    /// Machines, at least 1.
+    /// Machines; 0 = as few as hold its GPUs in equal parts (`cut`), beside GPUs alone.
     pub nodes: u16,
     /// Processes on each machine, at least 1.
     pub ranks_per_node: u16,
-    /// GPUs of each process; 0 = none.
+    /// GPUs of each process, where it leaves its machines open as if on one; 0 = none.
     pub gpus_per_rank: u16,
     /// Acceptable GPU types in order of preference, at most 4; empty = any.
     pub gpu_types: Box<[GpuTypeId]>,
@@ -163,8 +170,9 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// On one machine, where that is open.
     pub fn ranks(&self) -> u32 {
-        u32::from(self.nodes) * u32::from(self.ranks_per_node)
+        u32::from(self.nodes.max(1)) * u32::from(self.ranks_per_node)
     }
 
     pub fn gpus_per_node(&self) -> u32 {

@@ -219,8 +219,14 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
                     Array { ranges: vec![(0, 0), (5, 5 + u32::from(kind / 32))], throttle: u32::from(kind % 3) };
                 submit.spec.terms.get_or_insert_default().array = Some(array);
             }
-            if *kind > 240 {
+            // Some leave their machines open; of these some have no GPUs to cut.
+            if kind % 16 > 12 && submit.spec.reservation().is_empty() {
                 submit.spec.shape.nodes = 0;
+                submit.spec.shape.ranks_per_node = 1;
+                // And of those that have, some take more.
+                let doublings = kind / 16 % 3;
+                submit.spec.terms.get_or_insert_default().doublings = doublings;
+                submit.spec.shape.gpus_per_rank *= if doublings == 0 { 2 } else { 1 };
             }
             let now = WALL0 + i64::try_from(world.clock_ms).unwrap();
             let id = id.map(|n| match n % 3 {
@@ -245,10 +251,10 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
                 let id = pick(&pending, *job)?;
                 let shape = &state.jobs.get(&id)?.value.spec.shape;
                 let first = usize::from(*node);
-                let on: Vec<NodeId> = (0..usize::from(shape.nodes))
-                    .filter_map(|nth| nodes.get((first + nth) % nodes.len().max(1)).copied())
-                    .collect();
-                (!on.is_empty()).then(|| world.placement(id, &on))
+                let count = if shape.is_open() { 1 + usize::from(*job % 2) } else { shape.nodes.into() };
+                let on: Vec<NodeId> =
+                    (0..count).filter_map(|nth| nodes.get((first + nth) % nodes.len().max(1)).copied()).collect();
+                (!on.is_empty()).then(|| world.grown(id, &on, usize::from(*job / 64)))
             });
             let mut places: Vec<Place> = places.collect();
             twist_plan(&mut places, *twist);
@@ -347,7 +353,7 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
                 lease.and_then(|lease| job_of(&lease.value.task.job)).is_some_and(|job| state.is_preemptible(job))
             };
             let tokens: Vec<Token> = tokens.iter().filter(preemptible).copied().collect();
-            let shape = &job_of(&job)?.spec.shape;
+            let shape = &*state.cut_of(&job_of(&job)?.spec);
             let fits = |node: NodeId, leaving: &[Token]| {
                 let free = state.free_after(node, leaving, TaskKey::only(job)).expect("a known node");
                 fit::room_for(&state.nodes.get(&node).expect("a known node").value, &free, shape).is_ok()
@@ -681,7 +687,8 @@ fn random_logs_reach_what_matters() {
     use proptest::strategy::ValueTree;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let (mut verdicts, mut states, mut codes) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-    let (mut preempted, mut checkpoints, mut inside, mut sent_away, mut together, mut chosen) = (0, 0, 0, 0, 0, 0);
+    let (mut preempted, mut checkpoints, mut inside, mut sent_away) = (0, 0, 0, 0);
+    let (mut together, mut chosen, mut torn, mut grown) = (0, 0, 0, 0);
     for _ in 0..240 {
         let ops = ops().new_tree(&mut runner).expect("a list of operations").current();
         let (world, _) = play(&ops);
@@ -705,6 +712,13 @@ fn random_logs_reach_what_matters() {
                     let own = |place: &Place| spec(place).is_some_and(|spec| !spec.reservation().is_empty());
                     let near = |place: &Place| spec(place).is_some_and(|spec| spec.shape.required_level().is_some());
                     together += granted.clone().filter(|(place, _)| near(place)).count();
+                    let open = |place: &Place| spec(place).is_some_and(|spec| spec.shape.is_open());
+                    let cut = |place: &Place| open(place) && place.parts.len() > 1;
+                    torn += granted.clone().filter(|(place, _)| cut(place)).count();
+                    let gpus = |place: &Place| place.parts.iter().map(|part| part.gpu_order.len() as u32).sum::<u32>();
+                    let more =
+                        |place: &Place| open(place) && spec(place).is_some_and(|it| gpus(place) > it.shape.gpus());
+                    grown += granted.clone().filter(|(place, _)| more(place)).count();
                     let chose = |place: &Place| spec(place).is_some_and(|spec| spec.shape.machines.is_some());
                     chosen += granted.clone().filter(|(place, _)| chose(place)).count();
                     inside += granted.filter(|(place, _)| own(place)).count();
@@ -723,6 +737,8 @@ fn random_logs_reach_what_matters() {
         }
     }
     assert!(together > 0, "{together} gangs were granted machines in the rack that they require");
+    assert!(grown > 0, "{grown} have more GPUs than the least that they take");
+    assert!(torn > 0, "{torn} that leave their machines open were cut over several");
     assert!(chosen > 0, "{chosen} were granted machines that they chose");
     assert!(inside > 0 && sent_away > 0, "{inside} started in a reservation, {sent_away} were sent away by one");
     println!("{verdicts:?} {states:?} {codes:?}");

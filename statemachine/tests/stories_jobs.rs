@@ -413,7 +413,7 @@ fn all_field_errors_come_at_once_and_name_their_limits() {
     let mut world = World::new();
     let mut bad = one_gpu();
     bad.spec.lease_ttl_ms = 5;
-    bad.spec.shape.nodes = 0;
+    bad.spec.shape = shape(0, 1, 0);
     bad.body.argv.clear();
     bad.gpu_types = vec!["H100 PCIe".into()];
     let Outcome::Rejected(rejection) = world.run(Command::SubmitJob(Box::new(bad))) else { panic!() };

@@ -8,6 +8,7 @@ mod cluster;
 mod dev;
 mod fence;
 mod get;
+mod gpus;
 mod help;
 mod history;
 mod lock;

@@ -73,7 +73,13 @@ fn starts_by(job: &v1::Job, now: i64) -> String {
 fn row(job: &v1::Job) -> Row {
     let spec = job.spec.clone().unwrap_or_default();
     let shape = spec.shape.unwrap_or_default();
-    let gpus = shape.nodes * shape.ranks_per_node * shape.gpus_per_rank;
+    let least = shape.nodes.max(1) * shape.ranks_per_node * shape.gpus_per_rank;
+    let has: usize = job.parts.iter().map(|part| part.gpu_slots.len()).sum();
+    let gpus = match shape.ranks_per_node * shape.most_gpus_per_rank {
+        0 => least.to_string(),
+        _ if has > 0 => has.to_string(),
+        most => format!("{least}..{most}"),
+    };
     let now = jiff::Timestamp::now().as_millisecond();
     let nodes = job.parts.iter().map(|part| part.node.as_str()).collect::<Vec<_>>().join(",");
     let state = if job.ending.is_empty() { job.state.clone() } else { format!("{} ({})", job.state, job.ending) };
@@ -86,7 +92,7 @@ fn row(job: &v1::Job) -> Row {
             spec.priority.to_string(),
             state,
             job.attempt.to_string(),
-            gpus.to_string(),
+            gpus,
             output::age(now - job.submitted_unix_ms),
             starts_by(job, now),
             if nodes.is_empty() { job.reason.clone() } else { nodes },

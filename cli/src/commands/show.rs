@@ -59,20 +59,7 @@ fn print(job: &v1::Job) {
     line("Tenant", &spec.tenant);
     let class = if spec.priority_class.is_empty() { String::new() } else { format!(" ({})", spec.priority_class) };
     line("Priority", &format!("{}{class}", spec.priority));
-    line(
-        "Shape",
-        &format!(
-            "{} x {} x {}{}",
-            counted(shape.nodes, "node"),
-            counted(shape.ranks_per_node, "rank"),
-            counted(shape.gpus_per_rank, "GPU"),
-            if shape.gpu_types.is_empty() {
-                String::new()
-            } else {
-                format!(" of type {}", shape.gpu_types.join(" or "))
-            }
-        ),
-    );
+    line("Shape", &wished(&shape));
     line("Topology", &shape.topology);
     line("Constraint", &shape.constraint);
     line("Only on", &shape.nodelist.join(", "));
@@ -111,6 +98,24 @@ fn print(job: &v1::Job) {
     if let Some(result) = &job.result {
         line("Result", &ended(result));
     }
+}
+
+/// `2 nodes x 1 rank x 8 GPUs of type h100`, `16 GPUs on as few nodes as hold them x 1 rank`.
+fn wished(shape: &v1::Shape) -> String {
+    let ranks = counted(shape.ranks_per_node, "rank");
+    let types = match shape.gpu_types.as_slice() {
+        [] => String::new(),
+        types => format!(" of type {}", types.join(" or ")),
+    };
+    if shape.nodes == 0 {
+        let least = shape.ranks_per_node * shape.gpus_per_rank;
+        let gpus = match shape.ranks_per_node * shape.most_gpus_per_rank {
+            0 => counted(least, "GPU"),
+            most => format!("{least} to {most} GPUs"),
+        };
+        return format!("{gpus}{types} on as few nodes as hold them x {ranks}");
+    }
+    format!("{} x {ranks} x {}{types}", counted(shape.nodes, "node"), counted(shape.gpus_per_rank, "GPU"))
 }
 
 /// `SUCCEEDED by attempt 1 with token 7`, `SKIPPED: job 3 did not end as it needs`.

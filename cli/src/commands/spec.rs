@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use jiff::SignedDuration;
 use proto::v1;
 
+use super::gpus::{Count, Gpus};
 use super::when;
 use crate::exit::Failure;
 
@@ -23,7 +24,8 @@ pub struct JobArgs {
     /// Name of the job [default: the command's]
     #[arg(long, short = 'J', default_value = "", hide_default_value = true)]
     name: String,
-    /// GPUs of a job on one machine: a number, or types in order of preference such as 'h100:8|a100:8'
+    /// GPUs of a job, on as few machines as hold them in equal parts: 8, 8..32 (as many as there is room for), or by types
+    /// such as 'h100:8|a100:8'
     #[arg(long, conflicts_with_all = ["gpus_per_node", "nodes"], value_name = "N", allow_negative_numbers = true)]
     #[arg(help_heading = MACHINES)]
     gpus: Vec<Gpus>,
@@ -139,48 +141,6 @@ pub struct JobArgs {
     command: Vec<String>,
 }
 
-/// What `--gpus` says: how many a job wants or, to `dev` alone, which machine to simulate.
-#[derive(Clone, Debug)]
-enum Gpus {
-    Count(u32),
-    /// So many of the first of these types that has them.
-    Types(Vec<String>, u32),
-    Machine(String),
-}
-
-impl std::str::FromStr for Gpus {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text.starts_with("sim:") {
-            return Ok(Gpus::Machine(text.to_owned()));
-        }
-        if text.contains(':') {
-            return by_types(text);
-        }
-        text.parse().map(Gpus::Count).map_err(|_| "a number of GPUs is expected".to_owned())
-    }
-}
-
-/// `h100:8|a100:8`.
-fn by_types(text: &str) -> Result<Gpus, String> {
-    let mut types: Vec<(String, u32)> = Vec::new();
-    for part in text.split('|').map(str::trim) {
-        let read = part.split_once(':').filter(|(name, _)| !name.is_empty());
-        let read = read.and_then(|(name, count)| Some((name.to_owned(), count.parse().ok()?)));
-        types.push(read.ok_or_else(|| format!("{part:?} is no TYPE:N; write such as 'h100:8|a100:8'"))?);
-    }
-    let count = types[0].1;
-    if let Some((name, other)) = types.iter().find(|(_, other)| *other != count) {
-        let first = &types[0].0;
-        return Err(format!(
-            "{first}:{count} and {name}:{other} differ: a job has as many GPUs and processes whichever type it gets; \
-             name one count, or submit a job for each"
-        ));
-    }
-    Ok(Gpus::Types(types.into_iter().map(|(name, _)| name).collect(), count))
-}
-
 impl JobArgs {
     /// The simulated machine that `--gpus sim:NAME` asks for.
     pub fn machine(&self) -> Option<String> {
@@ -191,7 +151,7 @@ impl JobArgs {
     }
 
     /// How many, and of which types where it says so.
-    fn gpus(&self) -> Option<(u32, &[String])> {
+    fn gpus(&self) -> Option<(Count, &[String])> {
         self.gpus.iter().rev().find_map(|gpus| match gpus {
             Gpus::Count(count) => Some((*count, [].as_slice())),
             Gpus::Types(types, count) => Some((*count, types.as_slice())),
@@ -215,7 +175,11 @@ impl JobArgs {
 
     /// The spec as it travels; `retries` where the options name none.
     pub fn spec(&self, retries: u32) -> Result<v1::JobSpec, Failure> {
-        let (gpus_per_node, types) = self.gpus().unwrap_or((self.gpus_per_node, &[]));
+        let given = self.gpus();
+        // On how many machines, the cluster says that has them.
+        let nodes = if given.is_some_and(|(gpus, _)| gpus.least > 0) { 0 } else { self.nodes };
+        let (count, types) = given.unwrap_or((Count::exactly(self.gpus_per_node), &[]));
+        let (gpus_per_node, most) = (count.least, count.most);
         if !types.is_empty() && !self.gpu_type.is_empty() {
             return Err(Failure::usage("--gpus and --gpu-type both name GPU types").advise("leave --gpu-type out"));
         }
@@ -239,9 +203,10 @@ impl JobArgs {
             name: self.name.clone(),
             priority: self.priority,
             shape: Some(v1::Shape {
-                nodes: self.nodes,
+                nodes,
                 ranks_per_node,
                 gpus_per_rank: gpus_per_node / ranks_per_node,
+                most_gpus_per_rank: if most > gpus_per_node { most / ranks_per_node } else { 0 },
                 gpu_types: if types.is_empty() { self.gpu_type.clone() } else { types.to_vec() },
                 mix_types: self.mix_types,
                 cores_per_rank: self.cores,
@@ -290,12 +255,13 @@ impl JobArgs {
 }
 
 /// The options behind the fields that a cluster may refuse.
-const FLAGS: [(&str, &str); 26] = [
+const FLAGS: [(&str, &str); 27] = [
     ("array", "--array"),
     ("checkpoint_signal", "--checkpoint-signal"),
     ("shape.nodes", "--nodes"),
     ("shape.ranks_per_node", "--ranks-per-node"),
     ("shape.gpus_per_rank", "--gpus"),
+    ("shape.most_gpus_per_rank", "--gpus"),
     ("shape.gpu_types", "--gpu-type"),
     ("shape.cores_per_rank", "--cores"),
     ("mem_mib_per_rank", "--mem"),

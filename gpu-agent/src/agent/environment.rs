@@ -68,6 +68,7 @@ pub fn of_rank(
         ("ARES_LIMIT_MS", lease.limit_ms.to_string()),
         ("ARES_KILL_GRACE_MS", lease.kill_grace_ms.to_string()),
         ("ARES_NODES", lease.nodes.max(1).to_string()),
+        ("ARES_GPUS", (lease.world_size.max(1) * lease.gpus_per_rank).to_string()),
         ("RANK", rank.to_string()),
         ("WORLD_SIZE", lease.world_size.max(1).to_string()),
         ("LOCAL_RANK", local.to_string()),
@@ -209,6 +210,7 @@ mod tests {
             ("JAX_COORDINATOR_ADDRESS", "10.0.0.1:29500"),
             ("ARES_FENCING_TOKEN", "77"),
             ("ARES_ATTEMPT", "2"),
+            ("ARES_GPUS", "4"),
         ] {
             assert_eq!(env[name], value, "{name}");
         }

@@ -9,7 +9,7 @@ use proto::v1::DesiredLease;
 use statemachine::command::{Code, Outcome, Reply};
 use statemachine::event::Change;
 use statemachine::record::{AttemptRow, Part, PartState, StoredReply, TaskOutcome, VerdictKind};
-use statemachine::{Command, Entry, JobId, RequestId, Revision, SessionId, TaskKey, Token};
+use statemachine::{Command, Entry, JobId, NodeId, RequestId, Revision, SessionId, TaskKey, Token};
 
 use super::agent::AGENTS_PER_RACK;
 use super::event::Event;
@@ -166,8 +166,8 @@ impl World {
                 self.audit_windows(at, task.job, *token);
                 self.audit_racks(at, task.job, *token);
                 self.audit_machines(at, task.job, *token);
-                let ranks = self.replicas[at].state.jobs.get(&task.job).map(|job| job.value.spec.shape.ranks());
-                self.audit.leases.insert(*token, ranks.unwrap_or(0));
+                let ranks = self.audit_gang(at, task.job, *token);
+                self.audit.leases.insert(*token, ranks);
             }
             Change::NodeShown { node, record } => {
                 let known = self.audit.epochs.insert(node.0, record.epoch).unwrap_or(0);
@@ -301,6 +301,39 @@ impl World {
         if let Some(text) = text {
             self.violate("machine_allowed", text);
         }
+    }
+
+    /// All that the job asked for is granted at once: as many machines, or where it leaves these open as many GPUs, or twice as
+    /// many, in equal parts. Its ranks.
+    fn audit_gang(&mut self, at: usize, id: JobId, token: Token) -> u32 {
+        let state = &self.replicas[at].state;
+        let job = state.jobs.get(&id).map(|job| &job.value.spec);
+        let Some((spec, lease)) = job.zip(state.leases.get(&token)) else { return 0 };
+        let (shape, doublings) = (&spec.shape, spec.terms.as_ref().map_or(0, |terms| terms.doublings));
+        let (parts, each) = (&lease.value.parts, u32::from(shape.ranks_per_node));
+        let gpus: Vec<u32> = parts.iter().map(|part| part.gpus.count_ones()).collect();
+        let machines: BTreeSet<NodeId> = parts.iter().map(|part| part.node).collect();
+        let asked = u32::from(shape.nodes.max(1)) * each * u32::from(shape.gpus_per_rank);
+        let apart = machines.len() == parts.len() && (shape.nodes == 0 || machines.len() == usize::from(shape.nodes));
+        let equal = gpus.iter().all(|count| *count == gpus[0] && count.is_multiple_of(each));
+        let has = gpus.iter().sum::<u32>();
+        let whole = apart && equal && (0..=doublings).any(|times| has == asked << times);
+        let (wish, ranks) = (shape.clone(), parts.len() as u32 * each);
+        if shape.nodes == 0 && parts.len() > 1 {
+            self.sometimes.hit("a job was cut over several machines");
+        }
+        if doublings > 0 {
+            let grown = has > asked;
+            self.sometimes.hit(if grown {
+                "an elastic job had more than its least"
+            } else {
+                "an elastic job had its least"
+            });
+        }
+        if !whole {
+            self.violate("gang_whole", format!("job {id} asked for {wish:?}, token {token} has {gpus:?} GPUs"));
+        }
+        ranks
     }
 
     /// A success was committed: every rank of that attempt must really have ended with 0.

@@ -585,9 +585,14 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
     let short = nodes == 1 && script.run_ms <= 3_000;
     let tasks = if rng.chance(50) && short { rng.range(2, 9) as u32 } else { 0 };
     let array = Array { ranges: vec![(3, 3), (7, 6 + tasks)], throttle: rng.pick(&[0, 1, 3]) };
+    // Some have more GPUs than any machine, and leave open on how many they are.
+    let is_open = nodes == 1 && !inside && rng.chance(80);
+    let ranks_per_node = rng.pick(&[1, 1, 2]);
+    let gpus_per_rank = if is_open { (setup.gpus as u16 + 2) / ranks_per_node } else { rng.pick(&[0, 1, 1, 1, 2]) };
     let terms = Terms {
         reservation: if inside { reservation } else { String::new() },
         array: (tasks > 0).then_some(array),
+        doublings: if is_open { rng.pick(&[0, 0, 1]) } else { 0 },
         ..Terms::default()
     };
     let terms = (terms != Terms::default()).then(|| Box::new(terms));
@@ -595,9 +600,9 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
         name: format!("job-{n}").into(),
         priority: if priority_class.is_empty() { rng.pick(&[0, 0, 0, 5]) } else { 0 },
         shape: Shape {
-            nodes,
-            ranks_per_node: rng.pick(&[1, 1, 2]),
-            gpus_per_rank: rng.pick(&[0, 1, 1, 1, 2]),
+            nodes: if is_open { 0 } else { nodes },
+            ranks_per_node,
+            gpus_per_rank,
             gpu_types: [].into(),
             mix_types: false,
             cores_per_rank: 0,

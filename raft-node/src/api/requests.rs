@@ -78,6 +78,7 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
     }
     check_environment(&body.env, &mut fields);
     let shape = job.shape.unwrap_or_default();
+    let is_open = shape.nodes == 0 && shape.gpus_per_rank > 0;
     let retry = job.retry.unwrap_or_default();
     let ttl_ms = or_default(job.lease_ttl_ms, DEFAULT_LEASE_TTL_MS);
     let grace_limit_ms = ttl_ms / 4;
@@ -99,15 +100,21 @@ pub fn submit(job: v1::JobSpec) -> Result<SubmitJob, Status> {
             ranges: array.ranges.iter().map(|range| (range.first, range.last)).collect(),
             throttle: array.throttle,
         }),
+        doublings: doublings(&shape, &mut fields),
     };
     let name = if job.name.is_empty() { default_name(&body.argv) } else { job.name };
     let spec = JobSpec {
         name: name.into(),
         priority: job.priority,
         shape: Shape {
-            nodes: fields.narrow("shape.nodes", shape.nodes.max(1), 2_048),
+            nodes: fields.narrow("shape.nodes", if is_open { 0 } else { shape.nodes.max(1) }, 2_048),
             ranks_per_node: fields.narrow("shape.ranks_per_node", shape.ranks_per_node.max(1), 1_024),
-            gpus_per_rank: fields.narrow("shape.gpus_per_rank", shape.gpus_per_rank, 112),
+            // What is cut over machines may be as much as these hold together.
+            gpus_per_rank: fields.narrow(
+                "shape.gpus_per_rank",
+                shape.gpus_per_rank,
+                if is_open { 65_535 } else { 112 },
+            ),
             gpu_types: [].into(),
             mix_types: shape.mix_types,
             cores_per_rank: fields.narrow("shape.cores_per_rank", shape.cores_per_rank, 4_096),
@@ -153,6 +160,24 @@ fn after(parent: &v1::After, fields: &mut Fields) -> Option<After> {
         fields.refuse("after", format!("{:?}; afterok, afterany, afternotok or aftercorr", parent.kind));
     }
     kind.map(|kind| After { kind, job: JobId(parent.job_id) })
+}
+
+/// From the least that it takes to the most.
+fn doublings(shape: &v1::Shape, fields: &mut Fields) -> u8 {
+    let (least, most) = (shape.gpus_per_rank, shape.most_gpus_per_rank);
+    if most == 0 {
+        return 0;
+    }
+    let reached = (0u8..16).find(|times| u64::from(least) << times == u64::from(most));
+    let what = match reached {
+        Some(_) if shape.nodes != 0 => {
+            format!("{most} beside shape.nodes {}; leave the nodes open, or it out", shape.nodes)
+        }
+        Some(times) if least > 0 => return times,
+        _ => format!("{most} is not shape.gpus_per_rank, {least}, doubled some times over"),
+    };
+    fields.refuse("shape.most_gpus_per_rank", what);
+    0
 }
 
 /// Empty = none.

@@ -177,6 +177,7 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             topology: shape.topology.map(|topology| topology.to_string()).unwrap_or_default(),
             constraint: shape.machines.as_ref().map(|it| it.constraint.to_string()).unwrap_or_default(),
             nodelist: shape.machines.iter().flat_map(|it| it.only.iter().cloned()).collect(),
+            most_gpus_per_rank: most_gpus_per_rank(spec),
             exclude: shape.machines.iter().flat_map(|it| it.without.iter().cloned()).collect(),
         }),
         limit_ms: spec.limit_ms,
@@ -214,6 +215,12 @@ fn spec(state: &State, job: &Job, body: Option<&Body>) -> v1::JobSpec {
             throttle: array.throttle,
         }),
     }
+}
+
+/// 0 = it takes as many as it says.
+fn most_gpus_per_rank(spec: &JobSpec) -> u32 {
+    let least = u32::from(spec.shape.gpus_per_rank);
+    if spec.doublings() == 0 { 0 } else { least.checked_shl(spec.doublings().into()).unwrap_or(least) }
 }
 
 fn attempt(state: &State, row: &AttemptRow) -> v1::Attempt {

@@ -233,6 +233,13 @@ impl Site {
         self.submitted(submit)
     }
 
+    /// It has twice the GPUs where there is room, up to so many times over.
+    pub fn submit_elastic(&mut self, tenant: &str, shape: Shape, doublings: u8, limit_ms: u64) -> JobId {
+        let mut submit = asked(tenant, shape, 0, &[], limit_ms);
+        submit.spec.terms = Some(Box::new(Terms { doublings, ..Terms::default() }));
+        self.submitted(submit)
+    }
+
     fn submitted(&mut self, submit: SubmitJob) -> JobId {
         match self.done(Command::SubmitJob(Box::new(submit))) {
             Reply::Stored(StoredReply::Job(job)) => job,
@@ -277,6 +284,10 @@ impl Site {
 
     pub fn name(&self, node: NodeId) -> String {
         self.state.nodes.get(&node).unwrap().value.name.clone()
+    }
+
+    pub fn cancel(&mut self, job: JobId) {
+        self.done(Command::Cancel { job });
     }
 
     pub fn out(&mut self, node: NodeId) {

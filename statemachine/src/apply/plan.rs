@@ -17,7 +17,7 @@ use crate::event::Change;
 use crate::fit::{self, NoFit};
 use crate::id::*;
 use crate::record::*;
-use crate::spec::JobSpec;
+use crate::spec::{JobSpec, Shape};
 use crate::state::State;
 use crate::transition::{self, By};
 
@@ -134,16 +134,28 @@ pub(super) fn check_parts(
     spec: &JobSpec,
     parts: &[PlacePart],
 ) -> Result<Vec<u128>, Rejection> {
-    check_gang(state, &spec.shape, parts, |part| {
+    let shape = cut_for(spec, parts)?;
+    check_gang(state, &shape, parts, |part| {
         state.may_use(spec, part.node)?;
-        check_part(state, task, &spec.shape, part)
+        check_part(state, task, &shape, part)
+    })
+}
+
+/// The shape that the job has in these parts.
+pub(super) fn cut_for<'a>(spec: &'a JobSpec, parts: &[PlacePart]) -> Result<Cow<'a, Shape>, Rejection> {
+    let gpus = parts.iter().fold(0usize, |sum, part| sum.saturating_add(part.gpu_order.len()));
+    spec.shape_of(parts.len(), gpus).ok_or_else(|| {
+        let sizes: Vec<String> = spec.sizes().map(|size| size.to_string()).collect();
+        let (parts, sizes) = (parts.len(), sizes.join(" or "));
+        let detail = format!("the placement has {gpus} GPUs in {parts} parts, must have {sizes} in equal ones");
+        Rejection::new(Code::NoFit, detail)
     })
 }
 
 /// Each part by itself, then what makes them one gang.
 pub(super) fn check_gang(
     state: &State,
-    shape: &crate::spec::Shape,
+    shape: &Shape,
     parts: &[PlacePart],
     check_part: impl Fn(&PlacePart) -> Result<(u128, Option<GpuTypeId>), Rejection>,
 ) -> Result<Vec<u128>, Rejection> {
@@ -175,7 +187,7 @@ pub(super) fn check_gang(
 fn check_part(
     state: &State,
     task: TaskKey,
-    shape: &crate::spec::Shape,
+    shape: &Shape,
     part: &PlacePart,
 ) -> Result<(u128, Option<GpuTypeId>), Rejection> {
     let missing = || Rejection::new(Code::NodeNotReady, format!("there is no node {}", part.node));

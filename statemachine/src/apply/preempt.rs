@@ -33,7 +33,8 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, preempt: &Preempt) -> 
         return Err(Rejection::new(Code::Quota, state.quota_text(&hit)));
     }
     let grounds = check_rights(state, preempt, &amounts)?;
-    check_need(state, preempt, &job.spec.shape, |leaving| headroom.hit(&amounts, leaving).is_none())?;
+    let shape = plan::cut_for(&job.spec, &preempt.parts)?;
+    check_need(state, preempt, &shape, |leaving| headroom.hit(&amounts, leaving).is_none())?;
 
     let (priority, tenant) = (job.spec.priority, state.tenants.get(&job.tenant).map_or("", |tenant| &tenant.name));
     let told = |ground: Ground, victim: &Job| match ground {
@@ -83,9 +84,10 @@ fn check_counts(state: &State, preempt: &Preempt) -> Result<(), Rejection> {
 
 /// The parts fit once the victims, and all that was decided before, have drained.
 fn check_room(state: &State, preempt: &Preempt, spec: &JobSpec) -> Result<(), Rejection> {
-    plan::check_gang(state, &spec.shape, &preempt.parts, |part| {
+    let shape = plan::cut_for(spec, &preempt.parts)?;
+    plan::check_gang(state, &shape, &preempt.parts, |part| {
         state.may_use(spec, part.node)?;
-        fits_without(state, preempt.task, &preempt.victims, &spec.shape, part)
+        fits_without(state, preempt.task, &preempt.victims, &shape, part)
     })?;
     Ok(())
 }

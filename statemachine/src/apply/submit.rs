@@ -52,6 +52,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
     let tasks = spec.array().map_or(0, |array| u64::from(array.tasks()));
     state.meta.next_job = id.0.saturating_add(1).saturating_add(tasks);
     spec.shape.gpu_types = submit.gpu_types.iter().map(|name| state.intern_gpu_type(name)).collect();
+    spec.shape.nodes = nodes_for_good(state, &spec);
     let job = Job {
         spec,
         tenant,
@@ -88,6 +89,13 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
         }
     });
     Ok(Reply::Stored(StoredReply::Job(id)))
+}
+
+/// An open shape becomes one machine where one that is there could hold it, or there is nothing to cut; else it stays open,
+/// for each plan to cut.
+fn nodes_for_good(state: &State, spec: &JobSpec) -> u16 {
+    let is_whole = || spec.shape.gpus_per_rank == 1 || state.fewest_nodes(spec) == Some(1);
+    if spec.shape.is_open() && spec.doublings() == 0 && is_whole() { 1 } else { spec.shape.nodes }
 }
 
 /// The machines that it names have joined at some time.
@@ -204,6 +212,7 @@ fn check_fields(submit: &SubmitJob, settings: &Settings) -> Result<(), Rejection
     check_retry(&mut wrong, &spec.retry);
     check_labels(&mut wrong, &spec.labels, settings);
     check_parents(&mut wrong, spec.after());
+    check_sizes(&mut wrong, spec);
     if let Some(array) = spec.array().and_then(Array::wrong) {
         wrong.push(array);
     }
@@ -238,11 +247,26 @@ pub(super) fn is_slug(name: &str) -> bool {
 }
 
 fn check_counts(wrong: &mut Wrong, shape: &Shape) {
-    if shape.nodes == 0 {
-        wrong.push("shape.nodes is 0, must be at least 1".into());
+    if shape.is_open() && shape.gpus_per_rank == 0 {
+        wrong.push("shape.nodes is 0, must be at least 1 without GPUs".into());
     }
     if shape.ranks_per_node == 0 {
         wrong.push("shape.ranks_per_node is 0, must be at least 1".into());
+    }
+}
+
+/// More GPUs than the least: of open machines alone, and as many as can be counted.
+fn check_sizes(wrong: &mut Wrong, spec: &JobSpec) {
+    let doublings = spec.terms.as_ref().map_or(0, |terms| terms.doublings);
+    if doublings == 0 {
+        return;
+    }
+    if !spec.shape.is_open() {
+        let nodes = spec.shape.nodes;
+        wrong.push(format!("doublings is {doublings}, must be 0 where shape.nodes is not 0, it is {nodes}"));
+    } else if spec.sizes().count() <= usize::from(doublings) {
+        let (each, most) = (spec.shape.gpus_per_rank, u16::MAX);
+        wrong.push(format!("doublings is {doublings}: {each} GPUs of a rank doubled as often are more than {most}"));
     }
 }
 
@@ -316,13 +340,16 @@ fn check_body(wrong: &mut Wrong, body: &Body, settings: &Settings) {
 
 fn check_shape(shape: &Shape, settings: &Settings) -> Result<(), Rejection> {
     let never = |detail: String| Err(Rejection::new(Code::NeverFits, detail));
+    if let Some(detail) = shape.uncuttable(settings) {
+        return never(detail);
+    }
     if u32::from(shape.nodes) > settings.parts_per_lease {
         return never(format!("shape.nodes is {}, the limit is {}", shape.nodes, settings.parts_per_lease));
     }
     if shape.ranks() > settings.ranks_per_lease {
         return never(format!("the gang has {} ranks, the limit is {}", shape.ranks(), settings.ranks_per_lease));
     }
-    if shape.gpus_per_node() as usize > MAX_GPUS {
+    if !shape.is_open() && shape.gpus_per_node() as usize > MAX_GPUS {
         return never(format!("a machine would need {} GPUs, the limit is {MAX_GPUS}", shape.gpus_per_node()));
     }
     let cores = u32::from(shape.cores_per_rank) * u32::from(shape.ranks_per_node);

@@ -38,6 +38,7 @@ pub(super) fn job(state: &State, id: JobId, job: &Job, body: &Body) -> String {
         "nodes": shape.nodes,
         "ranks_per_node": shape.ranks_per_node,
         "gpus_per_rank": shape.gpus_per_rank,
+        "doublings": Some(spec.doublings()).filter(|doublings| *doublings > 0),
         "gpu_types": types,
         "mix_types": shape.mix_types,
         "cores_per_rank": shape.cores_per_rank,

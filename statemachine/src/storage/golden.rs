@@ -117,6 +117,7 @@ fn terms() -> Terms {
         checkpoint_signal: 10,
         reservation: "spring".into(),
         array: Some(Array { ranges: vec![(0, 9), (300, 300)], throttle: 3 }),
+        doublings: 2,
     }
 }
 

@@ -1,6 +1,7 @@
 //! A small cluster to tell stories with: every entry is applied, then the whole state is checked.
 #![allow(dead_code)] // Each test binary uses its part.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use statemachine::command::*;
@@ -87,12 +88,24 @@ impl World {
     }
 
     pub fn placement(&self, job: JobId, nodes: &[NodeId]) -> Place {
-        let shape = self.state.jobs.get(&job).map(|job| job.value.spec.shape.clone()).unwrap_or_else(|| shape(1, 1, 1));
+        self.grown(job, nodes, 0)
+    }
+
+    /// With its GPUs doubled so many times over.
+    pub fn grown(&self, job: JobId, nodes: &[NodeId], times: usize) -> Place {
+        let shape = self.shape_on(job, nodes.len(), times);
         // The next task of an array, or the only one.
         let task = self.state.front_task(job);
         let attempt = self.state.tasks.get(&task).map_or(0, |task| task.value.attempt) + 1;
         let parts = nodes.iter().map(|id| self.part(*id, &shape)).collect();
         Place { task, attempt, parts }
+    }
+
+    /// The job's shape on so many nodes: cut, where it is open and can be.
+    fn shape_on(&self, job: JobId, nodes: usize, times: usize) -> Shape {
+        let Some(spec) = self.state.jobs.get(&job).map(|job| &job.value.spec) else { return shape(1, 1, 1) };
+        let gpus = spec.sizes().nth(times).unwrap_or(spec.shape.gpus());
+        spec.shape_of(nodes, gpus as usize).map_or_else(|| spec.shape.clone(), Cow::into_owned)
     }
 
     pub fn part(&self, id: NodeId, shape: &Shape) -> PlacePart {
@@ -120,7 +133,7 @@ impl World {
     }
 
     pub fn preemption(&self, job: JobId, victims: &[Token], nodes: &[NodeId]) -> Preempt {
-        let shape = self.state.jobs.get(&job).map(|job| job.value.spec.shape.clone()).unwrap_or_else(|| shape(1, 1, 1));
+        let shape = self.shape_on(job, nodes.len(), 0);
         let task = self.state.front_task(job);
         let part = |node: &NodeId| {
             let free = self.state.free_after(*node, victims, task).expect("a known node");
