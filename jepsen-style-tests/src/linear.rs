@@ -2,7 +2,7 @@
 //! calls with their times and a model of the object, and nothing of Ares. A call whose outcome is unknown may take effect at any time
 //! after it began, or never.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::hash::Hash;
 
 /// The sequential object.
@@ -40,50 +40,85 @@ const TRIED: usize = 2_000_000;
 
 /// Looks for an order of the calls in which each answer is right, and no call comes before one that had ended when it began.
 pub fn order<M: Model>(calls: &[Timed<M::Call>]) -> Order {
-    let mut by_begin: Vec<&Timed<M::Call>> = calls.iter().collect();
-    by_begin.sort_by_key(|call| call.from);
-    let mut search = Search::<M> { calls: by_begin, tried: HashSet::new(), explained: 0 };
-    search.run()
+    let (mut answered, mut unknown): (Vec<_>, Vec<_>) = calls.iter().partition(|call| call.to.is_some());
+    answered.sort_by_key(|call| call.from);
+    unknown.sort_by_key(|call| call.from);
+    Search::<M> { answered, unknown, tried: HashSet::new(), explained: 0 }.run()
 }
 
+/// Calls by their beginnings, so that those that may come next lie close together: a long history costs a look at few of them a step.
 struct Search<'a, M: Model> {
-    calls: Vec<&'a Timed<M::Call>>,
-    tried: HashSet<(Vec<u64>, M::State)>,
+    answered: Vec<&'a Timed<M::Call>>,
+    unknown: Vec<&'a Timed<M::Call>>,
+    tried: HashSet<(Done, M::State)>,
     explained: usize,
 }
 
-/// One choice: which calls have taken effect, what the object is then, and which call is to be tried next.
+/// Which calls have taken effect.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+struct Done {
+    /// All answered ones before this, and not this one.
+    first: usize,
+    /// Those behind it.
+    beyond: BTreeSet<usize>,
+    unknown: BTreeSet<usize>,
+}
+
+impl Done {
+    fn has(&self, at: usize) -> bool {
+        at < self.first || self.beyond.contains(&at)
+    }
+
+    fn with(mut self, at: usize) -> Self {
+        self.beyond.insert(at);
+        while self.beyond.remove(&self.first) {
+            self.first += 1;
+        }
+        self
+    }
+}
+
+/// One choice: which calls have taken effect, what the object is then, and which call is to be tried next: an answered one, or behind
+/// all of these one of unknown outcome.
 struct Place<S> {
-    done: Vec<u64>,
+    done: Done,
     state: S,
     next: usize,
 }
 
 impl<M: Model> Search<'_, M> {
     fn run(&mut self) -> Order {
-        let words = self.calls.len().div_ceil(64);
-        let mut path = vec![Place { done: vec![0; words], state: M::State::default(), next: 0 }];
+        let answered = self.answered.len();
+        let mut path = vec![Place { done: Done::default(), state: M::State::default(), next: 0 }];
         while let Some(place) = path.last_mut() {
             // No open call may begin behind the end of another open one.
-            let end = self.first_end(&place.done);
-            let Some(end) = end else { return Order::Found };
+            let Some(end) = self.first_end(&place.done) else { return Order::Found };
+            if place.next < answered && self.answered[place.next].from > end {
+                place.next = answered;
+            }
             let at = place.next;
-            if at == self.calls.len() || self.calls[at].from > end {
+            let known = at < answered;
+            let call = if known { self.answered.get(at) } else { self.unknown.get(at - answered) };
+            let Some(call) = call.filter(|call| call.from <= end) else {
                 path.pop();
                 continue;
-            }
+            };
             place.next += 1;
-            if is_done(&place.done, at) {
+            if if known { place.done.has(at) } else { place.done.unknown.contains(&(at - answered)) } {
                 continue;
             }
-            let Some(state) = M::step(&place.state, &self.calls[at].call) else { continue };
+            let Some(state) = M::step(&place.state, &call.call) else { continue };
             let mut done = place.done.clone();
-            done[at / 64] |= 1 << (at % 64);
+            if known {
+                done = done.with(at);
+            } else {
+                done.unknown.insert(at - answered);
+            }
             if self.tried.insert((done.clone(), state.clone())) {
                 if self.tried.len() > TRIED {
                     return Order::GivenUp;
                 }
-                path.push(Place { done, state, next: 0 });
+                path.push(Place { next: done.first, done, state });
                 self.explained = self.explained.max(path.len() - 1);
             }
         }
@@ -91,14 +126,18 @@ impl<M: Model> Search<'_, M> {
     }
 
     /// When the first call that was answered and has not taken effect yet ended; `None`: all have.
-    fn first_end(&self, done: &[u64]) -> Option<u64> {
-        let open = self.calls.iter().enumerate().filter(|(at, _)| !is_done(done, *at));
-        open.filter_map(|(_, call)| call.to).min()
+    fn first_end(&self, done: &Done) -> Option<u64> {
+        let mut first = None;
+        for at in done.first..self.answered.len() {
+            if first.is_some_and(|end| self.answered[at].from > end) {
+                break;
+            }
+            if !done.has(at) {
+                first = self.answered[at].to.into_iter().chain(first).min();
+            }
+        }
+        first
     }
-}
-
-fn is_done(done: &[u64], at: usize) -> bool {
-    done[at / 64] & (1 << (at % 64)) != 0
 }
 
 #[cfg(test)]
