@@ -26,6 +26,7 @@ pub mod replays;
 pub mod report;
 pub mod resources;
 pub mod seeds;
+pub mod shrink;
 pub mod sim;
 pub mod soak;
 pub mod verdict;

@@ -3,21 +3,26 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use super::Report;
+use super::corpus::Corpus;
 use super::drive::SAFETY_MS;
 use super::fault::Kind;
 use super::sometimes::REQUIRED;
 use crate::seeds::{self, Limits, spread};
+use crate::shrink;
 
 /// Of so many seeds each thing that must happen sometimes is expected to have happened.
 const BIG: u64 = 200;
 /// A seed shows something when at least so many faults took effect.
 const FAULTS: u64 = 3;
 const TWICE_EVERY: u64 = 16;
+/// Runs that a failure is shrunk with: some seconds each.
+const SHRINK_RUNS: usize = 60;
 /// A seed that takes longer in real time has no end.
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -35,6 +40,8 @@ pub struct Plan {
     /// Go on after a failure.
     pub keep_going: bool,
     pub planted: Option<String>,
+    /// Where a failure's least schedule is kept; `None` = nowhere.
+    pub corpus: Option<PathBuf>,
     /// Say nothing of failures.
     pub quiet: bool,
 }
@@ -119,13 +126,16 @@ fn same_twice(plan: &Plan, seed: u64) -> Report {
 
 /// One seed in a process of its own.
 fn one(plan: &Plan, seed: u64) -> Report {
+    apart(plan, &Corpus::of(seed, &plan.only))
+}
+
+/// A schedule in a process of its own.
+fn apart(plan: &Plan, schedule: &Corpus) -> Report {
+    let seed = schedule.seed;
     let failed = |what: String| Report::of_failure(seed, "harness", what);
     let started = std::env::current_exe().and_then(|this| {
         let mut command = Command::new(this);
-        command.args(["raft-seed", "--seed", &seed.to_string()]);
-        if !plan.only.is_empty() {
-            command.args(["--only", &plan.only.join(",")]);
-        }
+        command.args(["raft-seed", "--schedule", &serde_json::to_string(schedule)?]);
         if let Some(bug) = &plan.planted {
             command.args(["--planted", bug]);
         }
@@ -179,6 +189,30 @@ fn tell(plan: &Plan, report: &Report) {
         println!("  {line}");
     }
     println!("  again: jepsen-style-tests/run sim --tier raft --seed {seed}{only} --trace");
+    let Some(dir) = &plan.corpus else { return };
+    let found = Corpus { invariant: broken.invariant.clone(), ..Corpus::of(seed, &plan.only) };
+    let quiet = Plan { quiet: true, trace: false, ..plan.clone() };
+    let small = found.shrink(SHRINK_RUNS, |schedule| apart(&quiet, schedule).broken.map(|broken| broken.invariant));
+    match shrink::keep(&small, &small.invariant, dir) {
+        Ok(path) => {
+            println!("  shrunk from {} faults to {}: {}", found.faults.len(), small.faults.len(), path.display())
+        }
+        Err(error) => println!("  not kept in {}: {error}", dir.display()),
+    }
+}
+
+/// Runs what was once kept; whether everything holds.
+pub fn replay(plan: &Plan, kept: &[(PathBuf, Corpus)]) -> bool {
+    let mut good = true;
+    for (path, schedule) in kept {
+        let report = apart(plan, schedule);
+        let said = report
+            .broken
+            .map_or_else(|| "holds".to_owned(), |broken| format!("{} is broken: {}", broken.invariant, broken.detail));
+        good &= said == "holds";
+        println!("{}: seed {}, {} faults: {said}", path.display(), schedule.seed, schedule.faults.len());
+    }
+    good
 }
 
 /// The verdict of a run, for people; the last line is the hash. Whether everything held.
@@ -230,6 +264,7 @@ pub fn hunt(bug: planted::Bug, first: u64, seeds: u64) -> crate::sim::bugs::Caug
         trace: false,
         keep_going: false,
         planted: Some(bug.name().to_owned()),
+        corpus: None,
         quiet: true,
     };
     crate::sim::bugs::hunt_by(bug, first, seeds, |seed| one(&plan, seed).broken.map(|broken| broken.invariant))

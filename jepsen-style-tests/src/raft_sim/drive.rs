@@ -10,7 +10,7 @@ use raft_node::log::EntryId;
 use super::Report;
 use super::checks::{Broken, Checks, broken_if};
 use super::clients::{Order, Users};
-use super::fault::{self, Fault, Kind};
+use super::fault::{Fault, Kind};
 use super::group::{self, BOOT, Group, Loss, Sizes, but};
 use super::ledger::Ledger;
 use super::stand_in;
@@ -100,8 +100,8 @@ impl Drive {
     }
 
     /// The whole run.
-    pub fn run(mut self, only: &[String]) -> Report {
-        let ended = self.phases(only);
+    pub fn run(mut self, faults: &[Fault]) -> Report {
+        let ended = self.phases(faults);
         let ledger = self.users.ledger.borrow();
         let mut sometimes: BTreeMap<String, u64> = BTreeMap::new();
         for (what, hits) in ledger.sometimes.iter().chain(&self.checks.sometimes) {
@@ -124,10 +124,10 @@ impl Drive {
         }
     }
 
-    fn phases(&mut self, only: &[String]) -> Result<(), Broken> {
+    fn phases(&mut self, faults: &[Fault]) -> Result<(), Broken> {
         self.until(FORMED, "the group forms", |drive| drive.orders_done + 1 >= drive.serving.len())?;
         let began = self.now();
-        for fault in fault::draw(self.seed, SAFETY_MS, only) {
+        for fault in faults.iter().copied() {
             let at = began + Duration::from_millis(fault.at_ms);
             while self.now() < at {
                 self.tick()?;

@@ -1,12 +1,14 @@
 //! Which faults a seed means, and when: drawn before the run. What they do to the group is `drive`'s.
 
+use serde::{Deserialize, Serialize};
+
 use crate::sim::random::Rng;
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident $word:literal $weight:literal;)*) => {
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
         pub enum Kind {
-            $($(#[$doc])* $kind,)*
+            $($(#[$doc])* #[serde(rename = $word)] $kind,)*
         }
 
         impl Kind {
@@ -76,7 +78,7 @@ kinds! {
 }
 
 /// One fault: begins at `at_ms` of the safety phase, is mended after `for_ms`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
     pub at_ms: u64,
     pub for_ms: u64,

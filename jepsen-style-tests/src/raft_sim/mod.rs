@@ -7,6 +7,7 @@
 pub mod campaign;
 mod checks;
 mod clients;
+pub mod corpus;
 pub mod drive;
 pub mod fault;
 mod group;
@@ -20,6 +21,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use checks::Broken;
+use corpus::Corpus;
 use drive::Drive;
 
 /// Deep enough for state machine, openraft and gRPC in one thread of an unoptimised build.
@@ -69,13 +71,13 @@ impl Report {
     }
 }
 
-/// Runs one seed in this process, which must run no other. `root`: an empty directory for the disks, best in memory.
-pub fn run(seed: u64, root: &Path, only: &[String], loud: bool) -> Report {
-    let (root, only) = (root.to_owned(), only.to_owned());
+/// Runs one seed with these faults in this process, which must run no other. `root`: an empty directory for the disks, best in memory.
+pub fn run(Corpus { seed, faults, .. }: Corpus, root: &Path, loud: bool) -> Report {
+    let root = root.to_owned();
     let simulate = move || {
         stand_in::begin(seed);
         let drive = Drive::new(seed, &root, loud);
-        drive.map_or_else(|error| Report::of_failure(seed, "harness", error), |drive| drive.run(&only))
+        drive.map_or_else(|error| Report::of_failure(seed, "harness", error), |drive| drive.run(&faults))
     };
     let thread = std::thread::Builder::new().name(format!("seed {seed}")).stack_size(STACK).spawn(simulate);
     let mut report = match thread.map(std::thread::JoinHandle::join) {

@@ -1,4 +1,4 @@
-//! From a failing run to the few faults that it takes: delta debugging over the recorded schedule, then a file that is replayed forever.
+//! A failing run's least schedule, and the file that is replayed forever.
 
 use std::fs;
 use std::io;
@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::Report;
 use super::fault::Timed;
 use super::setup::Setup;
+use crate::shrink;
 
 /// A failure that was found once: what it takes to find it again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,14 +38,9 @@ impl Corpus {
         Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
-    /// Writes `DIR/<invariant>-<hash>.json`.
+    /// Keeps it in a file of this directory.
     pub fn write(&self, dir: &Path) -> io::Result<PathBuf> {
-        let mut json = serde_json::to_vec_pretty(self)?;
-        json.push(b'\n');
-        let path = dir.join(format!("{}-{:08x}.json", self.invariant, xxhash_rust::xxh3::xxh3_64(&json) as u32));
-        fs::create_dir_all(dir)?;
-        fs::write(&path, json)?;
-        Ok(path)
+        shrink::keep(self, &self.invariant, dir)
     }
 
     fn fails(&self) -> bool {
@@ -55,34 +51,9 @@ impl Corpus {
 /// The smallest schedule found with at most `runs` runs that still breaks the same invariant.
 pub fn shrink(found: &Corpus, runs: usize) -> Corpus {
     let mut left = runs;
-    let mut best = found.clone();
-    let mut chunks = 2;
-    while best.faults.len() > 1 && left > 0 {
-        let size = best.faults.len().div_ceil(chunks);
-        let mut smaller = None;
-        for from in (0..best.faults.len()).step_by(size) {
-            let mut faults = best.faults.clone();
-            faults.drain(from..(from + size).min(best.faults.len()));
-            let candidate = Corpus { faults, ..best.clone() };
-            left = left.saturating_sub(1);
-            if candidate.fails() {
-                smaller = Some(candidate);
-                break;
-            }
-            if left == 0 {
-                break;
-            }
-        }
-        match smaller {
-            Some(smaller) => {
-                best = smaller;
-                chunks = (chunks - 1).max(2);
-            }
-            None if size == 1 => break,
-            None => chunks = (chunks * 2).min(best.faults.len()),
-        }
-    }
-    shorten(best, left)
+    let faults =
+        shrink::least(&found.faults, &mut left, |faults| Corpus { faults: faults.to_vec(), ..found.clone() }.fails());
+    shorten(Corpus { faults, ..found.clone() }, left)
 }
 
 /// Less time, fewer jobs.

@@ -1,5 +1,8 @@
 //! `faults`: the long runs. Started by the script `run`, which builds what they need.
 
+mod hunts;
+mod simulations;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,9 +11,13 @@ use clap::Parser;
 use jepsen_style_tests::disk::Disk;
 use jepsen_style_tests::faults::{Fault, Need};
 use jepsen_style_tests::network::Network;
-use jepsen_style_tests::sim::{campaign, fault};
 use jepsen_style_tests::verdict::Verdict;
-use jepsen_style_tests::{cluster, corrupt, hunt, nemesis, powercut, reads, replays, report, soak};
+use jepsen_style_tests::{cluster, corrupt, nemesis, powercut, reads, replays, report, soak};
+
+use hunts::{Planted, planted_bug};
+#[cfg(feature = "simulated")]
+use simulations::RaftSeed;
+use simulations::Sim;
 
 /// A simulation makes and drops small things all the time.
 #[global_allocator]
@@ -126,86 +133,6 @@ enum Run {
     },
 }
 
-#[derive(Debug, clap::Args)]
-struct Sim {
-    /// The first seed
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// What is simulated: `core`, everything but Raft; `raft`, the replicas with openraft, log and snapshots
-    #[arg(long, value_enum, default_value_t = Tier::Core)]
-    tier: Tier,
-    /// How many seeds, counted up from the first [default: 1, or as many as the other limits let]
-    #[arg(long, value_name = "COUNT")]
-    seeds: Option<u64>,
-    /// Begin no further seed after so much simulated time
-    #[arg(long, value_name = "MINUTES")]
-    minutes_simulated: Option<u64>,
-    /// Begin no further seed after so much real time
-    #[arg(long, value_name = "SECONDS")]
-    wall_seconds: Option<u64>,
-    /// These kinds of fault alone, comma-separated; another word is answered with all of them
-    #[arg(long, value_name = "FAULTS", value_delimiter = ',')]
-    only: Vec<String>,
-    /// Print each event
-    #[arg(long)]
-    trace: bool,
-    /// Threads, or processes
-    #[arg(long, default_value_t = 1)]
-    jobs: usize,
-    /// Go on after a failure
-    #[arg(long)]
-    keep_going: bool,
-    /// Shrink what fails to its least faults and keep it there
-    #[arg(long, value_name = "DIR")]
-    corpus: Option<PathBuf>,
-    /// Run with this planted bug, in a build that has them
-    #[arg(long, value_name = "BUG")]
-    planted: Option<String>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Tier {
-    Core,
-    Raft,
-}
-
-#[cfg(feature = "simulated")]
-#[derive(Debug, clap::Args)]
-struct RaftSeed {
-    #[arg(long)]
-    seed: u64,
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    #[arg(long)]
-    trace: bool,
-    #[arg(long)]
-    planted: Option<String>,
-}
-
-#[derive(Debug, clap::Args)]
-struct Planted {
-    /// The first seed of each bug
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// Seeds within which each must be caught
-    #[arg(long, default_value_t = 500)]
-    seeds: u64,
-    /// These bugs alone, comma-separated [default: all that this tier can reach]
-    #[arg(long, value_name = "BUGS", value_delimiter = ',', value_parser = planted_bug)]
-    only: Vec<String>,
-    /// So many of them only, counted on from the one with number `--from` in the list
-    #[arg(long, value_name = "COUNT")]
-    some: Option<usize>,
-    #[arg(long, default_value_t = 0, requires = "some", value_name = "NUMBER")]
-    from: usize,
-    /// In runs of real processes, each within 10 minutes (root); their names: ack_without_fsync, and those of `--only`
-    #[arg(long, conflicts_with_all = ["some", "seeds"])]
-    real: bool,
-    /// What the plain build says of the first seeds: `run` asks it
-    #[arg(long, value_name = "HASH", hide = true)]
-    plain: Option<String>,
-}
-
 fn main() -> ExitCode {
     let run = Cli::parse().run;
     let runs = match run {
@@ -217,11 +144,11 @@ fn main() -> ExitCode {
             vec![power_cuts(cuts, replicas.into(), seed, planted)]
         }
         Run::Corrupt { times, seed } => vec![corrupted(times, seed)],
-        Run::Sim(options) => return simulate(options),
+        Run::Sim(options) => return simulations::simulate(options),
         #[cfg(feature = "simulated")]
-        Run::RaftSeed(options) => return one_raft_seed(&options),
-        Run::Planted(options) if options.real => return hunt_in_real_runs(&options.only),
-        Run::Planted(options) => return hunt(&options),
+        Run::RaftSeed(options) => return simulations::one_raft_seed(&options),
+        Run::Planted(options) if options.real => return hunts::hunt_in_real_runs(&options.only),
+        Run::Planted(options) => return hunts::hunt(&options),
         Run::Nemesis { minutes, seed, faults, pairs, allow_skip, planted, out } => {
             let faults = if faults.is_empty() { Fault::all() } else { faults };
             let Some(faults) = possible(faults, &allow_skip, pairs) else { return ExitCode::FAILURE };
@@ -249,192 +176,6 @@ fn main() -> ExitCode {
     if runs.iter().all(Verdict::is_valid) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn simulate(options: Sim) -> ExitCode {
-    let checked = known_kinds(&options).and_then(|()| options.planted.as_deref().map_or(Ok(()), plant));
-    if let Err(why) = checked {
-        eprintln!("{why}");
-        return ExitCode::from(2);
-    }
-    if options.tier == Tier::Raft {
-        return simulate_raft(options);
-    }
-    let limited = options.minutes_simulated.is_some() || options.wall_seconds.is_some();
-    let plan = campaign::Plan {
-        count: options.seeds.unwrap_or(if limited { u64::MAX } else { 1 }),
-        simulated_ms: options.minutes_simulated.map(|minutes| minutes.saturating_mul(60_000)),
-        wall: options.wall_seconds.map(Duration::from_secs),
-        only: options.only,
-        jobs: options.jobs,
-        trace: options.trace,
-        keep_going: options.keep_going,
-        corpus: options.corpus,
-        ..campaign::Plan::one(options.seed)
-    };
-    let sum = campaign::run(&plan);
-    let (text, valid) = campaign::conclude(&plan, &sum);
-    println!("{text}");
-    if valid { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// Whether the tier has such faults.
-fn known_kinds(options: &Sim) -> Result<(), String> {
-    let kinds: Vec<&str> = match options.tier {
-        Tier::Core => fault::KINDS.to_vec(),
-        #[cfg(feature = "simulated")]
-        Tier::Raft => jepsen_style_tests::raft_sim::fault::Kind::ALL.iter().map(|kind| kind.name()).collect(),
-        #[cfg(not(feature = "simulated"))]
-        Tier::Raft => return Ok(()),
-    };
-    match options.only.iter().find(|only| !kinds.contains(&only.as_str())) {
-        Some(unknown) => Err(format!("--only {unknown:?} is none of {}", kinds.join(", "))),
-        None => Ok(()),
-    }
-}
-
-#[cfg(feature = "simulated")]
-fn simulate_raft(options: Sim) -> ExitCode {
-    use jepsen_style_tests::raft_sim::campaign;
-    if options.minutes_simulated.is_some() || options.corpus.is_some() {
-        eprintln!("--minutes-simulated and --corpus are for the core tier");
-        return ExitCode::from(2);
-    }
-    let plan = campaign::Plan {
-        first: options.seed,
-        count: options.seeds.unwrap_or(if options.wall_seconds.is_some() { u64::MAX } else { 1 }),
-        wall: options.wall_seconds.map(Duration::from_secs),
-        only: options.only,
-        jobs: options.jobs,
-        trace: options.trace,
-        keep_going: options.keep_going,
-        planted: options.planted,
-        quiet: false,
-    };
-    let (text, valid) = campaign::conclude(&plan, &campaign::run(&plan));
-    println!("{text}");
-    if valid { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-#[cfg(not(feature = "simulated"))]
-fn simulate_raft(_: Sim) -> ExitCode {
-    eprintln!("this build has no Raft tier: jepsen-style-tests/run sim makes one that has");
-    ExitCode::from(2)
-}
-
-/// The disks are in memory where the machine has a place for that.
-#[cfg(feature = "simulated")]
-fn one_raft_seed(options: &RaftSeed) -> ExitCode {
-    if let Err(why) = options.planted.as_deref().map_or(Ok(()), plant) {
-        eprintln!("{why}");
-        return ExitCode::from(2);
-    }
-    let memory = Path::new("/dev/shm");
-    let disks = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
-    let disks = match disks {
-        Ok(disks) => disks,
-        Err(error) => {
-            eprintln!("no directory for the simulated disks: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    let report = jepsen_style_tests::raft_sim::run(options.seed, disks.path(), &options.only, options.trace);
-    println!("{}", serde_json::to_string(&report).expect("plain fields always encode"));
-    ExitCode::SUCCESS
-}
-
-#[cfg(feature = "planted")]
-fn plant(name: &str) -> Result<(), String> {
-    let bug = planted::Bug::ALL.iter().find(|bug| bug.name() == name);
-    let names: Vec<&str> = planted::Bug::ALL.iter().map(|bug| bug.name()).collect();
-    planted::choose(Some(*bug.ok_or_else(|| format!("--planted is {name:?}, must be one of {}", names.join(", ")))?));
-    Ok(())
-}
-
-#[cfg(not(feature = "planted"))]
-fn plant(name: &str) -> Result<(), String> {
-    Err(format!("--planted {name} needs a build with planted bugs: jepsen-style-tests/run makes it"))
-}
-
-/// The table bug -> invariant -> seeds.
-#[cfg(feature = "planted")]
-fn hunt(options: &Planted) -> ExitCode {
-    use jepsen_style_tests::sim::bugs;
-    // A planted bug ends many runs by a panic of the state machine's own checks: they are counted, not told.
-    std::panic::set_hook(Box::new(|_| {}));
-    let mut good = true;
-    if let Some(plain) = &options.plain {
-        let own = format!("{:016x}", bugs::plain_hash());
-        good &= own == *plain;
-        let word = if own == *plain { "the same" } else { "NOT THE SAME" };
-        println!("without a bug, seeds 1 to {}: {own}, in the plain build {plain}: {word}", bugs::SAME);
-    }
-    println!("{:<22} {:<22} {:>5}  checks that failed before", "bug", "caught by", "seeds");
-    let wanted = |bug: &&planted::Bug| match options.only.is_empty() {
-        true => bugs::out_of_reach(**bug).is_none() || cfg!(feature = "simulated") && bugs::in_raft(**bug),
-        false => options.only.iter().any(|name| name == bug.name()),
-    };
-    let bugs: Vec<_> = planted::Bug::ALL.iter().filter(wanted).collect();
-    let some = options.some.unwrap_or(bugs.len()).min(bugs.len());
-    for bug in bugs.iter().cycle().skip(options.from % bugs.len()).take(some) {
-        #[cfg(feature = "simulated")]
-        let caught = match bugs::in_raft(**bug) {
-            true => jepsen_style_tests::raft_sim::campaign::hunt(**bug, options.seed, options.seeds),
-            false => bugs::hunt(**bug, options.seed, options.seeds),
-        };
-        #[cfg(not(feature = "simulated"))]
-        let caught = bugs::hunt(**bug, options.seed, options.seeds);
-        good &= caught.by.is_some();
-        let (by, seeds) = caught.by.unwrap_or_else(|| ("NOT CAUGHT".to_owned(), options.seeds));
-        let others: Vec<String> = caught.others.iter().map(|(name, times)| format!("{name} {times}")).collect();
-        println!("{:<22} {by:<22} {seeds:>5}  {}", bug.name(), others.join(", "));
-    }
-    for bug in planted::Bug::ALL.iter().filter(|bug| options.only.is_empty() && !wanted(bug)) {
-        if let Some(why) = bugs::out_of_reach(*bug) {
-            println!("{:<22} not looked for: {why}", bug.name());
-        }
-    }
-    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// The table bug -> invariant -> runs and time, of real processes.
-fn hunt_in_real_runs(only: &[String]) -> ExitCode {
-    let wanted: Vec<_> =
-        hunt::ALL.iter().filter(|one| only.is_empty() || only.iter().any(|name| name == one.bug)).collect();
-    let unknown = only.iter().find(|name| hunt::ALL.iter().all(|one| one.bug != name.as_str()));
-    if let Some(name) = unknown {
-        let known: Vec<&str> = hunt::ALL.iter().map(|one| one.bug).collect();
-        eprintln!("--only {name}: no real run is known that must show it; there is one for {}", known.join(", "));
-        return ExitCode::from(2);
-    }
-    let out = fault_runs().join("planted");
-    println!("{:<22} {:<22} {:>5} {:>7}  said otherwise", "bug", "caught by", "runs", "seconds");
-    let mut good = true;
-    for one in wanted {
-        let caught = one.run(&out);
-        good &= caught.by.is_some();
-        let by = caught.by.as_deref().unwrap_or("NOT CAUGHT");
-        println!(
-            "{:<22} {by:<22} {:>5} {:>7}  {}",
-            one.bug,
-            caught.runs,
-            caught.took.as_secs(),
-            first_words(&caught.others)
-        );
-    }
-    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn first_words(said: &[String]) -> String {
-    let short =
-        said.iter().take(2).map(|text| text.lines().next().unwrap_or_default().chars().take(90).collect::<String>());
-    short.collect::<Vec<_>>().join("; ")
-}
-
-#[cfg(not(feature = "planted"))]
-fn hunt(_: &Planted) -> ExitCode {
-    eprintln!("this build has no planted bugs: jepsen-style-tests/run planted makes one that has");
-    ExitCode::from(2)
-}
-
 fn short(seed: u64) -> Vec<Verdict> {
     let mut faults =
         vec![Fault::KillLeader, Fault::KillAll, Fault::KillAgent, Fault::KillAgentAndShims, Fault::FreezeAgent];
@@ -450,12 +191,6 @@ fn short(seed: u64) -> Vec<Verdict> {
         Err(why) => eprintln!("SKIPPED: no power was cut, that needs root, loop devices and mkfs.ext4: {why}"),
     }
     runs
-}
-
-/// A mistyped name would run without any bug.
-fn planted_bug(name: &str) -> Result<String, String> {
-    let known: Vec<&str> = planted::Bug::ALL.iter().map(|bug| bug.name()).collect();
-    if known.contains(&name) { Ok(name.to_owned()) } else { Err(format!("it is one of {}", known.join(", "))) }
 }
 
 fn power_cuts(cuts: usize, replicas: usize, seed: u64, planted: Option<String>) -> Verdict {
