@@ -62,8 +62,8 @@ Variables that a job finds:
                         of a task of an array: the array, and which task of it this is
   ARES_JOB_ID, ARES_ATTEMPT, ARES_FENCING_TOKEN
                         which job and attempt this is, and the token to pass along with each write
-  ARES_NODE, ARES_NODES, ARES_LIMIT_MS, ARES_KILL_GRACE_MS
-                        the machine, how many there are, and the attempt's bounds (0: none)
+  ARES_NODE, ARES_NODES, ARES_GPUS, ARES_LIMIT_MS, ARES_KILL_GRACE_MS
+                        the machine, how many machines and GPUs the attempt has, and its bounds (0: none)
   ARES_RESTORE_FROM     the newest checkpoint of an earlier attempt, if one was recorded: ares checkpoint done
   ARES_SERVER, ARES_CLUSTER
                         where the machine's agent finds the cluster, unless the job has its own
