@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use gpu_agent::agent::fence::Content;
+use gpu_agent::clock::boot_ms;
 use proto::{Client, Identity, Patience, v1};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -453,7 +454,8 @@ impl Cluster {
     /// Cuts the power of a node with a disk of its own: its agent, shims and jobs are gone, and what was not synced. How many shims
     /// there were.
     pub fn cut_agent_power(&mut self, name: &str) -> Result<usize, String> {
-        let cut_ms = uptime_ms()?;
+        // In the steps of 10 ms in which jobs read it from /proc/uptime.
+        let cut_ms = boot_ms() / 10 * 10;
         self.agent_disks.get(name).ok_or_else(|| format!("{name} has no disk of its own"))?.cut_power()?;
         let shims = self.kill_agent_and_shims(name);
         self.agent_disks[name].power_on()?;
@@ -653,13 +655,6 @@ pub fn processes(wanted: impl Fn(&[String]) -> bool) -> Vec<Pid> {
         }
     }
     found
-}
-
-/// Since the machine's boot, as jobs read it too; in steps of 10 ms.
-fn uptime_ms() -> Result<u64, String> {
-    let text = std::fs::read_to_string("/proc/uptime").map_err(|error| format!("/proc/uptime: {error}"))?;
-    let seconds = text.split(' ').next().and_then(|word| word.parse::<f64>().ok());
-    seconds.map(|seconds| (seconds * 1_000.0).round() as u64).ok_or_else(|| format!("/proc/uptime says {text:?}"))
 }
 
 fn tail(text: &str) -> String {

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// The fewest faults found that still fail, with at most `left` runs; what is left of them afterwards.
 pub fn least<T: Clone>(faults: &[T], left: &mut usize, fails: impl Fn(&[T]) -> bool) -> Vec<T> {
@@ -46,6 +47,20 @@ pub fn keep(found: &impl Serialize, invariant: &str, dir: &Path) -> io::Result<P
     fs::create_dir_all(dir)?;
     fs::write(&path, json)?;
     Ok(path)
+}
+
+/// What was kept in a directory, by the names of its files.
+pub fn kept<C: DeserializeOwned>(dir: &Path) -> io::Result<Vec<(PathBuf, C)>> {
+    let mut files: Vec<PathBuf> =
+        dir.read_dir()?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    files.sort();
+    let read = |path: PathBuf| {
+        let wrong = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+        let found = fs::read(&path).and_then(|json| Ok(serde_json::from_slice(&json)?)).map_err(wrong)?;
+        Ok((path, found))
+    };
+    files.into_iter().map(read).collect()
 }
 
 #[cfg(test)]

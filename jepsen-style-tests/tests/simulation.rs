@@ -1,8 +1,9 @@
 //! The simulation itself: it is deterministic, it is what it says, and what it once found stays found.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use jepsen_style_tests::shrink;
 use jepsen_style_tests::sim;
 use jepsen_style_tests::sim::setup::Setup;
 use jepsen_style_tests::sim::shrink::Corpus;
@@ -40,13 +41,7 @@ fn another_seed_is_another_run() {
 #[test]
 fn what_was_found_once_is_not_found_again() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
-    let mut files: Vec<PathBuf> = std::fs::read_dir(&dir)
-        .map(|entries| entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
-        .unwrap_or_default();
-    files.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
-    files.sort();
-    for path in files {
-        let corpus = Corpus::read(&path).expect("a corpus file");
+    for (path, corpus) in shrink::kept::<Corpus>(&dir).expect("what was kept") {
         let report = corpus.run(false);
         assert_eq!(report.failure, None, "{}\n{}", path.display(), report.tail);
     }

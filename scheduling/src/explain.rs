@@ -158,10 +158,7 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
     cache.fleet.follow(machines);
     let chosen = shape.machines.as_ref().map(|selector| cache.fleet.chosen(selector));
     let (choices, fleet) = (&mut cache.choices, &cache.fleet);
-    let open = machines.window_nodes().map(|nodes| {
-        let is_chosen = |id: &NodeId| chosen.as_ref().is_none_or(|chosen| chosen.nodes.binary_search(id).is_ok());
-        fleet.grouped(nodes.iter().copied().filter(is_chosen))
-    });
+    let open = fleet.in_window(machines, chosen.as_ref());
     let present: Vec<GpuTypeId> = fleet.present().collect();
     let count = |machines: usize| u32::try_from(machines).unwrap_or(u32::MAX);
     let question = Question {

@@ -15,7 +15,7 @@ use statemachine::table::Table;
 use statemachine::{ClassId, GpuTypeId, JobId, NodeId, State, TaskKey};
 
 use crate::links::Mask;
-use crate::machines::{Machines, is_present};
+use crate::machines::Machines;
 
 /// Selectors whose machines are remembered; over it all are forgotten.
 const SELECTORS: usize = 1_024;
@@ -72,7 +72,7 @@ impl Face {
                 kinds.len() - 1
             });
             let (kind, bit) = (&mut kinds[at], 1 << slot);
-            kind.present |= if is_present(gpu) { bit } else { 0 };
+            kind.present |= if gpu.is_present() { bit } else { 0 };
             if alloc.free_gpus & bit != 0 {
                 let is_healthy = gpu.health == GpuHealth::Ok;
                 kind.usable |= if is_healthy { bit } else { 0 };
@@ -290,7 +290,7 @@ impl Fleet {
         let mut has = Amounts { gpus: BTreeMap::new(), cores: total.cores, mem_mib: total.mem_mib };
         node.gpus.iter().for_each(|gpu| *has.gpus.entry(gpu.gpu_type).or_default() += 1);
         let present: BTreeSet<GpuTypeId> =
-            node.gpus.iter().filter(|gpu| is_present(gpu)).map(|gpu| gpu.gpu_type).collect();
+            node.gpus.iter().filter(|gpu| gpu.is_present()).map(|gpu| gpu.gpu_type).collect();
         if is_new {
             self.capacity.add(&has);
             present.into_iter().for_each(|gpu_type| *self.present.entry(gpu_type).or_default() += 1);
@@ -362,7 +362,13 @@ impl Fleet {
         chosen
     }
 
-    pub fn grouped(&self, nodes: impl Iterator<Item = NodeId>) -> Grouped {
+    /// Of the machines of the window that a job is for, those that it may be on; `None` = it is for no window.
+    pub fn in_window(&self, machines: &Machines<'_>, chosen: Option<&Chosen>) -> Option<Grouped> {
+        let is_chosen = |id: &NodeId| chosen.is_none_or(|chosen| chosen.nodes.binary_search(id).is_ok());
+        machines.window_nodes().map(|nodes| self.grouped(nodes.iter().copied().filter(is_chosen)))
+    }
+
+    fn grouped(&self, nodes: impl Iterator<Item = NodeId>) -> Grouped {
         let mut grouped = Grouped::new();
         for id in nodes {
             if let Some(number) = self.of(id) {

@@ -29,12 +29,12 @@ pub(crate) enum End {
 }
 
 impl End {
-    /// As it is taken now: by a time, or unknown.
-    fn seen_at(self, now_ms: u64) -> Self {
+    /// By when it ends, as it is taken now; where that is not known, since when the part holds its machine.
+    fn seen_at(self, now_ms: u64) -> Result<u64, u64> {
         match self {
-            End::Due { end_ms, .. } if now_ms <= end_ms.saturating_add(OVERDUE_MS) => End::By(end_ms),
-            End::Due { since_ms, .. } => End::Unknown { since_ms },
-            other => other,
+            End::By(end_ms) => Ok(end_ms),
+            End::Due { end_ms, .. } if now_ms <= end_ms.saturating_add(OVERDUE_MS) => Ok(end_ms),
+            End::Due { since_ms, .. } | End::Unknown { since_ms } => Err(since_ms),
         }
     }
 }
@@ -160,9 +160,9 @@ fn due(state: &State, lease: &Lease) -> End {
     end_ms.map_or(End::Unknown { since_ms }, |end_ms| End::Due { since_ms, end_ms })
 }
 
-/// When a lease ends, as it is taken now.
-pub(crate) fn lease_end(state: &State, lease: &Lease) -> End {
-    due(state, lease).seen_at(state.meta.clock_ms)
+/// When a lease ends, as it is taken now, if that is known.
+pub(crate) fn lease_end_ms(state: &State, lease: &Lease) -> Option<u64> {
+    due(state, lease).seen_at(state.meta.clock_ms).ok()
 }
 
 /// The holdings of one machine with the times at which they end: in the future, as they have not ended yet.
@@ -170,17 +170,14 @@ pub(crate) fn with_ends<'a>(
     holdings: impl Iterator<Item = &'a Holding> + Clone,
     now_ms: u64,
 ) -> Vec<(u64, &'a Holding)> {
-    let since = |holding: &Holding| match holding.end.seen_at(now_ms) {
-        End::Unknown { since_ms } => Some(since_ms),
-        End::By(_) | End::Due { .. } => None,
-    };
+    let since = |holding: &Holding| holding.end.seen_at(now_ms).err();
     let mut endless: Vec<u64> = holdings.clone().filter_map(since).collect();
     endless.sort_unstable();
     // Equal ages are told apart by their order.
     let mut equal: BTreeMap<u64, u64> = BTreeMap::new();
     let mut end_ms = |holding: &Holding| match holding.end.seen_at(now_ms) {
-        End::By(time) | End::Due { end_ms: time, .. } => time.max(now_ms.saturating_add(1)),
-        End::Unknown { since_ms } => {
+        Ok(end_ms) => end_ms.max(now_ms.saturating_add(1)),
+        Err(since_ms) => {
             let nth = equal.entry(since_ms).or_default();
             *nth += 1;
             let older = endless.partition_point(|other| *other < since_ms) as u64;

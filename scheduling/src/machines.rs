@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use statemachine::command::PlacePart;
 use statemachine::fit;
-use statemachine::record::{Alloc, Gpu, GpuHealth, Node};
+use statemachine::record::{Alloc, Node};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey};
 
@@ -315,11 +315,6 @@ impl<'a> Machines<'a> {
         holding::take(&mut left.alloc, part);
         self.touched.push(part.node);
     }
-}
-
-/// The GPU is in the machine, whatever its health.
-pub(crate) fn is_present(gpu: &Gpu) -> bool {
-    gpu.health != GpuHealth::Gone
 }
 
 /// Cores from the NUMA domains of the GPUs, in proportion to the GPUs in each; what is missing there comes from the

@@ -324,9 +324,8 @@ impl<'a> Listing<'a> {
 /// The machines that a shape's job may be on, where its own word or its window says which.
 fn among(machines: &Machines<'_>, fleet: &mut Fleet, shape: &Shape) -> Option<Arc<Grouped>> {
     let chosen = shape.machines.as_ref().map(|selector| fleet.chosen(selector));
-    let Some(nodes) = machines.window_nodes() else { return chosen.map(|chosen| chosen.grouped) };
-    let is_chosen = |id: &NodeId| chosen.as_ref().is_none_or(|chosen| chosen.nodes.binary_search(id).is_ok());
-    Some(Arc::new(fleet.grouped(nodes.iter().copied().filter(is_chosen))))
+    let open = fleet.in_window(machines, chosen.as_ref()).map(Arc::new);
+    open.or_else(|| chosen.map(|chosen| chosen.grouped))
 }
 
 /// The machine's domains, where the shape is a gang's.

@@ -14,8 +14,7 @@ use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey, TenantId};
 
 use crate::cache::Cache;
 use crate::explain::reason_with;
-use crate::holding::{End, lease_end};
-use crate::machines::is_present;
+use crate::holding::lease_end_ms;
 use crate::order::is_aged;
 use crate::outlook::{Look, Start};
 use crate::plan::waiting_task;
@@ -175,10 +174,7 @@ fn on_node(state: &State, node: NodeId) -> Vec<Holder> {
 }
 
 fn of_lease(state: &State, lease: &statemachine::record::Lease) -> Vec<Holder> {
-    let ends_ms = match lease_end(state, lease) {
-        End::By(end) | End::Due { end_ms: end, .. } => Some(end),
-        End::Unknown { .. } => None,
-    };
+    let ends_ms = lease_end_ms(state, lease);
     let part = |part: &statemachine::record::Part| Holder {
         job: lease.task.job,
         node: part.node,
@@ -351,7 +347,7 @@ fn other_types(state: &State, shape: &Shape) -> Vec<(GpuTypeId, String)> {
     if shape.gpu_types.is_empty() || shape.gpus_per_node() == 0 {
         return Vec::new();
     }
-    let gpus = state.nodes.iter().flat_map(|(_, node)| &node.value.gpus).filter(|gpu| is_present(gpu));
+    let gpus = state.nodes.iter().flat_map(|(_, node)| &node.value.gpus).filter(|gpu| gpu.is_present());
     let types: BTreeSet<GpuTypeId> = gpus.map(|gpu| gpu.gpu_type).collect();
     let others = types.into_iter().filter(|gpu_type| !shape.gpu_types.contains(gpu_type));
     others.take(4).map(|gpu_type| (gpu_type, state.gpu_type_name(gpu_type).to_owned())).collect()

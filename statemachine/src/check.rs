@@ -210,7 +210,7 @@ impl State {
         }
         let mut gpus = BTreeSet::new();
         for (id, node) in self.nodes.iter() {
-            for gpu in node.value.gpus.iter().filter(|gpu| gpu.health != GpuHealth::Gone) {
+            for gpu in node.value.gpus.iter().filter(|gpu| gpu.is_present()) {
                 must(gpus.insert(gpu.uuid), "gpu_in_one_lease", || {
                     format!("a GPU of node {id} is on another node too")
                 })?;

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use crate::domain::Path;
 use crate::fit::MAX_GPUS;
 use crate::id::GpuTypeId;
-use crate::record::{Gpu, GpuHealth, Node};
+use crate::record::{Gpu, Node};
 use crate::settings::Settings;
 use crate::spec::{JobSpec, Shape};
 use crate::state::State;
@@ -131,28 +131,24 @@ impl State {
         if !spec.shape.is_open() {
             return Cow::Borrowed(&spec.shape);
         }
-        let least = self.cuts(spec).pop();
-        Cow::Owned(least.unwrap_or_else(|| Shape { nodes: 1, ..spec.shape.clone() }))
+        let uncut = || Shape { nodes: 1, ..spec.shape.clone() };
+        Cow::Owned(self.fewest_nodes(spec).and_then(|nodes| spec.shape.over(nodes)).unwrap_or_else(uncut))
     }
 
     /// The cuts of an open shape in all its sizes, the largest first; the last one is `cut_of`'s. Larger ones that can't be cut are
     /// left out.
     pub fn cuts(&self, spec: &JobSpec) -> Vec<Shape> {
         let groups = self.groups(spec);
-        let cut = |size: Shape| {
-            let fewest = groups.iter().filter_map(|(most, having)| having.fewest(&size, *most)).min();
-            fewest.and_then(|nodes| size.over(nodes))
-        };
+        let cut = |size: &Shape| fewest(&groups, size).and_then(|nodes| size.over(nodes));
         let larger = (1..=spec.doublings()).rev().filter_map(|times| spec.shape.doubled(times));
-        let mut cuts: Vec<Shape> = larger.filter_map(cut).collect();
-        cuts.push(cut(spec.shape.clone()).unwrap_or_else(|| Shape { nodes: 1, ..spec.shape.clone() }));
+        let mut cuts: Vec<Shape> = larger.filter_map(|size| cut(&size)).collect();
+        cuts.push(cut(&spec.shape).unwrap_or_else(|| Shape { nodes: 1, ..spec.shape.clone() }));
         cuts
     }
 
     /// Over how many machines an open shape is cut at least; `None` where it can't be.
     pub fn fewest_nodes(&self, spec: &JobSpec) -> Option<u32> {
-        let groups = self.groups(spec);
-        groups.iter().filter_map(|(most, having)| having.fewest(&spec.shape, *most)).min()
+        fewest(&self.groups(spec), &spec.shape)
     }
 
     /// For an open shape that can't be cut: what could be.
@@ -188,11 +184,16 @@ impl State {
     }
 }
 
+/// Over how many machines of one group the shape is cut at least.
+fn fewest(groups: &[(u32, Having)], shape: &Shape) -> Option<u32> {
+    groups.iter().filter_map(|(most, having)| having.fewest(shape, *most)).min()
+}
+
 /// The GPUs that a machine has of each acceptable type; of the one that it has most of, where they may be mixed.
 fn counts_on(node: &Node, shape: &Shape) -> Vec<(Option<GpuTypeId>, usize)> {
     let accepted = |gpu: &&Gpu| shape.gpu_types.is_empty() || shape.gpu_types.contains(&gpu.gpu_type);
     let mut counts: BTreeMap<GpuTypeId, usize> = BTreeMap::new();
-    for gpu in node.gpus.iter().take(MAX_GPUS).filter(|gpu| gpu.health != GpuHealth::Gone).filter(accepted) {
+    for gpu in node.gpus.iter().take(MAX_GPUS).filter(|gpu| gpu.is_present()).filter(accepted) {
         *counts.entry(gpu.gpu_type).or_default() += 1;
     }
     if shape.mix_types {

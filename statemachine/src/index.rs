@@ -208,7 +208,7 @@ impl State {
             if let Some(timer) = node.value.admin.timer(*id) {
                 index.timers.insert(timer);
             }
-            for gpu in node.value.gpus.iter().filter(|gpu| gpu.health != GpuHealth::Gone) {
+            for gpu in node.value.gpus.iter().filter(|gpu| gpu.is_present()) {
                 index.gpus.insert(gpu.uuid, *id);
             }
         }

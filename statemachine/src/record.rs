@@ -437,6 +437,13 @@ pub struct Gpu {
     pub xid: u16,
 }
 
+impl Gpu {
+    /// It is in the machine, whatever its health.
+    pub fn is_present(&self) -> bool {
+        self.health != GpuHealth::Gone
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum GpuHealth {
     Ok,

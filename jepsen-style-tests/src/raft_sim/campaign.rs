@@ -130,7 +130,7 @@ fn one(plan: &Plan, seed: u64) -> Report {
 }
 
 /// A schedule in a process of its own.
-fn apart(plan: &Plan, schedule: &Corpus) -> Report {
+pub fn apart(plan: &Plan, schedule: &Corpus) -> Report {
     let seed = schedule.seed;
     let failed = |what: String| Report::of_failure(seed, "harness", what);
     let started = std::env::current_exe().and_then(|this| {
@@ -199,20 +199,6 @@ fn tell(plan: &Plan, report: &Report) {
         }
         Err(error) => println!("  not kept in {}: {error}", dir.display()),
     }
-}
-
-/// Runs what was once kept; whether everything holds.
-pub fn replay(plan: &Plan, kept: &[(PathBuf, Corpus)]) -> bool {
-    let mut good = true;
-    for (path, schedule) in kept {
-        let report = apart(plan, schedule);
-        let said = report
-            .broken
-            .map_or_else(|| "holds".to_owned(), |broken| format!("{} is broken: {}", broken.invariant, broken.detail));
-        good &= said == "holds";
-        println!("{}: seed {}, {} faults: {said}", path.display(), schedule.seed, schedule.faults.len());
-    }
-    good
 }
 
 /// The verdict of a run, for people; the last line is the hash. Whether everything held.

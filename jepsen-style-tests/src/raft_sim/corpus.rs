@@ -1,9 +1,5 @@
 //! What a process of this tier runs: a seed with its faults; and a failing run's least ones, in a file that is replayed forever.
 
-use std::fs;
-use std::io;
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 
 use super::drive::SAFETY_MS;
@@ -22,10 +18,6 @@ impl Corpus {
     /// The seed's own faults, or those of these kinds.
     pub fn of(seed: u64, only: &[String]) -> Self {
         Self { seed, invariant: String::new(), faults: fault::draw(seed, SAFETY_MS, only) }
-    }
-
-    pub fn read(path: &Path) -> io::Result<Self> {
-        Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
     /// The fewest faults found with at most `runs` runs by which `broken` tells of the same invariant.

@@ -1,6 +1,5 @@
 //! A failing run's least schedule, and the file that is replayed forever.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -32,10 +31,6 @@ impl Corpus {
 
     pub fn run(&self, loud: bool) -> Report {
         super::run(&self.setup(), &self.faults, loud)
-    }
-
-    pub fn read(path: &Path) -> io::Result<Self> {
-        Ok(serde_json::from_slice(&fs::read(path)?)?)
     }
 
     /// Keeps it in a file of this directory.

@@ -375,7 +375,7 @@ fn write_node(
             state.index.gpus.remove(&gpu.uuid);
         }
     }
-    for gpu in node.gpus.iter().filter(|gpu| gpu.health != GpuHealth::Gone) {
+    for gpu in node.gpus.iter().filter(|gpu| gpu.is_present()) {
         state.index.gpus.insert(gpu.uuid, id);
     }
     match old {

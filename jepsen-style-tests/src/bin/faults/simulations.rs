@@ -1,12 +1,13 @@
 //! `run sim`: seeds of either tier, and what was kept of earlier failures.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use jepsen_style_tests::shrink;
 use jepsen_style_tests::sim::shrink::Corpus;
 use jepsen_style_tests::sim::{campaign, fault};
+use serde::de::DeserializeOwned;
 
 use crate::hunts::plant;
 
@@ -78,7 +79,8 @@ pub fn simulate(options: Sim) -> ExitCode {
         return simulate_raft(options);
     }
     if let Some(dir) = &options.replay {
-        return replay(dir, Corpus::read, |kept| kept.iter().all(|(path, corpus)| replay_core(path, corpus)));
+        let failure = |corpus: &Corpus| corpus.run(options.trace).failure;
+        return replay(dir, |corpus| failure(corpus).map(|failure| (failure.invariant, failure.detail)));
     }
     let limited = options.minutes_simulated.is_some() || options.wall_seconds.is_some();
     let plan = campaign::Plan {
@@ -113,35 +115,27 @@ fn known_kinds(options: &Sim) -> Result<(), String> {
     }
 }
 
-/// Reads what was kept in a directory, and runs it.
-fn replay<C>(dir: &Path, read: impl Fn(&Path) -> io::Result<C>, run: impl FnOnce(&[(PathBuf, C)]) -> bool) -> ExitCode {
-    let read_all = || {
-        let mut files: Vec<PathBuf> =
-            dir.read_dir()?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
-        files.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
-        files.sort();
-        let kept = |path: PathBuf| {
-            let wrong = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-            Ok((path.clone(), read(&path).map_err(wrong)?))
-        };
-        files.into_iter().map(kept).collect::<io::Result<Vec<_>>>()
+/// Runs what was kept in a directory; `run` tells which invariant is broken, and how.
+fn replay<C: DeserializeOwned>(dir: &Path, run: impl Fn(&C) -> Option<(String, String)>) -> ExitCode {
+    let kept = match shrink::kept(dir) {
+        Ok(kept) if !kept.is_empty() => kept,
+        found => {
+            let why = found.err().map_or_else(|| "nothing was kept there".to_owned(), |error| error.to_string());
+            eprintln!("--replay {}: {why}", dir.display());
+            return ExitCode::FAILURE;
+        }
     };
-    match read_all() {
-        Ok(kept) if kept.is_empty() => eprintln!("--replay {}: nothing was kept there", dir.display()),
-        Ok(kept) if run(&kept) => return ExitCode::SUCCESS,
-        Ok(_) => {}
-        Err(error) => eprintln!("--replay {}: {error}", dir.display()),
+    let mut code = ExitCode::SUCCESS;
+    for (path, schedule) in &kept {
+        match run(schedule) {
+            None => println!("{}: holds", path.display()),
+            Some((invariant, detail)) => {
+                println!("{}: {invariant} is broken: {detail}", path.display());
+                code = ExitCode::FAILURE;
+            }
+        }
     }
-    ExitCode::FAILURE
-}
-
-fn replay_core(path: &Path, corpus: &Corpus) -> bool {
-    let failure = corpus.run(false).failure;
-    let said = failure
-        .as_ref()
-        .map_or_else(|| "holds".to_owned(), |failure| format!("{} is broken: {}", failure.invariant, failure.detail));
-    println!("{}: seed {}, {} faults: {said}", path.display(), corpus.seed, corpus.faults.len());
-    failure.is_none()
+    code
 }
 
 #[cfg(feature = "simulated")]
@@ -164,7 +158,8 @@ fn simulate_raft(options: Sim) -> ExitCode {
         quiet: false,
     };
     if let Some(dir) = &options.replay {
-        return replay(dir, raft_sim::corpus::Corpus::read, |kept| campaign::replay(&plan, kept));
+        let broken = |schedule: &raft_sim::corpus::Corpus| campaign::apart(&plan, schedule).broken;
+        return replay(dir, |schedule| broken(schedule).map(|broken| (broken.invariant, broken.detail)));
     }
     let (text, valid) = campaign::conclude(&plan, &campaign::run(&plan));
     println!("{text}");
