@@ -538,8 +538,10 @@ impl Drive {
         self.set_links();
         let serving: Vec<u64> = self.serving.iter().copied().collect();
         let spare = self.rng.pick(&serving);
-        let removing = self.users.orders.borrow().iter().any(|order| matches!(order, Order::Remove(_)));
-        if self.rng.chance(500) && serving.len() >= 3 && !removing && self.group.is_up(spare) {
+        // Nobody comes or goes without who is down then: it must be there to be taken in, and a quorum must remain without another one.
+        let needed = |order: &Order| matches!(order, Order::Remove(_)) || *order == Order::Add(spare);
+        let needed = self.users.orders.borrow().iter().any(needed);
+        if self.rng.chance(500) && serving.len() >= 3 && !needed && self.group.is_up(spare) {
             self.down(spare, |_| true)?;
             self.serving.remove(&spare);
         }
