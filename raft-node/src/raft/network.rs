@@ -40,18 +40,22 @@ pub const REPLICA: &str = "ares-replica";
 pub const MAX_MESSAGE: usize = 32 << 20;
 /// Until a connection stands; loopback and a machine room need far less.
 const CONNECT: Duration = Duration::from_millis(200);
-/// A stream of appends is given up when its oldest unanswered request is this old: longer than any disk's bad moment, shorter than a
-/// person's patience. The follower is then tried anew.
+/// A stream of appends is given up when its oldest request is not answered within this time and what the bytes on the way take on
+/// the slowest link: longer than any disk's bad moment, shorter than a person's patience. The follower is then tried anew.
 const APPEND_STALL: Duration = Duration::from_secs(2);
+/// Bytes a second that each connection gets at least where replicas can join and catch up: a fourth of a link of 64 KiB/s, which appends
+/// share with a snapshot.
+const SLOWEST: u32 = 16 << 10;
+/// Until a peer takes a stream of appends: what the connection was given before is in the way.
+const STREAM_OPENS: Duration = Duration::from_secs(10);
 /// A whole snapshot with its installation.
 const SNAPSHOT: Duration = Duration::from_secs(600);
 /// Until the rows of damaged history begin to come.
 const HISTORY: Duration = Duration::from_secs(5);
 /// A read index: the leader asks a quorum for it.
 const READ_INDEX: Duration = Duration::from_secs(1);
-/// An idle or dead connection is noticed within the sum.
+/// Something is sent on an idle connection so often: `sockets` notices when it does not arrive.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(2);
-const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(2);
 /// Between tries to reach a peer that does not answer.
 const BACKOFF: Duration = Duration::from_millis(100);
 const STREAM_WINDOW: u32 = 8 << 20;
@@ -146,13 +150,11 @@ fn connect_lazy(addr: &str) -> Result<Channel, Status> {
         .map_err(|err| Status::invalid_argument(format!("peer address {addr:?}: {err}")))?;
     let endpoint = endpoint
         .connect_timeout(CONNECT)
-        .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
-        .keep_alive_timeout(KEEP_ALIVE_WITHIN)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW);
-    Ok(sockets::connect_lazy(&endpoint))
+    Ok(sockets::connect_lazy(endpoint))
 }
 
 async fn within<T>(limit: Duration, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
@@ -244,8 +246,30 @@ fn unreadable(err: WireError) -> RPCError<TypeConfig> {
     RPCError::Unreachable(Unreachable::new(&err))
 }
 
-/// When the unanswered requests of one stream were sent, oldest first.
-type Outstanding = Arc<Mutex<VecDeque<Instant>>>;
+/// The unanswered requests of one stream, oldest first: their bytes, and when they must be answered.
+#[derive(Default)]
+struct Outstanding {
+    requests: VecDeque<(usize, Instant)>,
+    bytes: usize,
+}
+
+impl Outstanding {
+    fn sent(&mut self, bytes: usize, now: Instant) {
+        self.bytes += bytes;
+        let on_the_way = Duration::from_secs_f64(self.bytes as f64 / f64::from(SLOWEST));
+        self.requests.push_back((bytes, now + APPEND_STALL + on_the_way));
+    }
+
+    fn answered(&mut self) {
+        if let Some((bytes, _)) = self.requests.pop_front() {
+            self.bytes -= bytes;
+        }
+    }
+
+    fn due(&self) -> Option<Instant> {
+        self.requests.front().map(|(_, due)| *due)
+    }
+}
 
 impl RaftNetworkV2<TypeConfig> for Link {
     type SnapshotData = SnapshotFiles;
@@ -283,15 +307,16 @@ impl RaftNetworkV2<TypeConfig> for Link {
             if planted::planted(planted::Bug::AckBeforeQuorum) {
                 return Ok(sent_is_stored(client, futures::stream::once(async { first }).chain(input)));
             }
-            let outstanding = Outstanding::default();
+            let outstanding = Arc::new(Mutex::new(Outstanding::default()));
             let sent = outstanding.clone();
             let requests = futures::stream::once(async { first }).chain(input).map(move |request| {
-                locked(&sent).push_back(Instant::now());
-                PeerBytes { data: wire::encode(&request) }
+                let data = wire::encode(&request);
+                locked(&sent).sent(data.len(), Instant::now());
+                PeerBytes { data }
             });
-            let answers = within(APPEND_STALL, client.append(requests))
+            let answers = within(STREAM_OPENS, client.append(requests))
                 .await
-                .map_err(|status| self.failed(RPCTypes::AppendEntries, APPEND_STALL, status))?
+                .map_err(|status| self.failed(RPCTypes::AppendEntries, STREAM_OPENS, status))?
                 .into_inner();
             let (me, to) = (self.pool.me, self.to);
             let answers = futures::stream::unfold(Some((answers, outstanding)), move |state| async move {
@@ -401,20 +426,20 @@ fn sent_is_stored(
 /// The next answer of a stream; an error once the oldest unanswered request is too old. A stream without one may rest for ever.
 async fn next_answer(
     answers: &mut tonic::Streaming<PeerBytes>,
-    outstanding: &Outstanding,
+    outstanding: &Mutex<Outstanding>,
 ) -> Result<Option<PeerBytes>, Status> {
     loop {
-        let oldest = locked(outstanding).front().copied();
-        let wait = oldest.map_or(APPEND_STALL, |sent| APPEND_STALL.saturating_sub(sent.elapsed()));
+        let due = locked(outstanding).due();
+        let wait = due.map_or(APPEND_STALL, |due| due.saturating_duration_since(Instant::now()));
         match tokio::time::timeout(wait, answers.message()).await {
             Ok(answer) => {
-                locked(outstanding).pop_front();
+                locked(outstanding).answered();
                 return answer;
             }
-            Err(_) if oldest.is_some() => {
+            Err(_) if due.is_some() => {
+                let bytes = locked(outstanding).bytes;
                 return Err(Status::deadline_exceeded(format!(
-                    "an append was not answered within {} ms",
-                    APPEND_STALL.as_millis()
+                    "an append was not answered, {bytes} bytes are on the way"
                 )));
             }
             Err(_) => {}
@@ -422,6 +447,25 @@ async fn next_answer(
     }
 }
 
-fn locked(outstanding: &Outstanding) -> std::sync::MutexGuard<'_, VecDeque<Instant>> {
+fn locked(outstanding: &Mutex<Outstanding>) -> std::sync::MutexGuard<'_, Outstanding> {
     outstanding.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_append_has_the_time_that_the_bytes_before_it_take() {
+        let (now, mut outstanding) = (Instant::now(), Outstanding::default());
+        assert_eq!(outstanding.due(), None);
+        outstanding.sent(100 * SLOWEST as usize, now);
+        outstanding.sent(SLOWEST as usize, now);
+        assert_eq!(outstanding.due(), Some(now + APPEND_STALL + Duration::from_secs(100)));
+        outstanding.answered();
+        assert_eq!(outstanding.due(), Some(now + APPEND_STALL + Duration::from_secs(101)));
+        outstanding.answered();
+        outstanding.sent(0, now);
+        assert_eq!(outstanding.due(), Some(now + APPEND_STALL));
+    }
 }

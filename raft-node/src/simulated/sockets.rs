@@ -3,6 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use futures::Stream;
 use hyper_util::rt::TokioIo;
@@ -15,13 +16,18 @@ use super::PORT;
 
 pub use turmoil::net::TcpListener;
 
+/// The simulated network delivers nothing twice: a connection that lost something is noticed by this alone.
+const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(2);
+
 /// A connection that is made when it is first used.
-pub fn connect_lazy(endpoint: &Endpoint) -> Channel {
-    endpoint.connect_with_connector_lazy(tower::service_fn(|uri: Uri| async move {
-        let host = uri.host().unwrap_or_default().to_owned();
-        let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(PORT))).await?;
-        Ok::<_, io::Error>(TokioIo::new(stream))
-    }))
+pub fn connect_lazy(endpoint: Endpoint) -> Channel {
+    endpoint.keep_alive_timeout(KEEP_ALIVE_WITHIN).connect_with_connector_lazy(tower::service_fn(
+        |uri: Uri| async move {
+            let host = uri.host().unwrap_or_default().to_owned();
+            let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(PORT))).await?;
+            Ok::<_, io::Error>(TokioIo::new(stream))
+        },
+    ))
 }
 
 /// What comes in.
