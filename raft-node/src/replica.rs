@@ -628,7 +628,7 @@ async fn start_raft(
 ) -> Result<Raft, StartError> {
     let config = settings::config(&identity.cluster.to_string(), options.snapshot_entries)
         .map_err(|err| internal("configure Raft")(err.to_string()))?;
-    let network = Network::new(pool.clone());
+    let network = Network::new(pool.clone(), log.reader());
     let store = LogStore::new(log.clone());
     let machine = Machine::new(shared.clone());
     let raft = Raft::new(identity.replica, Arc::new(config), network, store, machine)

@@ -151,3 +151,15 @@ async fn reads_for_replication_are_bounded_in_bytes_and_streams_are_whole() {
     let streamed: Vec<_> = reader.entries_stream(3..).await.map(|entry| entry.expect("read")).collect().await;
     assert_eq!(streamed, entries[3..]);
 }
+
+#[tokio::test]
+async fn a_follower_gets_nothing_behind_a_gap() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut store = open(dir.path());
+    let entries: Vec<_> = (0..40).map(|index| normal(index, 10)).collect();
+    store.blocking_append(entries.clone()).await.expect("append");
+    store.purge(entries[20].log_id).await.expect("purge");
+    let mut reader = store.get_log_reader().await;
+    assert_eq!(reader.limited_get_log_entries(14, 40).await.expect("read"), [], "15 to 20 are gone");
+    assert_eq!(reader.limited_get_log_entries(21, 40).await.expect("read"), entries[21..]);
+}

@@ -30,6 +30,7 @@ use super::machine::SnapshotFiles;
 use super::service::snapshot_parts;
 use super::types::{Peer, TypeConfig, Vote};
 use super::wire::{self, AppendAnswer, SnapshotHeader, Wire, WireError};
+use crate::log::LogReader;
 use crate::sockets;
 
 /// Metadata of each call: the cluster, and the replica that is meant (an address may be given to another one).
@@ -167,15 +168,16 @@ async fn within<T>(limit: Duration, call: impl Future<Output = Result<T, Status>
 /// Makes openraft's network clients out of the pool.
 pub struct Network {
     pool: Pool,
+    log: LogReader,
 }
 
 impl Network {
-    pub fn new(pool: Pool) -> Self {
-        Self { pool }
+    pub fn new(pool: Pool, log: LogReader) -> Self {
+        Self { pool, log }
     }
 
     fn link(&self, to: u64, peer: &Peer, lane: Lane) -> Link {
-        Link { pool: self.pool.clone(), to, addr: peer.peer_addr.clone(), lane }
+        Link { pool: self.pool.clone(), log: self.log.clone(), to, addr: peer.peer_addr.clone(), lane }
     }
 }
 
@@ -198,6 +200,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 /// One peer, as openraft talks to it.
 pub struct Link {
     pool: Pool,
+    log: LogReader,
     to: u64,
     addr: String,
     /// Of appends; votes always go over [`Lane::Control`].
@@ -227,6 +230,13 @@ impl Link {
         let answer = within(limit, call).await.map_err(|status| self.failed(RPCTypes::Vote, limit, status))?;
         decoded(answer.into_inner())
     }
+}
+
+/// Whether the entries after those that the follower has are there no more. openraft orders a stream of them, and may purge them before it
+/// begins: a late word of an earlier failure makes it forget the order. It sends a snapshot then, and the stream must end.
+fn is_purged(log: &LogReader, request: &AppendEntriesRequest<TypeConfig>) -> bool {
+    let follower_has = request.prev_log_id.map(|id| id.index);
+    request.entries.is_empty() && follower_has < log.state().purged.map(|id| id.index)
 }
 
 /// What openraft must know of a failed call: an unreachable peer is tried again after a pause, a slow one at once.
@@ -289,7 +299,7 @@ impl RaftNetworkV2<TypeConfig> for Link {
 
     fn stream_append<'s, S>(
         &'s mut self,
-        mut input: S,
+        input: S,
         _option: RPCOption,
     ) -> BoxFuture<
         's,
@@ -301,6 +311,8 @@ impl RaftNetworkV2<TypeConfig> for Link {
         Box::pin(async move {
             // openraft pauses between tries of an unreachable peer where the next request is made: without asking for it first, a peer that
             // is down would be tried without a pause.
+            let log = self.log.clone();
+            let mut input = input.take_while(move |request| std::future::ready(!is_purged(&log, request)));
             let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
             let mut client = self.client(self.lane)?;
             #[cfg(feature = "planted")]
