@@ -12,7 +12,7 @@ mod signals;
 
 /// Half of a busy replica's cost was the C library's allocator; this one is made for many threads.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 use clap::Parser;
 use std::process::ExitCode;

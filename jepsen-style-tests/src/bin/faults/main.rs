@@ -21,7 +21,7 @@ use simulations::Sim;
 
 /// A simulation makes and drops small things all the time.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 /// Fault-injection runs against real `ares` processes
 ///
