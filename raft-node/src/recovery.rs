@@ -7,12 +7,14 @@ use std::sync::Arc;
 use proto::v1;
 use statemachine::record::LogPosition;
 use statemachine::storage::{self, LogBounds, Recovered, Source};
+use tokio::sync::oneshot;
 
 use crate::identity::{Home, Identity, LOG_DIR, Stage};
-use crate::log::{EntryId, Log};
+use crate::log::storage::to_id;
+use crate::log::{EntryId, Log, LogError};
 use crate::peers;
 use crate::raft::fetch;
-use crate::raft::machine::Shared;
+use crate::raft::machine::{Shared, position};
 use crate::raft::network::Pool;
 use crate::replica::{Mode, Options, Peer, StartError, group, internal};
 use crate::runtime::blocking;
@@ -31,7 +33,10 @@ pub async fn recover(
         };
         drop(recovered);
         let others = others_of(options, home, identity).await;
-        recovered = fetch::from_others(fetch::Lost { dir: &options.dir, purged, others }, pool, &log).await?;
+        recovered = fetch::from_others(fetch::Lost { dir: &options.dir, purged, others }, pool).await?;
+    }
+    if let Some(applied) = position(&recovered.state) {
+        drop_conflicting_tail(&log, to_id(applied)).await?;
     }
     tracing::info!(source = %recovered.source, applied = recovered.state.meta.applied.index, "the state is recovered");
     let dir = options.dir.clone();
@@ -54,6 +59,27 @@ async fn recover_alone(options: &Options, identity: Identity) -> Result<(Arc<Log
         Ok((Arc::new(log), storage::open(&dir, bounds)?))
     };
     blocking(work).await.map_err(|err| internal("recover")(err.to_string()))?
+}
+
+/// Removes what the group decided otherwise: the log from `applied` on, where it has another entry there. A snapshot or an image may be on
+/// the disk before the removal that came first is; and what comes from another replica knows nothing of this log.
+async fn drop_conflicting_tail(log: &Log, applied: EntryId) -> Result<(), LogError> {
+    let reader = log.reader();
+    let at = |index: u64| -> Result<Option<EntryId>, LogError> {
+        match reader.state().purged.filter(|purged| purged.index >= index) {
+            Some(purged) => Ok(Some(purged)),
+            None => Ok(reader.read(index..index + 1, 1)?.first().map(|record| record.id)),
+        }
+    };
+    let mine = at(applied.index)?;
+    if mine.is_none_or(|mine| mine == applied || mine.index > applied.index) {
+        return Ok(());
+    }
+    tracing::warn!(?applied, ?mine, last = ?reader.state().last, "the end of the log is another leader's: it is removed");
+    let before = applied.index.checked_sub(1).map(at).transpose()?.flatten();
+    let (done, durable) = oneshot::channel();
+    log.truncate_after(before, Box::new(move |result| drop(done.send(result))))?;
+    durable.await.map_err(|_| LogError::Stopped("its IO thread ended".into()))?
 }
 
 /// Who may have what this replica lost: the members that it noted, and those that the replica behind `--join` knows of.
@@ -81,4 +107,37 @@ async fn others_of(options: &Options, home: &Home, identity: Identity) -> BTreeM
 
 fn to_position(id: EntryId) -> LogPosition {
     LogPosition { term: id.term, leader: id.node, index: id.index }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::Record;
+
+    fn id(term: u64, index: u64) -> EntryId {
+        EntryId { index, term, node: 1 }
+    }
+
+    async fn last_after(purged: Option<u64>, applied: EntryId) -> Option<EntryId> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = Log::open(dir.path(), crate::log::Options::default()).expect("a log");
+        let records = (0..6).map(|index| Record { id: id(2, index), tag: 1, data: Default::default() }).collect();
+        log.append(records, Box::new(drop)).expect("appended");
+        if let Some(index) = purged {
+            log.purge(id(2, index), Box::new(drop)).expect("purged");
+        }
+        drop_conflicting_tail(&log, applied).await.expect("it can be written");
+        log.reader().state().last
+    }
+
+    #[tokio::test]
+    async fn what_a_snapshot_shows_to_be_another_leaders_goes_from_the_log() {
+        let whole = Some(id(2, 5));
+        assert_eq!(last_after(None, id(2, 3)).await, whole, "the log goes on from there");
+        assert_eq!(last_after(None, id(3, 6)).await, whole, "it ends before: openraft leaves it behind");
+        assert_eq!(last_after(Some(4), id(2, 3)).await, whole, "it begins after");
+        assert_eq!(last_after(None, id(3, 3)).await, Some(id(2, 2)));
+        assert_eq!(last_after(None, id(3, 0)).await, None);
+        assert_eq!(last_after(Some(2), id(3, 3)).await, Some(id(2, 2)), "of the purged one its id is known");
+    }
 }

@@ -165,7 +165,7 @@ fn half_open(range: impl RangeBounds<u64>) -> Range<u64> {
     start..end
 }
 
-fn to_id(id: LogId) -> EntryId {
+pub fn to_id(id: LogId) -> EntryId {
     EntryId { index: id.index, term: id.leader_id.term, node: id.leader_id.node_id }
 }
 

@@ -6,18 +6,15 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use statemachine::record::LogPosition;
 use statemachine::storage::{self, Recovered, Source};
-use tokio::sync::oneshot;
 
 use super::machine::SnapshotFiles;
 use super::network::Pool;
 use super::service::receive_files;
 use super::types::Peer;
-use crate::log::{EntryId, Log, LogError};
 use crate::replica::StartError;
 
 /// Between rounds over the others.
@@ -35,7 +32,7 @@ pub struct Lost<'a> {
 }
 
 /// Waits for a snapshot of another replica, as long as it takes, and makes it this one's state. An error when there is nobody to ask.
-pub async fn from_others(lost: Lost<'_>, pool: &Pool, log: &Arc<Log>) -> Result<Recovered, StartError> {
+pub async fn from_others(lost: Lost<'_>, pool: &Pool) -> Result<Recovered, StartError> {
     if lost.others.is_empty() {
         return Err(StartError::StateLost { dir: lost.dir.to_owned(), purged: lost.purged.index });
     }
@@ -45,7 +42,6 @@ pub async fn from_others(lost: Lost<'_>, pool: &Pool, log: &Arc<Log>) -> Result<
     let dir = lost.dir.to_owned();
     let source = Source::Snapshot(files.id);
     let (state, image) = blocking(move || storage::install(&dir, &files)).await??;
-    drop_conflicting_tail(log, state.meta.applied).await?;
     Ok(Recovered { state, image, source })
 }
 
@@ -87,28 +83,6 @@ async fn fetch(
         return Err(tonic::Status::data_loss(format!("snapshot {} ends before entry {at_least}", files.id)));
     }
     Ok(files)
-}
-
-/// Entries of this log that the group decided otherwise, as an installation by the leader would have dropped them.
-async fn drop_conflicting_tail(log: &Arc<Log>, applied: LogPosition) -> Result<(), StartError> {
-    let reader = log.reader();
-    let at = |index: u64| -> Result<Option<EntryId>, LogError> {
-        let state = reader.state();
-        match state.purged.filter(|purged| purged.index >= index) {
-            Some(purged) => Ok(Some(purged)),
-            None => Ok(reader.read(index..index + 1, 1)?.first().map(|record| record.id)),
-        }
-    };
-    let mine = at(applied.index)?;
-    let decided = EntryId { index: applied.index, term: applied.term, node: applied.leader };
-    if mine.is_none_or(|mine| mine == decided || mine.index > applied.index) {
-        return Ok(());
-    }
-    let before = at(applied.index.saturating_sub(1))?;
-    let (done, durable) = oneshot::channel();
-    log.truncate_after(before, Box::new(move |result| drop(done.send(result))))?;
-    durable.await.map_err(|_| LogError::Stopped("its IO thread ended".into()))??;
-    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StartError> {

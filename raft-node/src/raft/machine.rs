@@ -419,7 +419,7 @@ fn applied_of(state: &State) -> Applied {
 }
 
 /// The last entry applied. A group's first entry is its membership, so a state without one has applied nothing.
-fn position(state: &State) -> Option<LogId> {
+pub fn position(state: &State) -> Option<LogId> {
     let at = state.meta.applied;
     (!state.meta.membership.is_empty()).then(|| log_id(at.term, at.leader, at.index))
 }
