@@ -65,18 +65,12 @@ async fn recover_alone(options: &Options, identity: Identity) -> Result<(Arc<Log
 /// the disk before the removal that came first is; and what comes from another replica knows nothing of this log.
 async fn drop_conflicting_tail(log: &Log, applied: EntryId) -> Result<(), LogError> {
     let reader = log.reader();
-    let at = |index: u64| -> Result<Option<EntryId>, LogError> {
-        match reader.state().purged.filter(|purged| purged.index >= index) {
-            Some(purged) => Ok(Some(purged)),
-            None => Ok(reader.read(index..index + 1, 1)?.first().map(|record| record.id)),
-        }
-    };
-    let mine = at(applied.index)?;
-    if mine.is_none_or(|mine| mine == applied || mine.index > applied.index) {
+    let mine = reader.id_at(applied.index)?;
+    if mine.is_none_or(|mine| mine == applied) {
         return Ok(());
     }
     tracing::warn!(?applied, ?mine, last = ?reader.state().last, "the end of the log is another leader's: it is removed");
-    let before = applied.index.checked_sub(1).map(at).transpose()?.flatten();
+    let before = applied.index.checked_sub(1).map(|index| reader.id_at(index)).transpose()?.flatten();
     let (done, durable) = oneshot::channel();
     log.truncate_after(before, Box::new(move |result| drop(done.send(result))))?;
     durable.await.map_err(|_| LogError::Stopped("its IO thread ended".into()))?

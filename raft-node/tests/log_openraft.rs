@@ -163,3 +163,17 @@ async fn a_follower_gets_nothing_behind_a_gap() {
     assert_eq!(reader.limited_get_log_entries(14, 40).await.expect("read"), [], "15 to 20 are gone");
     assert_eq!(reader.limited_get_log_entries(21, 40).await.expect("read"), entries[21..]);
 }
+
+#[tokio::test]
+async fn a_note_of_the_commit_point_counts_only_for_the_entry_that_it_names() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut store = open(dir.path());
+    store.blocking_append((0..4).map(|index| normal(index, 10))).await.expect("append");
+    let mine = normal(2, 10).log_id;
+    for (noted, found) in
+        [(Some(mine), Some(mine)), (Some(log_id(3, 7, 2)), None), (Some(log_id(3, 7, 9)), None), (None, None)]
+    {
+        store.save_committed(noted).await.expect("noted");
+        assert_eq!(store.read_committed().await.expect("read"), found, "{noted:?}");
+    }
+}

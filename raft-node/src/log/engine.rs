@@ -306,6 +306,14 @@ impl LogReader {
         self.shared.view().committed
     }
 
+    /// The id of the entry at `index`, if that is live or the last purged one. Blocks as [`LogReader::read`] does.
+    pub fn id_at(&self, index: u64) -> Result<Option<EntryId>, LogError> {
+        match self.state().purged.filter(|purged| purged.index == index) {
+            Some(purged) => Ok(Some(purged)),
+            None => Ok(self.read(index..index + 1, 1)?.first().map(|record| record.id)),
+        }
+    }
+
     /// The live entries of `range`, in order, from its first live index on: about `max_bytes` of them, at least one if
     /// there is any. Blocks on the disk for entries that are not in RAM any more.
     pub fn read(&self, range: Range<u64>, max_bytes: usize) -> Result<Vec<Record>, LogError> {

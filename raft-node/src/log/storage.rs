@@ -71,10 +71,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
         let reader = self.log.reader();
         let (state, committed) = (reader.state(), reader.committed());
-        // After a crash within the installation of a snapshot the note may be ahead of the log. What was purged is
-        // committed for sure.
-        let ahead = committed.map(|id| id.index) > state.last.map(|id| id.index);
-        Ok(if ahead { state.purged } else { committed }.map(to_log_id))
+        // The note is not written together with what it speaks of. After a crash the log may end before it, or hold entries there that it
+        // should have lost: openraft would apply them as committed. What was purged is committed for sure.
+        let is_here = committed.map(|id| reader.id_at(id.index)).transpose()?.flatten() == committed;
+        Ok(if is_here { committed } else { state.purged }.map(to_log_id))
     }
 
     async fn append<I>(&mut self, entries: I, callback: IOFlushed<TypeConfig>) -> Result<(), io::Error>
