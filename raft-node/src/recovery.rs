@@ -14,7 +14,7 @@ use crate::log::storage::to_id;
 use crate::log::{EntryId, Log, LogError};
 use crate::peers;
 use crate::raft::fetch;
-use crate::raft::machine::{Shared, position};
+use crate::raft::machine::Shared;
 use crate::raft::network::Pool;
 use crate::replica::{Mode, Options, Peer, StartError, group, internal};
 use crate::runtime::blocking;
@@ -35,14 +35,14 @@ pub async fn recover(
         let others = others_of(options, home, identity).await;
         recovered = fetch::from_others(fetch::Lost { dir: &options.dir, purged, others }, pool).await?;
     }
-    if let Some(applied) = position(&recovered.state) {
-        drop_conflicting_tail(&log, to_id(applied)).await?;
-    }
     tracing::info!(source = %recovered.source, applied = recovered.state.meta.applied.index, "the state is recovered");
     let dir = options.dir.clone();
     let shared = blocking(move || Shared::new(&dir, identity.cluster.0, recovered)).await;
     let shared = shared.map_err(|err| internal("recover")(err.to_string()))?;
     let shared = shared.map_err(|err| internal("recover the state")(err.to_string()))?;
+    if let Some(start) = shared.start() {
+        drop_conflicting_tail(&log, to_id(start)).await?;
+    }
     Ok((log, Arc::new(shared)))
 }
 
@@ -61,16 +61,16 @@ async fn recover_alone(options: &Options, identity: Identity) -> Result<(Arc<Log
     blocking(work).await.map_err(|err| internal("recover")(err.to_string()))?
 }
 
-/// Removes what the group decided otherwise: the log from `applied` on, where it has another entry there. A snapshot or an image may be on
-/// the disk before the removal that came first is; and what comes from another replica knows nothing of this log.
-async fn drop_conflicting_tail(log: &Log, applied: EntryId) -> Result<(), LogError> {
+/// Removes what the group decided otherwise: the log from `decided` on, where it has another entry there. A snapshot of another replica can
+/// be on the disk before the removal that its installation began with is; and what is fetched knows nothing of this log.
+async fn drop_conflicting_tail(log: &Log, decided: EntryId) -> Result<(), LogError> {
     let reader = log.reader();
-    let mine = reader.id_at(applied.index)?;
-    if mine.is_none_or(|mine| mine == applied) {
+    let mine = reader.id_at(decided.index)?;
+    if mine.is_none_or(|mine| mine == decided) {
         return Ok(());
     }
-    tracing::warn!(?applied, ?mine, last = ?reader.state().last, "the end of the log is another leader's: it is removed");
-    let before = applied.index.checked_sub(1).map(|index| reader.id_at(index)).transpose()?.flatten();
+    tracing::warn!(?decided, ?mine, last = ?reader.state().last, "the end of the log is another leader's: it is removed");
+    let before = decided.index.checked_sub(1).map(|index| reader.id_at(index)).transpose()?.flatten();
     let (done, durable) = oneshot::channel();
     log.truncate_after(before, Box::new(move |result| drop(done.send(result))))?;
     durable.await.map_err(|_| LogError::Stopped("its IO thread ended".into()))?

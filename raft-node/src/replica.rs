@@ -664,8 +664,7 @@ fn start_server(service: PeerService, listener: TcpListener) -> oneshot::Sender<
         PeerServer::new(service).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(MAX_MESSAGE);
     let server = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(5)))
-        // As on the other side, the answer waits behind what the peer sends.
-        .http2_keepalive_timeout(Some(Duration::from_secs(60)))
+        .http2_keepalive_timeout(Some(sockets::KEEP_ALIVE_WITHIN))
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20);
     tokio::spawn(async move {

@@ -14,7 +14,7 @@ pub use tokio::net::TcpListener;
 /// What was sent must arrive at the other machine's kernel within this time: a connection over a cut link is noticed, and made anew.
 const ARRIVES: Duration = Duration::from_secs(4);
 /// The question whether the peer lives waits, in the kernel's buffers, behind all that was sent before: over a slow link a minute.
-const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(60);
+pub const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(60);
 
 /// A connection that is made when it is first used.
 pub fn connect_lazy(endpoint: Endpoint) -> Channel {

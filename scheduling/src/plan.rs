@@ -88,8 +88,8 @@ pub(crate) struct Cycle<'a> {
     /// Who may be ended, once somebody asks.
     open: Option<Open>,
     victims: BTreeSet<Token>,
-    /// What they end for.
-    making: Planned,
+    /// What they end for and what else was planned, beside what the state's claims keep: that counts by itself until it is granted.
+    coming: Planned,
     /// The highest priority for which nobody's end made room, by window, shape, how long it runs, tenant, and whether its
     /// class lets it end others.
     hopeless: BTreeMap<Asking<'a>, i32>,
@@ -149,7 +149,7 @@ impl<'a> Cycle<'a> {
             reservations: limits.reservations.unwrap_or(state.meta.settings.planning.reservations),
             open: None,
             victims: BTreeSet::new(),
-            making: Planned::default(),
+            coming: Planned::default(),
             hopeless: BTreeMap::new(),
             steps: 0,
             plan: Plan { base_index: state.meta.applied.index, ..Plan::default() },
@@ -240,6 +240,7 @@ impl<'a> Cycle<'a> {
             Ok(place) => {
                 let takes = self.planned.add(state, tenant, &place.parts);
                 self.promised.add(state, tenant, &place.parts);
+                self.coming.add(state, tenant, &place.parts);
                 for part in &place.parts {
                     self.machines.take(part, end);
                 }
@@ -373,7 +374,7 @@ impl<'a> Cycle<'a> {
         }
         let open = self.open.get_or_insert_with(|| Open::of(state, &mut self.steps));
         self.plan.preempts_later |= open.later;
-        let before = Before { victims: self.victims.clone(), coming: self.planned.with(&self.making) };
+        let before = Before { victims: self.victims.clone(), coming: self.coming.by_tenant().clone() };
         let asked = (task, spec, shape);
         let made = preempt::make_room(&self.machines, self.cache, (open, &before), asked, &mut self.steps);
         let Some(made) = made else {
@@ -382,7 +383,7 @@ impl<'a> Cycle<'a> {
         };
         self.victims.extend(&made.victims);
         self.promised.add(state, tenant, &made.parts);
-        self.making.add(state, tenant, &made.parts);
+        self.coming.add(state, tenant, &made.parts);
         made.parts.iter().for_each(|part| self.machines.keep_room(part, true));
         let victims = u32::try_from(made.victims.len()).unwrap_or(u32::MAX);
         self.plan.preempts.push(made);

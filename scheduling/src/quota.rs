@@ -15,11 +15,8 @@ use crate::reason::Reason;
 pub(crate) struct Planned(BTreeMap<TenantId, Amounts>);
 
 impl Planned {
-    /// Both together, by tenant.
-    pub fn with(&self, other: &Planned) -> BTreeMap<TenantId, Amounts> {
-        let mut sums = self.0.clone();
-        other.0.iter().for_each(|(id, more)| sums.entry(*id).or_default().add(more));
-        sums
+    pub fn by_tenant(&self) -> &BTreeMap<TenantId, Amounts> {
+        &self.0
     }
 
     /// Counts a placement for its tenant and those above it: what it takes.

@@ -343,6 +343,12 @@ impl Shared {
         self.current().clone()
     }
 
+    /// From where openraft goes on at a start: from the state, or from a snapshot of another replica that was not made the state yet.
+    pub fn start(&self) -> Option<LogId> {
+        let snapshot = self.current().as_ref().map(|files| files.id.0);
+        self.look(position).max(snapshot.map(|at| log_id(at.term, at.leader, at.index)))
+    }
+
     fn current(&self) -> MutexGuard<'_, Option<SnapshotFiles>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -419,7 +425,7 @@ fn applied_of(state: &State) -> Applied {
 }
 
 /// The last entry applied. A group's first entry is its membership, so a state without one has applied nothing.
-pub fn position(state: &State) -> Option<LogId> {
+fn position(state: &State) -> Option<LogId> {
     let at = state.meta.applied;
     (!state.meta.membership.is_empty()).then(|| log_id(at.term, at.leader, at.index))
 }

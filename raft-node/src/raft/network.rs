@@ -309,10 +309,10 @@ impl RaftNetworkV2<TypeConfig> for Link {
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
     {
         Box::pin(async move {
-            // openraft pauses between tries of an unreachable peer where the next request is made: without asking for it first, a peer that
-            // is down would be tried without a pause.
             let log = self.log.clone();
             let mut input = input.take_while(move |request| std::future::ready(!is_purged(&log, request)));
+            // openraft pauses between tries of an unreachable peer where the next request is made: without asking for it first, a peer that
+            // is down would be tried without a pause.
             let Some(first) = input.next().await else { return Ok(futures::stream::empty().boxed()) };
             let mut client = self.client(self.lane)?;
             #[cfg(feature = "planted")]

@@ -17,7 +17,7 @@ use super::PORT;
 pub use turmoil::net::TcpListener;
 
 /// The simulated network delivers nothing twice: a connection that lost something is noticed by this alone.
-const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(2);
+pub const KEEP_ALIVE_WITHIN: Duration = Duration::from_secs(2);
 
 /// A connection that is made when it is first used.
 pub fn connect_lazy(endpoint: Endpoint) -> Channel {
