@@ -231,7 +231,7 @@ impl Cluster {
     }
 
     fn host(&self, name: &str) -> Ipv4Addr {
-        self.setup.network.as_ref().map_or(Ipv4Addr::LOCALHOST, |network| network.address(name))
+        self.setup.network.as_ref().map_or_else(own_loopback, |network| network.address(name))
     }
 
     pub fn network(&self) -> Option<&Network> {
@@ -660,6 +660,12 @@ pub fn processes(wanted: impl Fn(&[String]) -> bool) -> Vec<Pid> {
 fn tail(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(5)..].join("\n")
+}
+
+/// Connections come from 127.0.0.1, where one of them may have a replica's port when it comes back to it.
+fn own_loopback() -> Ipv4Addr {
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, high, low, 2)
 }
 
 /// `export NAME=VALUE` lines.

@@ -19,6 +19,8 @@ use crate::shim::record::{self, Containment, User, replace};
 const ATTEMPTS: &str = "attempts";
 const PART: &str = "part";
 const WORK: &str = "work";
+/// Of a rank's directory without its lock.
+const UNFINISHED: &str = ".new";
 
 /// What an agent that starts again must know of an attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,13 +79,15 @@ impl Attempts {
         replace(&dir.join(PART), &serde_json::to_vec(kept)?, false)
     }
 
-    /// A rank's directory, and its lock, held: it is passed on to the shim.
+    /// A rank's directory, and its lock, held: it is passed on to the shim. The directory appears with the lock, so that nobody takes
+    /// a rank that is to come for one that has ended.
     pub fn make_rank(&self, token: u64, rank: u32) -> io::Result<(PathBuf, File)> {
+        let made = self.dir(token).join(format!("{rank}{UNFINISHED}"));
+        DirBuilder::new().mode(0o700).create(&made)?;
+        let lock = OpenOptions::new().create_new(true).read(true).write(true).open(made.join(record::LOCK))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
         let dir = self.rank_dir(token, rank);
-        make_dir(&dir, 0o700)?;
-        let lock = OpenOptions::new().create_new(true).read(true).write(true).open(dir.join(record::LOCK))?;
-        // Waits: somebody who looks whether it is held holds it for a moment.
-        flock(&lock, FlockOperation::LockExclusive)?;
+        fs::rename(made, &dir)?;
         Ok((dir, lock))
     }
 
@@ -141,5 +145,30 @@ fn make_dir(path: &Path, mode: u32) -> io::Result<()> {
     match DirBuilder::new().mode(mode).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_rank_that_is_to_come_never_looks_as_if_it_had_ended() {
+        let root = tempfile::tempdir().unwrap();
+        let attempts = Attempts::open(root.path()).unwrap();
+        let dir = attempts.dir(1);
+        make_dir(&dir, 0o711).unwrap();
+        for rank in 0..300 {
+            let dir = attempts.rank_dir(1, rank);
+            let reader = thread::spawn(move || {
+                while !dir.exists() {}
+                is_held(&dir)
+            });
+            let made = attempts.make_rank(1, rank);
+            assert!(reader.join().unwrap(), "rank {rank} seems to have ended");
+            drop(made);
+        }
     }
 }

@@ -3,8 +3,9 @@
 
 #![allow(dead_code)]
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use proto::v1::cluster_server::{Cluster, ClusterServer};
@@ -96,9 +97,13 @@ pub struct Group {
     pub snapshot_entries: u64,
 }
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago, on an address that few others use: on 127.0.0.1, where connections come from, one of them may have
+/// the port when a replica comes back to it.
 pub async fn free_addr() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    static NEXT: AtomicU8 = AtomicU8::new(2);
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    let own = Ipv4Addr::new(127, high, low, NEXT.fetch_add(1, Ordering::Relaxed).max(2));
+    let listener = TcpListener::bind((own, 0)).await.expect("a free port");
     listener.local_addr().expect("bound")
 }
 
