@@ -25,7 +25,7 @@ pub enum Action {
     Call { addr: String, timeout_ms: u64 },
     /// Then step with [`Event::Ready`].
     Wait { ms: u64 },
-    /// The deadline has passed.
+    /// The deadline has passed, or too little time is left to ask once more.
     GiveUp,
 }
 
@@ -37,6 +37,8 @@ const HINTS_IN_ROW: u32 = 3;
 
 /// A try gets half of the time that is left, but no less than this (as far as it is there).
 const TRY_MIN_MS: u64 = 250;
+/// With less time none is made but the first: unanswered, it would only make a sure refusal an unknown outcome.
+const TRY_WORTH_MS: u64 = 100;
 
 /// One call's way through the replicas.
 #[derive(Clone, Debug)]
@@ -47,6 +49,7 @@ pub struct Retry {
     hints: u32,
     tried_in_round: usize,
     wait_ms: u64,
+    has_tried: bool,
     deadline_ms: u64,
     try_timeout_ms: u64,
 }
@@ -69,6 +72,7 @@ impl Retry {
             hints: 0,
             tried_in_round: 0,
             wait_ms: WAIT_FIRST_MS,
+            has_tried: false,
             deadline_ms,
             try_timeout_ms,
         }
@@ -99,11 +103,14 @@ impl Retry {
     }
 
     fn call(&mut self, now_ms: u64) -> Action {
+        let left = self.deadline_ms - now_ms;
+        if std::mem::replace(&mut self.has_tried, true) && left < TRY_WORTH_MS {
+            return Action::GiveUp;
+        }
         let addr = match &self.target {
             Some(addr) => addr.clone(),
             None => self.servers[self.at].clone(),
         };
-        let left = self.deadline_ms - now_ms;
         let share = (left / 2).max(TRY_MIN_MS);
         Action::Call { addr, timeout_ms: self.try_timeout_ms.min(share).min(left).max(1) }
     }
@@ -203,6 +210,15 @@ mod tests {
         assert_eq!(asked[1].0, "b");
         assert_eq!(asked[2].0, "c");
         assert!(asked[2].1 >= TRY_MIN_MS, "{asked:?}");
+    }
+
+    #[test]
+    fn no_try_is_made_that_could_hardly_be_answered_but_the_first() {
+        let mut retry = retry();
+        assert_eq!(retry.step(Event::Ready, 9_990), Action::Call { addr: "a".into(), timeout_ms: 10 });
+        let mut retry = self::retry();
+        retry.step(Event::Ready, 9_000);
+        assert_eq!(retry.step(Event::NotLeader(Some("b".into())), 9_901), Action::GiveUp);
     }
 
     #[test]
