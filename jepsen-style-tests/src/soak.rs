@@ -1,7 +1,7 @@
 //! Hours of the long runs, one round after the other, and the page that sums them up. A round that ended is a line in a file: what is
 //! started again goes on behind the last line. The rounds themselves are the callers'.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
 use std::io::Write as _;
@@ -18,7 +18,7 @@ const ROUNDS: &str = "rounds.jsonl";
 const PAGE: &str = "soak.md";
 
 /// What a round runs; its number is its seed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     Nemesis,
@@ -40,10 +40,10 @@ struct Round {
     round: u64,
     kind: Kind,
     ms: u64,
-    valid: bool,
     figures: BTreeMap<String, String>,
-    /// Violations, and why it shows nothing.
-    wrong: Vec<String>,
+    violations: Vec<String>,
+    /// What it alone does not show, and another round may.
+    unseen: BTreeSet<String>,
 }
 
 pub struct Plan {
@@ -54,15 +54,16 @@ pub struct Plan {
     pub seed: u64,
 }
 
-/// Runs rounds until they add up to the duration, or one is not valid; the page's text, and whether all are valid.
+/// Runs rounds until they add up to the duration, or one has a violation; the page's text, and whether none has and each kind of round
+/// showed all that it can show.
 ///
-/// Errors: the directory can't be read or written, or holds a round that was not valid: that is to be looked at first.
+/// Errors: the directory can't be read or written, or holds a round with a violation: that is to be looked at first.
 pub fn run(plan: &Plan, mut round: impl FnMut(Kind, u64, &Path) -> Verdict) -> Result<(String, bool), String> {
     fs::create_dir_all(&plan.dir).map_err(|error| format!("{}: {error}", plan.dir.display()))?;
     let mut rounds = read(&plan.dir.join(ROUNDS))?;
-    if let Some(bad) = rounds.iter().find(|round| !round.valid) {
+    if let Some(bad) = rounds.iter().find(|round| !round.violations.is_empty()) {
         return Err(format!(
-            "round {} in {} was not valid: look at it, then soak in another directory",
+            "round {} in {} has a violation: look at it, then soak in another directory",
             bad.round,
             plan.dir.display()
         ));
@@ -75,19 +76,29 @@ pub fn run(plan: &Plan, mut round: impl FnMut(Kind, u64, &Path) -> Verdict) -> R
             round: number,
             kind,
             ms: began.elapsed().as_millis() as u64,
-            valid: verdict.is_valid(),
             figures: verdict.figures.into_iter().collect(),
-            wrong: verdict.violations.into_iter().chain(verdict.empty).collect(),
+            violations: verdict.violations,
+            unseen: verdict.empty.into_iter().collect(),
         };
         append(&plan.dir.join(ROUNDS), &ended)?;
         rounds.push(ended);
         let page = page(&rounds);
         fs::write(plan.dir.join(PAGE), &page).map_err(|error| format!("{PAGE}: {error}"))?;
-        if rounds.last().is_some_and(|last| !last.valid) {
+        if rounds.last().is_some_and(|last| !last.violations.is_empty()) {
             return Ok((page, false));
         }
     }
-    Ok((page(&rounds), true))
+    Ok((page(&rounds), never_seen(&rounds).is_empty()))
+}
+
+/// What no round of its kind showed.
+fn never_seen(rounds: &[Round]) -> Vec<(Kind, String)> {
+    let mut unseen: BTreeMap<Kind, BTreeSet<String>> = BTreeMap::new();
+    for round in rounds {
+        let all = unseen.entry(round.kind).or_insert_with(|| round.unseen.clone());
+        all.retain(|what| round.unseen.contains(what));
+    }
+    unseen.into_iter().flat_map(|(kind, what)| what.into_iter().map(move |what| (kind, what))).collect()
 }
 
 fn run_ms(rounds: &[Round]) -> u64 {
@@ -116,30 +127,53 @@ fn append(path: &Path, round: &Round) -> Result<(), String> {
     write().map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Figures that are numbers are added up, by kind.
+/// What was counted, added up by kind of round.
 fn page(rounds: &[Round]) -> String {
     let mut page = String::from("# Soak\n");
     let hours = run_ms(rounds) as f64 / 3_600_000.0;
-    let bad = rounds.iter().filter(|round| !round.valid).count();
-    let _ = writeln!(page, "\n{} rounds, {hours:.1} h, {bad} not valid\n", rounds.len());
+    let bad = rounds.iter().filter(|round| !round.violations.is_empty()).count();
+    let _ = writeln!(page, "\n{} rounds, {hours:.1} h, {bad} with a violation\n", rounds.len());
     let _ = writeln!(page, "| kind | figure | sum |\n|---|---|---|");
-    let mut sums: BTreeMap<(String, &str), u64> = BTreeMap::new();
+    let mut sums: BTreeMap<(String, &str), Option<String>> = BTreeMap::new();
     for round in rounds {
         let kind = format!("{:?}", round.kind);
-        *sums.entry((kind.clone(), "rounds")).or_default() += 1;
-        for (name, value) in &round.figures {
-            if let Ok(number) = value.parse::<u64>() {
-                *sums.entry((kind.clone(), name)).or_default() += number;
-            }
+        let figures = round.figures.iter().map(|(name, text)| (name.as_str(), text.as_str()));
+        for (name, text) in figures.chain([("rounds", "1")]) {
+            let sum = sums.entry((kind.clone(), name));
+            sum.and_modify(|sum| *sum = sum.as_deref().and_then(|sum| added(sum, text)))
+                .or_insert(Some(text.to_owned()));
         }
     }
     for ((kind, figure), sum) in sums {
-        let _ = writeln!(page, "| {kind} | {figure} | {sum} |");
+        if let Some(sum) = sum {
+            let _ = writeln!(page, "| {kind} | {figure} | {sum} |");
+        }
     }
-    for round in rounds.iter().filter(|round| !round.valid) {
-        let _ = writeln!(page, "\nRound {} ({:?}): {}", round.round, round.kind, round.wrong.join("; "));
+    for round in rounds.iter().filter(|round| !round.violations.is_empty()) {
+        let _ = writeln!(page, "\nRound {} ({:?}): {}", round.round, round.kind, round.violations.join("; "));
+    }
+    for (kind, what) in never_seen(rounds) {
+        let _ = writeln!(page, "\nNo round of {kind:?} is evidence: {what}");
     }
     page
+}
+
+/// The sum of two such as `3 of 4 took effect`, whole number by whole number; `None` where they differ in anything else.
+fn added(one: &str, other: &str) -> Option<String> {
+    let (ones, others): (Vec<&str>, Vec<&str>) = (one.split(' ').collect(), other.split(' ').collect());
+    if ones.len() != others.len() {
+        return None;
+    }
+    let sums = ones.into_iter().zip(others).map(|(one, other)| {
+        let digits = |word: &str| word.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(word.len());
+        let ((count, rest), (more, other_rest)) = (one.split_at(digits(one)), other.split_at(digits(other)));
+        if count.is_empty() || more.is_empty() || rest != other_rest {
+            return (one == other).then(|| one.to_owned());
+        }
+        Some((count.parse::<u64>().ok()? + more.parse::<u64>().ok()?).to_string() + rest)
+    });
+    let sums: Option<Vec<String>> = sums.collect();
+    sums.map(|words| words.join(" "))
 }
 
 #[cfg(test)]
@@ -149,6 +183,31 @@ mod tests {
     fn verdict(acknowledged: u64) -> Verdict {
         std::thread::sleep(Duration::from_millis(11));
         Verdict { figures: vec![("acknowledged".to_owned(), acknowledged.to_string())], ..Verdict::default() }
+    }
+
+    #[test]
+    fn figures_are_added_number_by_number() {
+        assert_eq!(added("3 of 4 took effect", "1 of 1 took effect").as_deref(), Some("4 of 5 took effect"));
+        assert_eq!(added("88, 50 of them won", "2, 1 of them won").as_deref(), Some("90, 51 of them won"));
+        assert_eq!(added("0.5 s", "0.7 s"), None);
+        assert_eq!(added("2 jobs", "3 locks"), None);
+    }
+
+    #[test]
+    fn what_one_round_does_not_show_another_of_its_kind_may() {
+        let round = |kind, unseen: &[&str]| Round {
+            round: 1,
+            kind,
+            ms: 1,
+            figures: BTreeMap::new(),
+            violations: Vec::new(),
+            unseen: unseen.iter().map(|what| (*what).to_owned()).collect(),
+        };
+        let mut rounds = vec![round(Kind::Nemesis, &["full-disk", "loss"]), round(Kind::Pairs, &[])];
+        rounds.push(round(Kind::Nemesis, &["loss"]));
+        assert_eq!(never_seen(&rounds), [(Kind::Nemesis, "loss".to_owned())]);
+        rounds.push(round(Kind::Nemesis, &[]));
+        assert_eq!(never_seen(&rounds), []);
     }
 
     #[test]

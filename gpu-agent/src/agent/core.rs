@@ -252,6 +252,15 @@ impl Core {
         wanted || self.parts.contains_key(&token)
     }
 
+    /// Whether something is to start here and has not been taken up.
+    pub fn starts_soon(&self) -> bool {
+        self.desired.iter().flatten().any(|lease| self.is_to_start(lease))
+    }
+
+    fn is_to_start(&self, lease: &v1::DesiredLease) -> bool {
+        lease.stop.is_empty() && !self.parts.contains_key(&lease.token) && !self.is_closed(lease.token)
+    }
+
     pub fn step(&mut self, event: Event, now: u64) -> Vec<Action> {
         let mut actions = Vec::new();
         if self.over {
@@ -578,12 +587,7 @@ impl Core {
         if !self.fetching.is_empty() || now < self.fetch_retry.at {
             return;
         }
-        let unknown = |lease: &&v1::DesiredLease| {
-            lease.stop.is_empty()
-                && !self.bodies.contains_key(&lease.job_id)
-                && !self.parts.contains_key(&lease.token)
-                && !self.is_closed(lease.token)
-        };
+        let unknown = |lease: &&v1::DesiredLease| self.is_to_start(lease) && !self.bodies.contains_key(&lease.job_id);
         let mut jobs: Vec<u64> = self.desired.iter().flatten().filter(unknown).map(|lease| lease.job_id).collect();
         jobs.sort_unstable();
         jobs.dedup();

@@ -60,8 +60,8 @@ pub enum Fault {
         by_ms: u64,
         for_ms: u64,
     },
-    /// This agent is parted from all until the end of its leases is due, while the leader's disk gets slow; it is heard for a moment
-    /// then, and parted again.
+    /// This agent, or one that is about to start something, is parted from all until the end of its leases is due, while the leader's
+    /// disk gets slow; it is heard for a moment then, and parted again.
     LateWord {
         agent: usize,
         by_ms: u64,

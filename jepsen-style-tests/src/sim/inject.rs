@@ -3,6 +3,7 @@
 
 use super::event::Event;
 use super::fault::Fault;
+use super::machine::Machine;
 use super::net::Cut;
 use super::users::Wish;
 use super::world::World;
@@ -18,6 +19,7 @@ const LATE_WORD_MS: u64 = 3_000;
 
 impl World {
     pub fn inject(&mut self, fault: Fault) {
+        let fault = self.aimed(fault);
         if self.healed_at.is_some() || !self.begin(&fault) {
             return;
         }
@@ -27,6 +29,13 @@ impl World {
         if lasts_ms > 0 {
             self.after(lasts_ms * 1_000, Event::FaultOver(fault));
         }
+    }
+
+    /// A late word matters to an agent that begins something on it.
+    fn aimed(&self, fault: Fault) -> Fault {
+        let Fault::LateWord { agent, by_ms, for_ms } = fault else { return fault };
+        let starts_soon = |machine: &Machine| machine.agent.as_ref().is_some_and(|process| process.core.starts_soon());
+        Fault::LateWord { agent: self.machines.iter().position(starts_soon).unwrap_or(agent), by_ms, for_ms }
     }
 
     fn lasting(&self) -> Option<usize> {
