@@ -64,6 +64,10 @@ impl Holding {
         Self { end, gpus, cores_by_numa: part.cores_by_numa.clone(), mem_mib: part.mem_mib }
     }
 
+    pub(crate) fn gpus(&self) -> u128 {
+        self.gpus
+    }
+
     pub(crate) fn take_from(&self, alloc: &mut Alloc) {
         alloc.free_gpus &= !self.gpus;
         for (free, cores) in alloc.cores_free.iter_mut().zip(&self.cores_by_numa) {

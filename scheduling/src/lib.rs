@@ -23,6 +23,7 @@ pub mod points;
 pub mod predict;
 mod preempt;
 pub mod profile;
+mod prospects;
 mod quota;
 pub mod reason;
 mod reserve;

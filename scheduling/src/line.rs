@@ -11,7 +11,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
-use statemachine::record::Job;
+use statemachine::record::{Job, Versioned};
 use statemachine::settings::OrderBy;
 use statemachine::state::{Kin, QueueKey, Waiter};
 use statemachine::{JobId, State, TenantId, UserId};
@@ -54,23 +54,45 @@ pub(crate) struct Line<'a> {
     state: &'a State,
     passed: Passed,
     kin: Vec<Kindred<'a>>,
-    /// The first of each kin of the level, in the order.
-    heads: BTreeMap<(Rank, Waiter), Head<'a>>,
-}
-
-/// The first of a kin.
-struct Head<'a> {
-    /// Its place in `Line::kin`.
-    kin: usize,
-    job: Option<&'a Job>,
+    /// The first of each kin of the level in the order, by its place in `kin`.
+    heads: BTreeSet<(Rank, usize)>,
 }
 
 /// Jobs of one kin.
 struct Kindred<'a> {
     guess_ms: u64,
+    head: Waiter,
+    job: Option<&'a Job>,
     /// Those behind its head, once somebody asked.
     behind: Option<Box<dyn Iterator<Item = Waiter> + 'a>>,
+    rows: Rows<'a>,
     last: Option<(Kin, (u64, JobId))>,
+}
+
+/// Jobs by ids that ascend: one that is near is a few steps from the one before it, which costs less than to look it up.
+struct Rows<'a> {
+    state: &'a State,
+    at: JobId,
+    behind: Option<Box<dyn Iterator<Item = Row<'a>> + 'a>>,
+}
+
+type Row<'a> = (&'a JobId, &'a Versioned<Job>);
+
+/// Ids between two jobs that are near each other.
+const NEAR: u64 = 16;
+
+impl<'a> Rows<'a> {
+    fn get(&mut self, id: JobId) -> Option<&'a Job> {
+        let is_near = id > self.at && id.0 - self.at.0 <= NEAR;
+        self.at = id;
+        if !is_near {
+            self.behind = None;
+            return self.state.jobs.get(&id).map(|job| &job.value);
+        }
+        let state = self.state;
+        let behind = self.behind.get_or_insert_with(|| Box::new(state.jobs.range(id..)));
+        behind.find(|(other, _)| **other >= id).filter(|(other, _)| **other == id).map(|(_, job)| &job.value)
+    }
 }
 
 impl<'a> Line<'a> {
@@ -78,7 +100,7 @@ impl<'a> Line<'a> {
     pub fn new(state: &'a State, tenant: TenantId, passed: Option<Passed>, skip: &BTreeSet<QueueKey>) -> Self {
         let level = Kin::first_of(tenant);
         let passed = passed.unwrap_or(Passed { level, last: BTreeMap::new() });
-        let mut line = Self { state, passed, kin: Vec::new(), heads: BTreeMap::new() };
+        let mut line = Self { state, passed, kin: Vec::new(), heads: BTreeSet::new() };
         line.enter(skip);
         line
     }
@@ -89,33 +111,34 @@ impl<'a> Line<'a> {
     }
 
     pub fn first(&self) -> Option<QueueKey> {
-        self.heads.first_key_value().map(|((_, waiter), _)| waiter.key())
+        self.heads.first().map(|(_, kin)| self.kin[*kin].head.key())
     }
 
     /// Passes the first one: its job.
     pub fn pass(&mut self, skip: &BTreeSet<QueueKey>) -> Option<&'a Job> {
-        let ((_, waiter), head) = self.heads.pop_first()?;
-        self.kin[head.kin].last = Some((waiter.kin, (waiter.seq, waiter.job)));
-        self.follow(waiter, head.kin, skip);
-        head.job
+        let (_, kin) = self.heads.pop_first()?;
+        let Kindred { head, job, .. } = self.kin[kin];
+        self.kin[kin].last = Some((head.kin, (head.seq, head.job)));
+        self.follow(kin, skip);
+        job
     }
 
     /// A task out of its turn, which `skip` names: it stands here no more.
     pub fn leave(&mut self, key: QueueKey, skip: &BTreeSet<QueueKey>) {
-        let Some(head) = self.heads.keys().find(|(_, waiter)| waiter.key() == key).copied() else { return };
-        if let Some(Head { kin, .. }) = self.heads.remove(&head) {
-            self.follow(head.1, kin, skip);
-        }
+        let Some(head) = self.heads.iter().find(|(_, kin)| self.kin[*kin].head.key() == key).copied() else { return };
+        self.heads.remove(&head);
+        self.follow(head.1, skip);
     }
 
     /// The next of the same kin, or the next level behind the last of this one.
-    fn follow(&mut self, waiter: Waiter, kin: usize, skip: &BTreeSet<QueueKey>) {
+    fn follow(&mut self, kin: usize, skip: &BTreeSet<QueueKey>) {
         let state = self.state;
         let of_kin = &mut self.kin[kin];
-        let behind = of_kin.behind.get_or_insert_with(|| Box::new(all_behind(state, waiter)));
-        if let Some(next) = behind.find(|other| !skip.contains(&other.key())) {
-            let (rank, job) = rank(state, &next, of_kin.guess_ms);
-            self.heads.insert((rank, next), Head { kin, job });
+        let head = of_kin.head;
+        let behind = of_kin.behind.get_or_insert_with(|| Box::new(all_behind(state, head)));
+        if let Some(next) = behind.find(|other| skip.is_empty() || !skip.contains(&other.key())) {
+            (of_kin.head, of_kin.job) = (next, of_kin.rows.get(next.job));
+            self.heads.insert((rank(state, &next, of_kin.job, of_kin.guess_ms), kin));
         }
         if self.heads.is_empty() && self.descend() {
             self.enter(skip);
@@ -168,9 +191,10 @@ impl<'a> Line<'a> {
                 let known = guess.filter(|(of, limit, _)| (*of, *limit) == (user, limit_ms));
                 let guess_ms = known.map_or_else(|| state.guess_ms(user, limit_ms), |(.., guess_ms)| guess_ms);
                 guess = Some((user, limit_ms, guess_ms));
-                let (rank, job) = rank(state, &first, guess_ms);
-                self.heads.insert((rank, first), Head { kin: self.kin.len(), job });
-                self.kin.push(Kindred { guess_ms, behind: None, last: None });
+                let mut rows = Rows { state, at: JobId(0), behind: None };
+                let job = rows.get(first.job);
+                self.heads.insert((rank(state, &first, job, guess_ms), self.kin.len()));
+                self.kin.push(Kindred { guess_ms, head: first, job, behind: None, rows, last: None });
             }
             next = rest.next().copied();
             if next.is_some_and(|other| other.kin == waiter.kin) {
@@ -183,19 +207,16 @@ impl<'a> Line<'a> {
 
 /// Those of the same kin behind this one.
 fn all_behind(state: &State, waiter: Waiter) -> impl Iterator<Item = Waiter> + '_ {
-    let behind = state.index.kins.range((Bound::Excluded(waiter), Bound::Unbounded)).copied();
-    behind.take_while(move |other| other.kin == waiter.kin)
+    let last = Waiter::last_of(waiter.kin);
+    state.index.kins.range((Bound::Excluded(waiter), Bound::Included(last))).copied()
 }
 
-/// Its rank, and its job, which is looked at for it.
-fn rank<'a>(state: &'a State, waiter: &Waiter, guess_ms: u64) -> (Rank, Option<&'a Job>) {
+fn rank(state: &State, waiter: &Waiter, job: Option<&Job>, guess_ms: u64) -> Rank {
     let planning = &state.meta.settings.planning;
-    let job = state.jobs.get(&waiter.job).map(|job| &job.value);
-    let rank = match planning.order {
+    match planning.order {
         OrderBy::Fair => Rank::new(waited_ms(state, waiter, job), guess_ms, planning.aged_after_ms, waiter.seq),
         OrderBy::Fifo => Rank { ratio: Reverse(0), seq: waiter.seq },
-    };
-    (rank, job)
+    }
 }
 
 /// Since its submission, or since the begin that it asked for.

@@ -82,8 +82,15 @@ struct Standing {
     share: u64,
     /// The task of this place that goes first, and its rank; `None` when nothing is left.
     first: Option<(Rank, QueueKey)>,
-    /// Those below that have something left.
-    below: BTreeSet<(Rank, Place)>,
+    /// Those below that have something left, the first of them last.
+    below: Vec<(Rank, Place)>,
+}
+
+impl Standing {
+    /// Where one stands or would stand among those below.
+    fn place_of(&self, ranked: &(Rank, Place)) -> Result<usize, usize> {
+        self.below.binary_search_by(|other| ranked.cmp(other))
+    }
 }
 
 impl<'a> Order<'a> {
@@ -173,7 +180,7 @@ impl<'a> Order<'a> {
         self.settle(Place::Own(tenant), Place::Tenant(tenant), first.map(|key| (true, key)));
         let state = self.state;
         for (id, account) in state.tenant_chain(tenant) {
-            let lowest = self.places.get(&Place::Tenant(id)).and_then(|standing| standing.below.first().copied());
+            let lowest = self.places.get(&Place::Tenant(id)).and_then(|standing| standing.below.last().copied());
             let first = lowest.and_then(|(rank, place)| {
                 let (_, key) = self.places.get(&place)?.first?;
                 Some((rank.borrows && !self.is_guaranteed(id, account, key.task), key))
@@ -184,10 +191,11 @@ impl<'a> Order<'a> {
 
     /// Gives a place its first task, and its rank beside the others below the same place.
     fn settle(&mut self, place: Place, above: Place, first: Option<(bool, QueueKey)>) {
-        let aged = first.is_some_and(|(_, key)| self.first_aged(key.tenant) == Some(key));
+        let order = self.state.meta.settings.planning.order;
+        let aged = order == OrderBy::Fifo && first.is_some_and(|(_, key)| self.first_aged(key.tenant) == Some(key));
         let Some(standing) = self.places.get_mut(&place) else { return };
         let ranked = first.map(|(borrows, key)| {
-            let rank = match self.state.meta.settings.planning.order {
+            let rank = match order {
                 OrderBy::Fair => Rank { borrows, share: standing.share, seq: key.seq },
                 OrderBy::Fifo => Rank { borrows: false, share: urgency(key, aged), seq: key.seq },
             };
@@ -195,11 +203,12 @@ impl<'a> Order<'a> {
         });
         let before = std::mem::replace(&mut standing.first, ranked);
         let Some(above) = self.places.get_mut(&above) else { return };
-        if let Some((rank, _)) = before {
-            above.below.remove(&(rank, place));
+        if let Some(at) = before.and_then(|(rank, _)| above.place_of(&(rank, place)).ok()) {
+            above.below.remove(at);
         }
         if let Some((rank, _)) = ranked {
-            above.below.insert((rank, place));
+            let at = above.place_of(&(rank, place)).unwrap_or_else(|at| at);
+            above.below.insert(at, (rank, place));
         }
     }
 
@@ -244,7 +253,7 @@ impl Iterator for Order<'_> {
 impl<'a> Order<'a> {
     /// The next task with its job.
     pub(crate) fn next_job(&mut self) -> Option<(QueueKey, Option<&'a Job>)> {
-        let (_, lowest) = self.places.get(&Place::Root)?.below.first()?;
+        let (_, lowest) = self.places.get(&Place::Root)?.below.last()?;
         let (_, key) = self.places.get(lowest)?.first?;
         let state = self.state;
         let look_up = || state.jobs.get(&key.task.job).map(|job| &job.value);

@@ -45,6 +45,17 @@ pub(crate) struct Look {
     pub ahead: usize,
     /// What the cycle places before it.
     pub before: Vec<Place>,
+    /// What it took.
+    pub steps: u64,
+}
+
+/// What bounds a look at one task.
+#[derive(Clone, Copy)]
+pub(crate) struct Steps {
+    /// Up to its turn in the order.
+    pub turn: u64,
+    /// For the starts of those that wait before it, and its own.
+    pub starts: u64,
 }
 
 impl Outlook {
@@ -83,25 +94,26 @@ pub(crate) fn known(start_ms: u64) -> Start {
 }
 
 impl Look {
-    /// The task's turn in a cycle, and its start if that comes within so many steps.
+    /// The task's turn in a cycle, and its start, as far as they come within so many steps.
     pub(crate) fn at(
         state: &State,
         cache: &mut Cache,
         unheard: &BTreeSet<NodeId>,
         task: TaskKey,
-        (steps, hasty): (u64, bool),
+        (steps, hasty): (Steps, bool),
     ) -> Self {
-        let limits = Limits { steps, ..Limits::default() };
+        let limits = Limits { steps: steps.turn, ..Limits::default() };
         let shelf = Shelf::default();
         let mut cycle = Cycle::new(state, cache, &shelf, &limits, unheard);
         cycle.machines.hasty = hasty;
         let mut cycle = cycle.run(&limits, Some(task));
-        let mut starts = cycle.estimate(steps);
+        let mut starts = cycle.estimate(steps.starts);
+        let steps = cycle.steps;
         let Plan { mut places, reasons, .. } = cycle.plan;
         let placed = places.pop_if(|place| place.task == task);
         let reason = reasons.last().filter(|(last, _)| *last == task).map(|(_, reason)| reason.clone());
         let ahead = reasons.len() - usize::from(reason.is_some());
-        Self { placed, reason, start: starts.remove(&task), ahead, before: places }
+        Self { placed, reason, start: starts.remove(&task), ahead, before: places, steps }
     }
 
     pub(crate) fn start(&self) -> Start {

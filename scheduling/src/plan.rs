@@ -32,13 +32,14 @@ use crate::order::{Order, Position};
 use crate::outcome::PLACES_PER_COMMAND;
 pub use crate::outcome::{Plan, Reservation};
 use crate::preempt::{self, Before, Open};
+use crate::prospects::Prospects;
 use crate::quota::Planned;
 use crate::reason::Reason;
 use crate::reserve::earliest;
 use crate::seats::Seats;
 use crate::windows;
 
-/// Tasks of one pool whose reservation is tried, beyond those that get one: each costs a look at every machine.
+/// Tasks of one pool whose reservation is tried, beyond those that get one: each may cost a look at every machine.
 const MORE_TRIES: u32 = 3;
 
 /// Tasks for which room is made in one cycle: the next one sees what has become of them.
@@ -84,6 +85,7 @@ pub(crate) struct Cycle<'a> {
     /// What was planned and what is kept.
     promised: Planned,
     pools: BTreeMap<Pool, Tries>,
+    prospects: Prospects,
     reservations: u32,
     /// Who may be ended, once somebody asks.
     open: Option<Open>,
@@ -146,6 +148,7 @@ impl<'a> Cycle<'a> {
             planned: Planned::default(),
             promised: Planned::default(),
             pools: BTreeMap::new(),
+            prospects: Prospects::default(),
             reservations: limits.reservations.unwrap_or(state.meta.settings.planning.reservations),
             open: None,
             victims: BTreeSet::new(),
@@ -446,7 +449,8 @@ impl<'a> Cycle<'a> {
         self.machines.look_for(spec);
         let (length_ms, _) = self.machines.length_of(spec);
         let room_ms = self.machines.room_ms(spec);
-        let start = earliest(&self.machines, self.cache, shape, room_ms, &mut self.steps)?;
+        let known = (&mut *self.cache, &mut self.prospects);
+        let start = earliest(&self.machines, known, shape, room_ms, &mut self.steps)?;
         let until_ms = length_ms.map_or(u64::MAX, |length| start.at_ms.saturating_add(length));
         for part in &start.parts {
             self.machines.keep(start.at_ms, until_ms, part.clone());

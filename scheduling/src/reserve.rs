@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use statemachine::command::PlacePart;
 use statemachine::domain::Path;
 use statemachine::fit;
-use statemachine::record::{Alloc, Node, NodeAdmin};
+use statemachine::record::{Alloc, Node};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId};
 
@@ -16,6 +16,7 @@ use crate::cache::Cache;
 use crate::domains::{along, domain_for};
 use crate::holding::{self, Kept};
 use crate::machines::Machines;
+use crate::prospects::Prospects;
 use crate::seats::{Seat, seats_on};
 
 /// A start to come.
@@ -29,11 +30,31 @@ pub(crate) struct Start {
 /// The shape, how long it holds its machines, and up to when those of a gang must have room.
 type Asked<'a> = (&'a Shape, Option<u64>, u64);
 
-/// Windows of reserved time before which a gang is tried to fit: each costs a look at every machine.
+/// Windows of reserved time before which a gang is tried to fit: each may cost a look at every machine.
 const HORIZONS: usize = 4;
 
-/// By the domain, where the gang must be in one (else all in one), and by the type of the GPUs.
-type Soonest<'a> = BTreeMap<(Path<'a>, Option<GpuTypeId>), Coming>;
+/// What is found so far.
+#[derive(Default)]
+struct Soonest<'a> {
+    /// By the domain, where the gang must be in one (else all in one), and by the type of the GPUs.
+    comings: BTreeMap<(Path<'a>, Option<GpuTypeId>), Coming>,
+    /// The first start of these.
+    first_ms: Option<u64>,
+}
+
+impl<'a> Soonest<'a> {
+    fn enter(&mut self, shape: &Shape, of: (Path<'a>, Option<GpuTypeId>), time: u64, seat: Seat) {
+        let needed = usize::from(shape.nodes);
+        let coming = self.comings.entry(of).or_default();
+        coming.enter(needed, time, seat);
+        self.first_ms = self.first_ms.into_iter().chain(coming.start_ms(needed)).min();
+    }
+
+    /// A machine that has room at this time comes behind a start that is sure. Types are mixed only where no single one will do.
+    fn is_late(&self, shape: &Shape, time: u64) -> bool {
+        !shape.mix_types && self.first_ms.is_some_and(|first| first < time)
+    }
+}
 
 /// The machines that have room soonest, by the time: as many as the gang has, and all that have it as soon as the last of these.
 #[derive(Default)]
@@ -70,7 +91,7 @@ type Chosen = Vec<(NodeId, Option<GpuTypeId>)>;
 /// for others never ends. Adds the looks that it took to `steps`.
 pub(crate) fn earliest(
     machines: &Machines<'_>,
-    cache: &mut Cache,
+    (cache, prospects): (&mut Cache, &mut Prospects),
     shape: &Shape,
     length_ms: Option<u64>,
     steps: &mut u64,
@@ -78,23 +99,31 @@ pub(crate) fn earliest(
     // A gang that ends before a window of reserved time begins need not wait for that to end.
     let gang_ms = length_ms.filter(|_| shape.nodes > 1);
     for horizon_ms in machines.windows_ahead().take(gang_ms.map_or(0, |_| HORIZONS)) {
-        let start = earliest_before(machines, cache, (shape, length_ms, horizon_ms), steps);
+        let start = earliest_before(machines, (cache, prospects), (shape, length_ms, horizon_ms), steps);
         let ends = |start: &Start| start.at_ms.saturating_add(gang_ms.unwrap_or(u64::MAX)) <= horizon_ms;
         if let Some(start) = start.filter(ends) {
             return Some(start);
         }
     }
-    earliest_before(machines, cache, (shape, length_ms, u64::MAX), steps)
+    earliest_before(machines, (cache, prospects), (shape, length_ms, u64::MAX), steps)
 }
 
 /// The first start at which the machines of a gang are free up to `horizon_ms`, and a single one for as long as it takes.
-fn earliest_before(machines: &Machines<'_>, cache: &mut Cache, asked: Asked<'_>, steps: &mut u64) -> Option<Start> {
+fn earliest_before(
+    machines: &Machines<'_>,
+    (cache, prospects): (&mut Cache, &mut Prospects),
+    asked: Asked<'_>,
+    steps: &mut u64,
+) -> Option<Start> {
     let (shape, ..) = asked;
-    let mut soonest = Soonest::new();
-    for (id, node) in machines.state.nodes.iter() {
+    let mut soonest = Soonest::default();
+    for (time, id) in prospects.of(machines, shape, steps) {
+        if soonest.is_late(shape, *time) {
+            break;
+        }
         *steps += 1;
-        let in_service = node.value.admin == NodeAdmin::Ready && !machines.unheard.contains(id);
-        let usable = in_service && machines.is_open(*id) && shape.allows(&node.value);
+        let Some(node) = machines.state.nodes.get(id) else { continue };
+        let usable = machines.is_open(*id) && shape.allows(&node.value);
         if let Some(domain) = domain_for(&node.value, shape).filter(|_| usable) {
             look_at(machines, cache, asked, (*id, domain), &mut soonest, steps);
         }
@@ -153,7 +182,7 @@ fn look_at<'a>(
         if holdings.len() - ended >= limit || (free.free_gpus & healthy).count_ones() < shape.gpus_per_node() {
             continue;
         }
-        if found.len() == types.len() || is_late(shape, soonest, (domain, &types), time) {
+        if found.len() == types.len() || soonest.is_late(shape, time) {
             return;
         }
         // Beside what is kept the machine is looked at as often as something begins there.
@@ -165,7 +194,7 @@ fn look_at<'a>(
         let Some(during) = during else { return };
         for (gpu_type, seat) in seats_on(machines, cache, shape, (id, node, &during)) {
             if found.insert(gpu_type) {
-                soonest.entry((domain, gpu_type)).or_default().enter(usize::from(shape.nodes), time, seat);
+                soonest.enter(shape, (domain, gpu_type), time, seat);
             }
         }
     }
@@ -180,12 +209,6 @@ fn types_on(node: &Node, shape: &Shape) -> Vec<Option<GpuTypeId>> {
     fit::acceptable_types(node, shape).into_iter().filter(has).map(Some).collect()
 }
 
-/// Enough machines of the domain have room before this time, whichever of these types it is.
-fn is_late(shape: &Shape, soonest: &Soonest<'_>, (domain, types): (Path<'_>, &[Option<GpuTypeId>]), time: u64) -> bool {
-    let full = |coming: &Coming| coming.start_ms(usize::from(shape.nodes)).is_some_and(|last| last < time);
-    !shape.mix_types && types.iter().all(|gpu_type| soonest.get(&(domain, *gpu_type)).is_some_and(full))
-}
-
 /// The machines of the type and domain that have enough of them first; of equal ones the most preferred type.
 fn pick(shape: &Shape, soonest: &Soonest<'_>) -> Option<(u64, Chosen)> {
     let needed = usize::from(shape.nodes);
@@ -193,10 +216,11 @@ fn pick(shape: &Shape, soonest: &Soonest<'_>) -> Option<(u64, Chosen)> {
         gpu_type.and_then(|gpu_type| shape.gpu_types.iter().position(|wanted| *wanted == gpu_type))
     };
     let of_one_type = soonest
+        .comings
         .iter()
         .filter_map(|((_, gpu_type), coming)| Some((coming.start_ms(needed)?, preference(gpu_type), gpu_type, coming)));
     let mixed = |domain: Path<'_>| {
-        let inside = soonest.iter().filter(|((of, _), _)| *of == domain);
+        let inside = soonest.comings.iter().filter(|((of, _), _)| *of == domain);
         let timed = inside.flat_map(|((_, gpu_type), coming)| coming.seats.iter().map(move |at| (at, *gpu_type)));
         let all = timed.flat_map(|((time, seats), gpu_type)| seats.iter().map(move |seat| ((*time, *seat), gpu_type)));
         let sorted: BTreeSet<((u64, Seat), Option<GpuTypeId>)> = all.collect();
@@ -215,7 +239,7 @@ fn pick(shape: &Shape, soonest: &Soonest<'_>) -> Option<(u64, Chosen)> {
             Some((at_ms, coming.latest(needed).map(|seat| (seat.node, *gpu_type)).collect()))
         }
         None if shape.mix_types => {
-            let domains: BTreeSet<Path<'_>> = soonest.keys().map(|(domain, _)| *domain).collect();
+            let domains: BTreeSet<Path<'_>> = soonest.comings.keys().map(|(domain, _)| *domain).collect();
             domains.into_iter().filter_map(mixed).min_by_key(|(at_ms, _)| *at_ms)
         }
         None => None,

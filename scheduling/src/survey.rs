@@ -116,10 +116,17 @@ impl Asked<'_> {
     /// Every machine as it would be in service, healthy and empty.
     pub fn survey_idle<'a>(&self, state: &'a State, choices: &mut Choices, machines: &[Alike<'_>]) -> Survey<'a> {
         let mut survey = self.new_survey();
+        // Many groups differ in what is free alone.
+        let mut known: Option<(Mask, &Face, (Step, u64))> = None;
         for alike in machines {
             let face = alike.face;
             let gpus = self.most(|gpu_type| face.kind(gpu_type).map_or(0, |kind| kind.present));
-            let lack = self.first_lack(state, choices, face, (gpus, face.total.cores, face.total.mem_mib));
+            let same = known.filter(|(of, other, _)| (*of, other.class, other.total) == (gpus, face.class, face.total));
+            let lack = same.map_or_else(
+                || self.first_lack(state, choices, face, (gpus, face.total.cores, face.total.mem_mib)),
+                |(.., lack)| lack,
+            );
+            known = Some((gpus, face, lack));
             if survey.count(alike, lack) {
                 survey.add(state, self.shape, alike);
             }

@@ -16,14 +16,16 @@ use crate::cache::Cache;
 use crate::explain::reason_with;
 use crate::holding::lease_end_ms;
 use crate::order::is_aged;
-use crate::outlook::{Look, Start};
+use crate::outlook::{Look, Start, Steps};
 use crate::plan::waiting_task;
 use crate::reason::{Best, Lack, Reason};
 use crate::selection::wider;
 
-/// Looks for the answer itself, and for each change that is tried: some hundred ns each.
-const STEPS: u64 = 1_000_000;
-const STEPS_OF_A_CHANGE: u64 = 200_000;
+/// Looks for the answer itself, up to the task's turn and then at starts to come: some hundred ns each.
+const STEPS: Steps = Steps { turn: 1_000_000, starts: 200_000 };
+/// For a change that is tried, and for all of them: behind a long queue not all are tried.
+const STEPS_OF_A_CHANGE: Steps = Steps { turn: 200_000, starts: 50_000 };
+const STEPS_OF_CHANGES: u64 = 300_000;
 /// Holders that are named, the largest first.
 const HOLDERS: usize = 16;
 /// Changes that are told.
@@ -271,6 +273,7 @@ fn changes(
 ) -> Vec<Change> {
     let mut found: Vec<Change> = Vec::new();
     let mut best: Vec<(Kind, Start)> = Vec::new();
+    let mut steps = 0;
     for instead in alternatives(state, task, spec, reason) {
         let of_kind = best.iter().filter(|(kind, _)| *kind == instead.kind).map(|(_, start)| *start);
         let to_beat = of_kind.min().unwrap_or(latest);
@@ -279,11 +282,12 @@ fn changes(
         }
         let look = Look::at(&instead.state, cache, unheard, task, (STEPS_OF_A_CHANGE, false));
         let start = look.start();
+        steps += look.steps;
         if start < to_beat {
             best.push((instead.kind, start));
             found.push(Change { ask: instead.ask, start });
         }
-        if found.iter().filter(|change| change.start == Start::Now).count() >= CHANGES {
+        if steps >= STEPS_OF_CHANGES || found.iter().filter(|change| change.start == Start::Now).count() >= CHANGES {
             break;
         }
     }
