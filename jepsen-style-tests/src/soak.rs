@@ -152,6 +152,11 @@ fn page(rounds: &[Round]) -> String {
     for round in rounds.iter().filter(|round| !round.violations.is_empty()) {
         let _ = writeln!(page, "\nRound {} ({:?}): {}", round.round, round.kind, round.violations.join("; "));
     }
+    for round in rounds.iter().filter(|round| !round.unseen.is_empty()) {
+        let unseen: Vec<&str> = round.unseen.iter().filter_map(|what| what.lines().next()).collect();
+        let _ =
+            writeln!(page, "\nRound {} ({:?}) alone shows too little: {}", round.round, round.kind, unseen.join("; "));
+    }
     for (kind, what) in never_seen(rounds) {
         let _ = writeln!(page, "\nNo round of {kind:?} is evidence: {what}");
     }
