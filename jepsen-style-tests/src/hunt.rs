@@ -68,7 +68,7 @@ impl Hunt {
         while caught.by.is_none() && began.elapsed() < WITHIN {
             caught.runs += 1;
             let verdict = self.once(caught.runs, out);
-            for said in verdict.violations.iter().chain(&verdict.empty) {
+            for said in verdict.violations.iter().chain(&verdict.empty).chain(&verdict.idle) {
                 match self.breaks.iter().find(|name| names(said, name)) {
                     Some(name) if caught.by.is_none() => caught.by = Some((*name).to_owned()),
                     _ => caught.others.push(said.clone()),

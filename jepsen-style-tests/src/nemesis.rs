@@ -314,7 +314,7 @@ fn weigh(plan: &Plan, effects: &Result<Effects, String>, jobs: &[Accepted], ende
         let (strikes, took) = effects.get(fault).copied().unwrap_or_default();
         verdict.figure(fault.name(), format!("{took} of {strikes} took effect"));
         if took == 0 {
-            verdict.empty.push(format!("{} never took effect", fault.name()));
+            verdict.idle.push(fault.name().to_owned());
         }
     }
     let again = ended.iter().filter(|job| job.attempts.len() > 1).count();

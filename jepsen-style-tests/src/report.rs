@@ -105,6 +105,7 @@ fn page(title: &str, verdict: &Verdict, story: &Story) -> String {
     );
     list(&mut out, "Violations", "bad", &verdict.violations);
     list(&mut out, "Why it is no evidence", "bad", &verdict.empty);
+    list(&mut out, "Faults that never took effect", "bad", &verdict.idle);
     let marks = marks(verdict, story);
     let _ = write!(out, "<h2>Faults</h2>{}", timeline(story, &marks));
     let _ = write!(

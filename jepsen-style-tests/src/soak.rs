@@ -41,9 +41,10 @@ struct Round {
     kind: Kind,
     ms: u64,
     figures: BTreeMap<String, String>,
-    violations: Vec<String>,
-    /// What it alone does not show, and another round may.
-    unseen: BTreeSet<String>,
+    /// Violations, and why it shows nothing.
+    wrong: Vec<String>,
+    /// Kinds of faults that had no effect in it, and may have in another round.
+    idle: BTreeSet<String>,
 }
 
 pub struct Plan {
@@ -54,16 +55,16 @@ pub struct Plan {
     pub seed: u64,
 }
 
-/// Runs rounds until they add up to the duration, or one has a violation; the page's text, and whether none has and each kind of round
-/// showed all that it can show.
+/// Runs rounds until they add up to the duration, or one is wrong; the page's text, and whether none is and each kind of fault had an
+/// effect in some round.
 ///
-/// Errors: the directory can't be read or written, or holds a round with a violation: that is to be looked at first.
+/// Errors: the directory can't be read or written, or holds a round that is wrong: that is to be looked at first.
 pub fn run(plan: &Plan, mut round: impl FnMut(Kind, u64, &Path) -> Verdict) -> Result<(String, bool), String> {
     fs::create_dir_all(&plan.dir).map_err(|error| format!("{}: {error}", plan.dir.display()))?;
     let mut rounds = read(&plan.dir.join(ROUNDS))?;
-    if let Some(bad) = rounds.iter().find(|round| !round.violations.is_empty()) {
+    if let Some(bad) = rounds.iter().find(|round| !round.wrong.is_empty()) {
         return Err(format!(
-            "round {} in {} has a violation: look at it, then soak in another directory",
+            "round {} in {} is wrong: look at it, then soak in another directory",
             bad.round,
             plan.dir.display()
         ));
@@ -77,28 +78,28 @@ pub fn run(plan: &Plan, mut round: impl FnMut(Kind, u64, &Path) -> Verdict) -> R
             kind,
             ms: began.elapsed().as_millis() as u64,
             figures: verdict.figures.into_iter().collect(),
-            violations: verdict.violations,
-            unseen: verdict.empty.into_iter().collect(),
+            wrong: verdict.violations.into_iter().chain(verdict.empty).collect(),
+            idle: verdict.idle.into_iter().collect(),
         };
         append(&plan.dir.join(ROUNDS), &ended)?;
         rounds.push(ended);
         let page = page(&rounds);
         fs::write(plan.dir.join(PAGE), &page).map_err(|error| format!("{PAGE}: {error}"))?;
-        if rounds.last().is_some_and(|last| !last.violations.is_empty()) {
+        if rounds.last().is_some_and(|last| !last.wrong.is_empty()) {
             return Ok((page, false));
         }
     }
-    Ok((page(&rounds), never_seen(&rounds).is_empty()))
+    Ok((page(&rounds), never_struck(&rounds).is_empty()))
 }
 
-/// What no round of its kind showed.
-fn never_seen(rounds: &[Round]) -> Vec<(Kind, String)> {
-    let mut unseen: BTreeMap<Kind, BTreeSet<String>> = BTreeMap::new();
+/// Faults that had an effect in no round of the kind.
+fn never_struck(rounds: &[Round]) -> Vec<(Kind, String)> {
+    let mut idle: BTreeMap<Kind, BTreeSet<String>> = BTreeMap::new();
     for round in rounds {
-        let all = unseen.entry(round.kind).or_insert_with(|| round.unseen.clone());
-        all.retain(|what| round.unseen.contains(what));
+        let all = idle.entry(round.kind).or_insert_with(|| round.idle.clone());
+        all.retain(|what| round.idle.contains(what));
     }
-    unseen.into_iter().flat_map(|(kind, what)| what.into_iter().map(move |what| (kind, what))).collect()
+    idle.into_iter().flat_map(|(kind, what)| what.into_iter().map(move |what| (kind, what))).collect()
 }
 
 fn run_ms(rounds: &[Round]) -> u64 {
@@ -131,8 +132,8 @@ fn append(path: &Path, round: &Round) -> Result<(), String> {
 fn page(rounds: &[Round]) -> String {
     let mut page = String::from("# Soak\n");
     let hours = run_ms(rounds) as f64 / 3_600_000.0;
-    let bad = rounds.iter().filter(|round| !round.violations.is_empty()).count();
-    let _ = writeln!(page, "\n{} rounds, {hours:.1} h, {bad} with a violation\n", rounds.len());
+    let bad = rounds.iter().filter(|round| !round.wrong.is_empty()).count();
+    let _ = writeln!(page, "\n{} rounds, {hours:.1} h, {bad} wrong\n", rounds.len());
     let _ = writeln!(page, "| kind | figure | sum |\n|---|---|---|");
     let mut sums: BTreeMap<(String, &str), Option<String>> = BTreeMap::new();
     for round in rounds {
@@ -149,16 +150,15 @@ fn page(rounds: &[Round]) -> String {
             let _ = writeln!(page, "| {kind} | {figure} | {sum} |");
         }
     }
-    for round in rounds.iter().filter(|round| !round.violations.is_empty()) {
-        let _ = writeln!(page, "\nRound {} ({:?}): {}", round.round, round.kind, round.violations.join("; "));
+    for round in rounds.iter().filter(|round| !round.wrong.is_empty()) {
+        let _ = writeln!(page, "\nRound {} ({:?}): {}", round.round, round.kind, round.wrong.join("; "));
     }
-    for round in rounds.iter().filter(|round| !round.unseen.is_empty()) {
-        let unseen: Vec<&str> = round.unseen.iter().filter_map(|what| what.lines().next()).collect();
-        let _ =
-            writeln!(page, "\nRound {} ({:?}) alone shows too little: {}", round.round, round.kind, unseen.join("; "));
+    for round in rounds.iter().filter(|round| !round.idle.is_empty()) {
+        let idle: Vec<&str> = round.idle.iter().map(String::as_str).collect();
+        let _ = writeln!(page, "\nWithout effect in round {} ({:?}): {}", round.round, round.kind, idle.join(", "));
     }
-    for (kind, what) in never_seen(rounds) {
-        let _ = writeln!(page, "\nNo round of {kind:?} is evidence: {what}");
+    for (kind, what) in never_struck(rounds) {
+        let _ = writeln!(page, "\nNo round of {kind:?} is evidence for {what}");
     }
     page
 }
@@ -199,20 +199,20 @@ mod tests {
     }
 
     #[test]
-    fn what_one_round_does_not_show_another_of_its_kind_may() {
-        let round = |kind, unseen: &[&str]| Round {
+    fn a_fault_without_effect_in_one_round_may_have_one_in_another() {
+        let round = |kind, idle: &[&str]| Round {
             round: 1,
             kind,
             ms: 1,
             figures: BTreeMap::new(),
-            violations: Vec::new(),
-            unseen: unseen.iter().map(|what| (*what).to_owned()).collect(),
+            wrong: Vec::new(),
+            idle: idle.iter().map(|what| (*what).to_owned()).collect(),
         };
         let mut rounds = vec![round(Kind::Nemesis, &["full-disk", "loss"]), round(Kind::Pairs, &[])];
         rounds.push(round(Kind::Nemesis, &["loss"]));
-        assert_eq!(never_seen(&rounds), [(Kind::Nemesis, "loss".to_owned())]);
+        assert_eq!(never_struck(&rounds), [(Kind::Nemesis, "loss".to_owned())]);
         rounds.push(round(Kind::Nemesis, &[]));
-        assert_eq!(never_seen(&rounds), []);
+        assert_eq!(never_struck(&rounds), []);
     }
 
     #[test]
@@ -228,7 +228,8 @@ mod tests {
         assert!(valid);
         let (page, valid) = run(&plan(30), |kind, number, _| {
             seen.push((number, kind));
-            Verdict { violations: (number == 6).then(|| "lost".to_owned()).into_iter().collect(), ..verdict(7) }
+            // One that gave up is no better than one with a violation.
+            Verdict { empty: (number == 6).then(|| "lost".to_owned()).into_iter().collect(), ..verdict(7) }
         })
         .expect("it goes on");
         assert!(

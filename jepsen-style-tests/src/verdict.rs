@@ -7,8 +7,10 @@ use std::fmt;
 pub struct Verdict {
     /// What must hold and did not, as told by a check.
     pub violations: Vec<String>,
-    /// Why the run is no evidence: a fault that never took effect, too little load.
+    /// Why the run is no evidence: it did not come to its end, too little load.
     pub empty: Vec<String>,
+    /// Kinds of faults that were asked for and never took effect: it is no evidence for these.
+    pub idle: Vec<String>,
     /// Figures, in the order in which they are shown.
     pub figures: Vec<(String, String)>,
 }
@@ -23,7 +25,7 @@ impl Verdict {
     }
 
     pub fn is_valid(&self) -> bool {
-        self.violations.is_empty() && self.empty.is_empty()
+        self.violations.is_empty() && self.empty.is_empty() && self.idle.is_empty()
     }
 }
 
@@ -37,6 +39,9 @@ impl fmt::Display for Verdict {
         }
         for reason in &self.empty {
             writeln!(f, "  NO EVIDENCE {reason}")?;
+        }
+        for kind in &self.idle {
+            writeln!(f, "  NO EVIDENCE {kind} never took effect")?;
         }
         f.write_str(if self.is_valid() { "VALID" } else { "INVALID" })
     }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use statemachine::fit;
-use statemachine::record::{Alloc, Node, NodeAdmin};
+use statemachine::record::{Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId};
 
@@ -59,7 +59,7 @@ fn of_types(machines: &Machines<'_>, types: &[GpuTypeId]) -> Vec<Prospect> {
 /// From when on a machine has how many usable GPUs, each time with more than before.
 fn free_at(machines: &Machines<'_>, id: NodeId, node: &Node, types: &[GpuTypeId]) -> Vec<(u64, usize)> {
     let Some((_, alloc)) = machines.node(id) else { return Vec::new() };
-    let healthy = fit::usable_gpus(node, &Alloc { free_gpus: u128::MAX, ..Alloc::default() }, types);
+    let healthy = fit::healthy_gpus(node, types);
     let mut ends: Vec<(u64, u128)> =
         machines.holdings(id).iter().map(|(end, holding)| (*end, holding.gpus())).collect();
     ends.sort_unstable_by_key(|(end, _)| *end);

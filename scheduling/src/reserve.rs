@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use statemachine::command::PlacePart;
 use statemachine::domain::Path;
 use statemachine::fit;
-use statemachine::record::{Alloc, Node};
+use statemachine::record::Node;
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId};
 
@@ -173,7 +173,7 @@ fn look_at<'a>(
     times.dedup();
     let (mut free, mut ended) = (holding::free_of(alloc), 0);
     let mut found: BTreeSet<Option<GpuTypeId>> = BTreeSet::new();
-    let healthy = fit::usable_gpus(node, &Alloc { free_gpus: u128::MAX, ..Alloc::default() }, &shape.gpu_types);
+    let healthy = fit::healthy_gpus(node, &shape.gpu_types);
     for time in times {
         while let Some((_, holding)) = holdings.get(ended).filter(|(end, _)| *end <= time) {
             holding.give_back(node, &mut free);

@@ -78,13 +78,18 @@ pub fn request_on(node: &Node, shape: &Shape) -> (u32, u64) {
 
 /// GPUs that a new lease may take: free, healthy and, where `types` names some, of one of them.
 pub fn usable_gpus(node: &Node, alloc: &Alloc, types: &[GpuTypeId]) -> u128 {
-    let usable = node
+    healthy_gpus(node, types) & alloc.free_gpus
+}
+
+/// The same of a machine without leases.
+pub fn healthy_gpus(node: &Node, types: &[GpuTypeId]) -> u128 {
+    let healthy = node
         .gpus
         .iter()
         .take(MAX_GPUS)
         .enumerate()
         .filter(|(_, gpu)| gpu.health == GpuHealth::Ok && (types.is_empty() || types.contains(&gpu.gpu_type)));
-    usable.fold(0, |mask, (slot, _)| mask | 1 << slot) & alloc.free_gpus
+    healthy.fold(0, |mask, (slot, _)| mask | 1 << slot)
 }
 
 /// Takes `cores` from the NUMA domains in the order of `prefer`, then from the others by number. The cores of each

@@ -166,9 +166,8 @@ mod tests {
                 while !dir.exists() {}
                 is_held(&dir)
             });
-            let made = attempts.make_rank(1, rank);
+            let _made = attempts.make_rank(1, rank).unwrap();
             assert!(reader.join().unwrap(), "rank {rank} seems to have ended");
-            drop(made);
         }
     }
 }

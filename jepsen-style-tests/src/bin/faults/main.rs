@@ -110,7 +110,7 @@ enum Run {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
-    /// Hours of nemesis, replays and power cuts (root), in rounds that a later call goes on with; stops at a violation
+    /// Hours of nemesis, replays and power cuts (root), in rounds that a later call goes on with; stops at one that is wrong
     Soak {
         /// Of all rounds in the directory together
         #[arg(long, default_value_t = 1.0)]
