@@ -2,7 +2,8 @@
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::prelude::*;
 
 pub fn start(filter: &str, daemon: bool) {
     let fallback = std::env::var("LOG_LEVEL").unwrap_or_default().to_ascii_lowercase();
@@ -12,15 +13,16 @@ pub fn start(filter: &str, daemon: bool) {
         ("", level, _) => level,
         (filter, _, _) => filter,
     };
-    let filter = EnvFilter::try_new(wanted).unwrap_or_else(|error| {
+    let filter = wanted.parse().unwrap_or_else(|error| {
         eprintln!("ares: the log filter {wanted:?} is not understood ({error}); logging at info.");
-        EnvFilter::new("info")
+        Targets::new().with_default(LevelFilter::INFO)
     });
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let done = if std::io::stderr().is_terminal() {
-        builder.with_ansi(std::env::var_os("NO_COLOR").is_none()).try_init()
+        let lines = lines.with_ansi(std::env::var_os("NO_COLOR").is_none());
+        tracing_subscriber::registry().with(lines).with(filter).try_init()
     } else {
-        builder.json().flatten_event(true).try_init()
+        tracing_subscriber::registry().with(lines.json().flatten_event(true)).with(filter).try_init()
     };
     if let Err(error) = done {
         eprintln!("ares: no logging: {error}");

@@ -27,7 +27,10 @@ fn build() -> PathBuf {
     // target/PROFILE/deps/NAME of a test, target/PROFILE/NAME of a program.
     let profile = me.ancestors().skip(1).find(|dir| !dir.ends_with("deps")).expect("it lies in a directory");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "--package", "cli", "--bin", "ares"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    // Both packages, as in `run`: with the features of libraries that the tests were built with.
+    cargo
+        .args(["build", "--quiet", "--package", "cli", "--package", "jepsen-style-tests", "--bin", "ares"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
     cargo.arg("--target-dir").arg(profile.parent().expect("a target directory"));
     if profile.ends_with("release") {
         cargo.arg("--release");

@@ -22,6 +22,8 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::prelude::*;
 
 /// Patience for what takes milliseconds on a quiet machine.
 pub const SOON: Duration = Duration::from_secs(30);
@@ -318,10 +320,9 @@ impl Wire {
 fn init_tracing() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
-        if std::env::var_os("ARES_TEST_LOG").is_some() {
-            let _ = tracing_subscriber::fmt()
-                .with_env_filter(tracing_subscriber::EnvFilter::from_env("ARES_TEST_LOG"))
-                .try_init();
+        if let Ok(wanted) = std::env::var("ARES_TEST_LOG") {
+            let filter: Targets = wanted.parse().expect("ARES_TEST_LOG is a tracing filter");
+            let _ = tracing_subscriber::registry().with(tracing_subscriber::fmt::layer()).with(filter).try_init();
         }
     });
 }
