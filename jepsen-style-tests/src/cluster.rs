@@ -138,7 +138,7 @@ impl Cluster {
 
     /// Takes a replica out of the group, alive or dead: whoever starts it again as it was is no member.
     pub async fn remove_replica(&self, at: usize) -> Result<(), String> {
-        let member = self.member(at).await.ok_or_else(|| format!("no member is at {}", self.addresses[at]))?;
+        let member = self.known_member(at).await?;
         let out = v1::ReplicaRequest { replica_id: member.replica_id };
         self.client().remove_replica(out).await.map_err(|error| format!("replica {at} can't be removed: {error}"))?;
         let gone = self.try_until("the removed replica is no member", SOON, async |cluster| {
@@ -184,6 +184,12 @@ impl Cluster {
     /// A replica as the leader sees it; `None`: it is no member.
     pub async fn member(&self, at: usize) -> Option<v1::Member> {
         self.members().await?.into_iter().find(|member| member.api_addr == self.addresses[at])
+    }
+
+    /// The same of one that is a member: while the group has no leader, nobody tells.
+    pub async fn known_member(&self, at: usize) -> Result<v1::Member, String> {
+        self.try_until("there is a leader", SOON, async |cluster| cluster.members().await.is_some()).await?;
+        self.member(at).await.ok_or_else(|| format!("no member is at {}", self.addresses[at]))
     }
 
     /// Lets this replica lead, which it does when it returns.

@@ -269,7 +269,7 @@ pub async fn strike(cluster: &mut Cluster, fault: Fault, rng: &mut StdRng) -> Re
 /// Takes out a replica that is dead, or one that lives on for a while as no member, and lets a new one join in its place.
 async fn replace_replica(cluster: &mut Cluster, rng: &mut StdRng) -> Result<Struck, String> {
     let at = rng.random_range(0..REPLICAS);
-    let old = cluster.member(at).await.ok_or("a replica is no member")?.replica_id;
+    let old = cluster.known_member(at).await?.replica_id;
     let dead = rng.random_bool(0.5);
     if dead {
         cluster.kill_replica(at);

@@ -4,18 +4,21 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use scheduling::plan::{Limits, Plan};
 use scheduling::reason::Reason;
+use statemachine::command::PlacePart;
 use statemachine::event::Change;
 use statemachine::record::{Alloc, Job, Node, Versioned};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::table::Table;
 use statemachine::{NodeId, Revision, State, TenantId};
 
-/// A complete cycle that could place nothing: while the machines stay as they were, only a shape that it did not look
-/// at can start, or one that goes before those whose reservations are in its way. So a stream of submissions that wait
-/// costs a look at each, not at the whole queue.
+/// A complete cycle: while the machines stay as it left them, only a shape that it did not look at can start, or one that
+/// goes before those whose reservations are in its way. So a stream of submissions that wait costs a look at each, not
+/// at the whole queue, and a cycle that placed something no second one.
 pub struct Settled {
     nodes: Table<NodeId, Versioned<Node>>,
     allocs: Table<NodeId, Alloc>,
+    /// What is left on the machines on which the cycle placed something, until that is seen in the state.
+    left: BTreeMap<NodeId, Left>,
     unheard: BTreeSet<NodeId>,
     /// Shapes that find no room.
     waiting: BTreeSet<Shape>,
@@ -45,12 +48,42 @@ impl First {
     }
 }
 
+/// What is free on a machine, and how many leases it holds.
+#[derive(PartialEq, Eq)]
+struct Left {
+    gpus: u128,
+    cores: Vec<u16>,
+    mem_mib: u64,
+    leases: usize,
+}
+
+impl Left {
+    fn of(alloc: &Alloc) -> Self {
+        let (cores, leases) = (alloc.cores_free.clone(), alloc.leases.len());
+        Self { gpus: alloc.free_gpus, cores, mem_mib: alloc.mem_free_mib, leases }
+    }
+
+    fn take(&mut self, part: &PlacePart) {
+        self.gpus &= !part.gpu_order.iter().fold(0, |mask, slot| mask | 1 << slot);
+        for (free, taken) in self.cores.iter_mut().zip(&part.cores_by_numa) {
+            *free = free.saturating_sub(*taken);
+        }
+        self.mem_mib = self.mem_mib.saturating_sub(part.mem_mib);
+        self.leases += 1;
+    }
+}
+
 impl Settled {
-    /// `None` when the cycle was not complete, or placed something, or somebody makes room or could soon.
+    /// `None` when the cycle was not complete, or somebody makes room or could soon.
     pub fn after(plan: &Plan, limits: &Limits, state: &State, unheard: BTreeSet<NodeId>) -> Option<Self> {
         let under_way = !plan.preempts.is_empty() || plan.preempts_later || !state.claims.is_empty();
-        if plan.unfinished || limits.after.is_some() || !plan.places.is_empty() || under_way {
+        if plan.unfinished || limits.after.is_some() || under_way {
             return None;
+        }
+        let mut left = BTreeMap::new();
+        for part in plan.places.iter().flat_map(|place| &place.parts) {
+            let before = Left::of(state.allocs.get(&part.node)?);
+            left.entry(part.node).or_insert(before).take(part);
         }
         let (mut waiting, mut barred) = (BTreeSet::new(), BTreeMap::new());
         for (task, reason) in &plan.reasons {
@@ -72,6 +105,7 @@ impl Settled {
         Some(Self {
             nodes: state.nodes.clone(),
             allocs: state.allocs.clone(),
+            left,
             unheard,
             waiting,
             until_ms: if barred.is_empty() { u64::MAX } else { state.meta.clock_ms.saturating_add(ORDER_KEEPS_MS) },
@@ -87,7 +121,7 @@ impl Settled {
             || state.meta.clock_ms >= self.until_ms
             || *unheard != self.unheard
             || !state.nodes.is_same(&self.nodes)
-            || !state.allocs.is_same(&self.allocs)
+            || !self.has_left(&state.allocs)
         {
             return false;
         }
@@ -103,6 +137,21 @@ impl Settled {
         });
         self.seen = state.meta.rev;
         !may_start
+    }
+
+    /// The machines hold what they held and what the cycle placed, and nothing else.
+    fn has_left(&mut self, now: &Table<NodeId, Alloc>) -> bool {
+        if now.is_same(&self.allocs) {
+            return self.left.is_empty();
+        }
+        let is_left = |(node, left): (&NodeId, &Left)| now.get(node).is_some_and(|alloc| Left::of(alloc) == *left);
+        let as_left =
+            now.changed_since(&self.allocs).all(|node| self.left.contains_key(node)) && self.left.iter().all(is_left);
+        if as_left {
+            self.allocs = now.clone();
+            self.left.clear();
+        }
+        as_left
     }
 
     /// The job can't start where the ones that were looked at could not.

@@ -2,10 +2,10 @@
 
 use super::*;
 use scheduling::plan::{Cache, plan};
-use statemachine::command::SubmitJob;
+use statemachine::command::{Place, SubmitJob};
 use statemachine::{Command, JobId};
 
-use crate::leader::world::{World, job, machine, one_gpu, shape};
+use crate::leader::world::{World, ended, job, machine, one_gpu, shape};
 
 fn limited(submit: SubmitJob, priority: i32, limit_ms: u64) -> SubmitJob {
     SubmitJob { spec: JobSpec { limit_ms, priority, ..submit.spec.clone() }, ..submit }
@@ -26,7 +26,7 @@ fn settle(world: &World) -> Settled {
     let unheard = BTreeSet::new();
     let plan = plan(&world.state, &mut Cache::default(), &Limits::default(), &unheard);
     assert_eq!((plan.places.len(), plan.reservations.len()), (0, 1));
-    Settled::after(&plan, &Limits::default(), &world.state, unheard).expect("a complete cycle that placed nothing")
+    Settled::after(&plan, &Limits::default(), &world.state, unheard).expect("a complete cycle")
 }
 
 fn holds(settled: &mut Settled, world: &World) -> bool {
@@ -76,4 +76,45 @@ fn time_alone_wakes_the_planner_where_something_is_kept() {
     assert!(holds(&mut settled, &world));
     world.wait(1_000);
     assert!(!holds(&mut settled, &world), "who waits may stand in another order");
+}
+
+/// Three jobs of one GPU each, and a machine with two.
+fn full() -> (World, Settled, Vec<Place>) {
+    let mut world = World::new();
+    world.register(machine("n1", 1, 2));
+    for _ in 0..3 {
+        world.submit(one_gpu());
+    }
+    let plan = plan(&world.state, &mut Cache::default(), &Limits::default(), &BTreeSet::new());
+    assert_eq!((plan.places.len(), plan.reservations.len()), (2, 0));
+    let settled = Settled::after(&plan, &Limits::default(), &world.state, BTreeSet::new());
+    (world, settled.expect("a complete cycle"), plan.places)
+}
+
+#[test]
+fn a_cycle_whose_placements_all_came_true_needs_no_second_one() {
+    let (mut world, mut settled, places) = full();
+    assert!(!holds(&mut settled, &world), "nothing is placed yet");
+    world.plan(places);
+    assert!(holds(&mut settled, &world));
+    world.submit(one_gpu());
+    assert!(holds(&mut settled, &world), "one more that finds no room");
+    let first = world.state.allocs.iter().next().map(|(node, alloc)| (*node, alloc.leases[0])).expect("a lease");
+    world.report(first.0, first.1, ended(0, 1, 0)).expect("it ended");
+    assert!(!holds(&mut settled, &world), "a GPU is free");
+}
+
+#[test]
+fn a_placement_that_was_refused_and_a_machine_that_changed_meanwhile_wake_the_planner() {
+    let (mut world, mut settled, mut places) = full();
+    let last = places.pop().expect("two");
+    world.plan(places);
+    assert!(!holds(&mut settled, &world), "one of two");
+    world.plan(vec![last]);
+    assert!(holds(&mut settled, &world));
+
+    let (mut world, mut settled, places) = full();
+    world.plan(places);
+    world.register(machine("n2", 2, 2));
+    assert!(!holds(&mut settled, &world), "a machine came");
 }
