@@ -28,8 +28,8 @@ pub struct Plan {
     pub reservations: Vec<Reservation>,
     /// Who ends for whom.
     pub preempts: Vec<command::Preempt>,
-    /// Somebody who could end for a task that waits has not run for the least time yet.
-    pub preempts_later: bool,
+    /// Cluster time at which the first of those who could end for a task that waits will have run for the least time.
+    pub preempts_from: Option<u64>,
     /// What it took, in `Limits::steps`.
     pub steps: u64,
     /// The limits were reached before the queue's end.

@@ -376,7 +376,7 @@ impl<'a> Cycle<'a> {
             return None;
         }
         let open = self.open.get_or_insert_with(|| Open::of(state, &mut self.steps));
-        self.plan.preempts_later |= open.later;
+        self.plan.preempts_from = open.next_ms;
         let before = Before { victims: self.victims.clone(), coming: self.coming.by_tenant().clone() };
         let asked = (task, spec, shape);
         let made = preempt::make_room(&self.machines, self.cache, (open, &before), asked, &mut self.steps);

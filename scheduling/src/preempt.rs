@@ -65,8 +65,8 @@ pub(crate) struct Open {
     lowest: Option<i32>,
     /// Some tenant has a guarantee, so that others may borrow.
     guarantees: bool,
-    /// Some lease may be ended once it has run for the least time.
-    pub later: bool,
+    /// When the first of those leases that have not run for the least time may be ended.
+    pub next_ms: Option<u64>,
 }
 
 impl Open {
@@ -82,7 +82,7 @@ impl Open {
                 continue;
             }
             if state.may_make_room(*token, lease).is_err() {
-                open.later |= state.protected_until_ms(lease).is_some();
+                open.next_ms = open.next_ms.into_iter().chain(state.protected_until_ms(lease)).min();
                 continue;
             }
             if by_class {

@@ -6,10 +6,10 @@ use scheduling::plan::{Limits, Plan};
 use scheduling::reason::Reason;
 use statemachine::command::PlacePart;
 use statemachine::event::Change;
-use statemachine::record::{Alloc, Job, Node, Versioned};
+use statemachine::record::{Alloc, Claim, Job, Node, Versioned};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::table::Table;
-use statemachine::{NodeId, Revision, State, TenantId};
+use statemachine::{NodeId, Revision, State, TaskKey, TenantId};
 
 /// A complete cycle: while the machines stay as it left them, only a shape that it did not look at can start, or one that
 /// goes before those whose reservations are in its way. So a stream of submissions that wait costs a look at each, not
@@ -17,6 +17,8 @@ use statemachine::{NodeId, Revision, State, TenantId};
 pub struct Settled {
     nodes: Table<NodeId, Versioned<Node>>,
     allocs: Table<NodeId, Alloc>,
+    /// What is kept for those for whom others end.
+    claims: Table<TaskKey, Claim>,
     /// What is left on the machines on which the cycle placed something, until that is seen in the state.
     left: BTreeMap<NodeId, Left>,
     unheard: BTreeSet<NodeId>,
@@ -24,7 +26,8 @@ pub struct Settled {
     waiting: BTreeSet<Shape>,
     /// Shapes that find only what is kept for another task: by tenant, the first that did.
     barred: BTreeMap<(TenantId, Shape), First>,
-    /// Cluster time from which those may stand in front: the order of who waits changes with time alone.
+    /// Cluster time from which one of these may stand in front, for the order of who waits changes with time alone, or somebody may
+    /// be ended who has not run for long enough yet.
     until_ms: u64,
     seen: Revision,
     /// What operators had decided.
@@ -74,10 +77,9 @@ impl Left {
 }
 
 impl Settled {
-    /// `None` when the cycle was not complete, or somebody makes room or could soon.
+    /// `None` when the cycle was not complete, or somebody is to make room.
     pub fn after(plan: &Plan, limits: &Limits, state: &State, unheard: BTreeSet<NodeId>) -> Option<Self> {
-        let under_way = !plan.preempts.is_empty() || plan.preempts_later || !state.claims.is_empty();
-        if plan.unfinished || limits.after.is_some() || under_way {
+        if plan.unfinished || limits.after.is_some() || !plan.preempts.is_empty() {
             return None;
         }
         let mut left = BTreeMap::new();
@@ -102,13 +104,15 @@ impl Settled {
                 }
             }
         }
+        let order_keeps = (!barred.is_empty()).then(|| state.meta.clock_ms.saturating_add(ORDER_KEEPS_MS));
         Some(Self {
             nodes: state.nodes.clone(),
             allocs: state.allocs.clone(),
+            claims: state.claims.clone(),
             left,
             unheard,
             waiting,
-            until_ms: if barred.is_empty() { u64::MAX } else { state.meta.clock_ms.saturating_add(ORDER_KEEPS_MS) },
+            until_ms: order_keeps.into_iter().chain(plan.preempts_from).min().unwrap_or(u64::MAX),
             barred,
             seen: state.meta.rev,
             policy: state.meta.policy,
@@ -121,6 +125,7 @@ impl Settled {
             || state.meta.clock_ms >= self.until_ms
             || *unheard != self.unheard
             || !state.nodes.is_same(&self.nodes)
+            || !state.claims.is_same(&self.claims)
             || !self.has_left(&state.allocs)
         {
             return false;

@@ -2,7 +2,7 @@
 
 use super::*;
 use scheduling::plan::{Cache, plan};
-use statemachine::command::{Place, SubmitJob};
+use statemachine::command::{Place, SetPolicy, SetPriority, SubmitJob};
 use statemachine::{Command, JobId};
 
 use crate::leader::world::{World, ended, job, machine, one_gpu, shape};
@@ -86,7 +86,7 @@ fn full() -> (World, Settled, Vec<Place>) {
         world.submit(one_gpu());
     }
     let plan = plan(&world.state, &mut Cache::default(), &Limits::default(), &BTreeSet::new());
-    assert_eq!((plan.places.len(), plan.reservations.len()), (2, 0));
+    assert_eq!(plan.places.len(), 2);
     let settled = Settled::after(&plan, &Limits::default(), &world.state, BTreeSet::new());
     (world, settled.expect("a complete cycle"), plan.places)
 }
@@ -117,4 +117,59 @@ fn a_placement_that_was_refused_and_a_machine_that_changed_meanwhile_wake_the_pl
     world.plan(places);
     world.register(machine("n2", 2, 2));
     assert!(!holds(&mut settled, &world), "a machine came");
+}
+
+/// A machine is taken by a job that may be ended once it has run for so long, and one waits that may end it.
+fn urgent(min_run_ms: u64) -> World {
+    let mut world = World::new();
+    world.run(Command::SetPolicy(SetPolicy { min_run_ms: Some(min_run_ms), ..SetPolicy::default() }));
+    for (name, value, preempts) in [("low", 10, false), ("high", 100, true)] {
+        let set =
+            SetPriority { name: name.into(), create: true, value, tenants: vec![], preempts, preemptible: !preempts };
+        world.run(Command::SetPriority(set));
+    }
+    let (node, _) = world.register(machine("n1", 1, 2));
+    let of = |class: &str| SubmitJob { priority_class: class.into(), ..job(shape(1, 1, 2)) };
+    let low = world.submit(of("low"));
+    world.place(low, &[node]).expect("it fits");
+    world.submit(of("high"));
+    world
+}
+
+fn planned(world: &World) -> (Plan, Option<Settled>) {
+    let plan = plan(&world.state, &mut Cache::default(), &Limits::default(), &BTreeSet::new());
+    let settled = Settled::after(&plan, &Limits::default(), &world.state, BTreeSet::new());
+    (plan, settled)
+}
+
+#[test]
+fn the_planner_rests_until_somebody_has_run_for_long_enough_to_be_ended() {
+    let mut world = urgent(60_000);
+    let (plan, settled) = planned(&world);
+    assert_eq!((plan.preempts.len(), plan.preempts_from), (0, Some(world.clock_ms + 60_000)));
+    let mut settled = settled.expect("nobody is to make room yet");
+    world.wait(59_999);
+    assert!(holds(&mut settled, &world));
+    world.wait(1);
+    assert!(!holds(&mut settled, &world));
+    assert_eq!(planned(&world).0.preempts.len(), 1);
+}
+
+#[test]
+fn the_planner_rests_while_somebody_makes_room_and_not_when_he_has() {
+    let mut world = urgent(0);
+    let (mut plan, settled) = planned(&world);
+    assert!(settled.is_none() && plan.preempts.len() == 1);
+    let preempt = plan.preempts.remove(0);
+    let victim = preempt.victims[0];
+    world.run(Command::Preempt(preempt));
+    let (plan, settled) = planned(&world);
+    assert_eq!((plan.places.len(), plan.preempts.len()), (0, 0));
+    let mut settled = settled.expect("all is under way");
+    world.wait(1_000);
+    assert!(holds(&mut settled, &world));
+    let node = *world.state.allocs.iter().next().expect("a machine").0;
+    world.report(node, victim, ended(0, 1, 0)).expect("it ended");
+    assert!(!holds(&mut settled, &world));
+    assert_eq!(planned(&world).0.places.len(), 1);
 }
