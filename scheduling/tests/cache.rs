@@ -229,7 +229,7 @@ impl History {
 }
 
 fn agrees(site: &Site, warm: &mut Cache) -> Result<(), TestCaseError> {
-    let Site { state, unheard } = site;
+    let Site { state, unheard, .. } = site;
     for limits in [Limits::default(), Limits { steps: 30, ..Limits::default() }] {
         let mut at = limits;
         // On to the end, piece by piece.

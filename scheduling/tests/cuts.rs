@@ -221,7 +221,7 @@ proptest! {
             let job = site.submit_elastic("default", shape(0, 1, gpus), doublings, 0);
             parts(&site, job)
         };
-        let again = || Site { state: site.state.clone(), unheard: BTreeSet::new() };
+        let again = || Site { state: site.state.clone(), ..Site::default() };
         let of_one_size = (0..=doublings).rev().map(|times| placed_of(again(), each << times, 0));
         let largest = of_one_size.into_iter().find(|parts| !parts.is_empty()).unwrap_or_default();
         prop_assert_eq!(placed_of(again(), each, doublings), largest);

@@ -17,6 +17,8 @@ use statemachine::{Cmd, Command, Entry, GpuUuid, JobId, NodeId, Outcome, Reply, 
 pub struct Site {
     pub state: State,
     pub unheard: BTreeSet<NodeId>,
+    /// Cluster time that passes from one command to the next.
+    pub tick_ms: u64,
 }
 
 /// A machine to register: cores in two NUMA domains, GPUs of one type.
@@ -87,7 +89,7 @@ pub fn pairs(gpus: u8, links: u8, mbps_per_link: u32) -> Class {
 
 impl Default for Site {
     fn default() -> Self {
-        Self { state: State::new([7; 16], Settings::default()), unheard: BTreeSet::new() }
+        Self { state: State::new([7; 16], Settings::default()), unheard: BTreeSet::new(), tick_ms: 1 }
     }
 }
 
@@ -100,7 +102,7 @@ impl Site {
         let cmd = Cmd { request: None, actor: user.into(), body };
         let entry = Entry {
             level: self.state.meta.level,
-            clock_ms: self.state.meta.clock_ms + 1,
+            clock_ms: self.state.meta.clock_ms + self.tick_ms,
             wall_ms: 1_700_000_000_001i64.saturating_add_unsigned(self.state.meta.clock_ms),
             salt: 9,
             cmds: vec![cmd],
