@@ -1,5 +1,5 @@
 //! Gangs on 1,250 machines in racks, planned and applied as in a cluster, under virtual time: best fit that knows no racks,
-//! domains as a preference, and gangs that require their rack. `cargo run --release -p scheduling --example racks [SEED]`.
+//! domains as a preference, and gangs that require their rack. `cargo run --release -p scheduling --example racks [SEED..]`.
 #![allow(clippy::disallowed_types, clippy::disallowed_methods, clippy::print_stdout)]
 
 #[path = "../tests/site/mod.rs"]
@@ -98,7 +98,7 @@ struct Figures {
     /// Sums over the starts of gangs.
     mbps: u64,
     best_mbps: u64,
-    /// GPU-ms while jobs arrive: taken, idle while a job waits that asks for no more than are idle, and lost to preemption.
+    /// GPU-ms while jobs arrive: taken, idle though those who wait would take them were they together, and lost to preemption.
     used: u64,
     idle: u64,
     lost: u64,
@@ -186,9 +186,11 @@ impl Play {
             let shape = &state.jobs.get(job).expect("a job that waits").value.spec.shape;
             u64::from(shape.nodes) * u64::from(shape.gpus_per_node())
         };
-        let would_fit = state.index.queue.keys().any(|key| asks(&key.task.job) <= idle);
+        // Those who wait, in their order, on idle GPUs as if these were together.
+        let waiting = state.index.queue.keys().map(|key| asks(&key.task.job));
+        let left = waiting.fold(idle, |left, ask| left.checked_sub(ask).unwrap_or(left));
         figures.used += ((MACHINES * GPUS) as u64 - idle) * ms;
-        figures.idle += if would_fit { idle * ms } else { 0 };
+        figures.idle += (idle - left) * ms;
         self.now_ms = to_ms.max(self.now_ms);
         self.site.state.meta.clock_ms = self.site.state.meta.clock_ms.max(self.now_ms);
     }
@@ -249,30 +251,50 @@ impl Play {
     }
 }
 
+impl Figures {
+    fn add(&mut self, more: Figures) {
+        self.fit += more.fit;
+        self.whole += more.whole;
+        self.mbps += more.mbps;
+        self.best_mbps += more.best_mbps;
+        self.used += more.used;
+        self.idle += more.idle;
+        self.lost += more.lost;
+        self.preempted += more.preempted;
+        self.waits_ms.extend(more.waits_ms);
+    }
+}
+
 fn main() {
-    let seed = std::env::args().nth(1).map_or(1, |seed| seed.parse().expect("a number"));
-    println!("seed {seed}: {JOBS} jobs on {MACHINES} machines of {GPUS} GPUs, {RACK} a rack, {BLOCK} a block");
+    let seeds: Vec<u64> = std::env::args().skip(1).map(|seed| seed.parse().expect("a number")).collect();
+    let seeds = if seeds.is_empty() { vec![1] } else { seeds };
+    println!("a seed: {JOBS} jobs on {MACHINES} machines of {GPUS} GPUs, {RACK} a rack, {BLOCK} a block");
     for (name, how) in [("best fit", How::BestFit), ("domains", How::Domains), ("rack:require", How::Required)] {
         let began = Instant::now();
-        let (play, shapes) = Play::new(how, draw(seed));
-        let span_h = play.last_ask_ms as f64 / 3_600_000.0;
-        let mut figures = play.run(&shapes);
+        let (mut figures, mut all_ms) = (Figures::default(), 0);
+        for seed in &seeds {
+            let (play, shapes) = Play::new(how, draw(*seed));
+            all_ms += play.last_ask_ms * (MACHINES * GPUS) as u64;
+            figures.add(play.run(&shapes));
+        }
         figures.waits_ms.sort_unstable();
-        let hours = |gpu_ms: u64| gpu_ms as f64 / 3_600_000.0;
+        let hours = |gpu_ms: u64| gpu_ms as f64 / 3_600_000.0 / seeds.len() as f64;
         let percent = |part: u64, all: u64| 100.0 * part as f64 / all as f64;
+        let waits = figures.waits_ms.len();
         println!(
             "{name}: {:.1} % of {} gangs that fit a rack are in one; bandwidth {:.1} % of the optimum; used {:.1} %; \
-             GPU-hours idle beside a job that they would do for {:.0}, lost to {} preemptions {:.0}; \
+             GPU-hours a seed: {:.0} used, {:.0} idle that those who wait would take, were they together, {:.0} lost to {} preemptions; \
              wait mean {:.1} min, p99 {:.1} h; {:.0} s",
             percent(figures.whole, figures.fit),
             figures.fit,
             percent(figures.mbps, figures.best_mbps),
-            100.0 * hours(figures.used) / (span_h * (MACHINES * GPUS) as f64),
+            percent(figures.used, all_ms),
+            hours(figures.used),
             hours(figures.idle),
-            figures.preempted,
             hours(figures.lost),
-            figures.waits_ms.iter().sum::<u64>() as f64 / JOBS as f64 / MINUTE as f64,
-            figures.waits_ms[JOBS * 99 / 100] as f64 / 3_600_000.0,
+            figures.preempted / seeds.len() as u64,
+            figures.waits_ms.iter().sum::<u64>() as f64 / waits as f64 / MINUTE as f64,
+            figures.waits_ms[waits * 99 / 100] as f64 / 3_600_000.0,
             began.elapsed().as_secs_f64()
         );
     }

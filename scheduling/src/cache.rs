@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use statemachine::record::Class;
-use statemachine::{ClassId, NodeId, State};
+use statemachine::spec::Shape;
+use statemachine::{ClassId, GpuTypeId, NodeId, State};
 
 use crate::bandwidth::BandwidthTable;
 use crate::choose::{Choice, Shortage, Want, choose};
@@ -14,6 +15,8 @@ use crate::links::Mask;
 
 /// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
 const CHOICES: usize = 65_536;
+/// Shapes of which it is remembered that idle machines would do; over it all are forgotten.
+const SHAPES: usize = 16_384;
 
 /// What a planner may keep from plan to plan. Everything in it follows from the state: an empty cache gives the same
 /// plan, later.
@@ -21,6 +24,7 @@ const CHOICES: usize = 65_536;
 pub struct Cache {
     pub(crate) choices: Choices,
     pub(crate) fleet: Fleet,
+    pub(crate) able: Able,
     pub(crate) held: Arc<Held>,
 }
 
@@ -35,6 +39,28 @@ impl Cache {
         self.choices.keep_what_holds(state);
         self.fleet.begin(state, unheard);
         Arc::make_mut(&mut self.held).begin(state);
+    }
+}
+
+/// Shapes that could run on the machines in service if these were idle, with GPUs of which types: how many machines that would do are
+/// out of service. It follows from what machines are, not from what they do.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Able {
+    /// `Fleet::facts` when it was learned.
+    facts: u64,
+    away: BTreeMap<Shape, BTreeMap<Vec<GpuTypeId>, u32>>,
+}
+
+impl Able {
+    pub fn away(&mut self, facts: u64, shape: &Shape, types: &[GpuTypeId]) -> Option<u32> {
+        if self.facts != facts || self.away.len() >= SHAPES {
+            (self.facts, self.away) = (facts, BTreeMap::new());
+        }
+        self.away.get(shape)?.get(types).copied()
+    }
+
+    pub fn note(&mut self, shape: &Shape, types: &[GpuTypeId], away: u32) {
+        self.away.entry(shape.clone()).or_default().insert(types.to_vec(), away);
     }
 }
 

@@ -10,7 +10,7 @@ use statemachine::record::{Job, Phase};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
-use crate::cache::{Cache, Choices};
+use crate::cache::{Able, Cache, Choices};
 use crate::cuts::uncut;
 use crate::fleet::{Alike, Fleet};
 use crate::machines::Machines;
@@ -157,7 +157,8 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
     }
     cache.fleet.follow(machines);
     let chosen = shape.machines.as_ref().map(|selector| cache.fleet.chosen(selector));
-    let (choices, fleet) = (&mut cache.choices, &cache.fleet);
+    let Cache { choices, fleet, able, .. } = cache;
+    let fleet = &*fleet;
     let open = fleet.in_window(machines, chosen.as_ref());
     let present: Vec<GpuTypeId> = fleet.present().collect();
     let count = |machines: usize| u32::try_from(machines).unwrap_or(u32::MAX);
@@ -170,17 +171,17 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
         allowed: chosen.as_ref().map(|chosen| (count(chosen.nodes.len()), count(fleet.machines()))),
     };
     if shape.gpus_per_node() == 0 {
-        return question.answer(choices, &[]).1;
+        return question.answer(choices, able, &[]).1;
     }
     let mut types = present.clone();
     if !shape.gpu_types.is_empty() {
         types = shape.gpu_types.iter().copied().filter(|gpu_type| present.contains(gpu_type)).collect();
     }
     if shape.mix_types && !types.is_empty() {
-        return question.answer(choices, &types).1;
+        return question.answer(choices, able, &types).1;
     }
     // max_by_key takes the last of equals: the most preferred type goes last.
-    let answers = types.chunks(1).rev().map(|types| question.answer(choices, types));
+    let answers = types.chunks(1).rev().map(|types| question.answer(choices, able, types));
     answers.max_by_key(|(progress, _)| *progress).map_or_else(
         || Reason::NoSuchGpuType { wanted: type_names(state, &shape.gpu_types), present: type_names(state, &present) },
         |(_, reason)| reason,
@@ -217,24 +218,20 @@ struct Question<'a> {
 
 impl Question<'_> {
     /// With GPUs of one of these types.
-    fn answer(&self, choices: &mut Choices, types: &[GpuTypeId]) -> (Progress, Reason) {
-        let needed = u32::from(self.shape.nodes);
+    fn answer(&self, choices: &mut Choices, able: &mut Able, types: &[GpuTypeId]) -> (Progress, Reason) {
         let asked = Asked { shape: self.shape, types };
-        let idle = asked.survey_idle(self.state, choices, &self.idle);
-        if let Some((able, reason)) = self.kept_out(choices, asked, &idle) {
-            return ((false, false, Step::Allowed, able, 0), reason);
-        }
-        if let Some((step, tally)) = idle.short_step(needed) {
-            return ((false, false, step, tally.passed, tally.has()), self.never(step, tally));
-        }
-        if let Some((domain, able)) = idle.short_domain(needed, |room| room.able) {
-            let lack = Lack::Domain { domain, able };
-            return ((false, false, Step::Together, able, 0), Reason::Never { needs: self.needs(None), lack });
-        }
-        if let Some(reason) = self.nodes_out(&idle, needed) {
-            return ((true, false, Step::Gpus, 0, 0), reason);
-        }
-        let away = idle.all.away();
+        let away = match able.away(self.fleet.facts(), self.shape, types) {
+            Some(away) => away,
+            None => {
+                let idle = asked.survey_idle(self.state, choices, &self.idle);
+                if let Some(bound) = self.bound_if_idle(choices, asked, &idle) {
+                    return bound;
+                }
+                able.note(self.shape, types, idle.all.away());
+                idle.all.away()
+            }
+        };
+        let needed = u32::from(self.shape.nodes);
         let now = asked.survey_now(self.state, choices, self.open.as_ref().unwrap_or(&self.idle));
         if let Some((step, tally)) = now.short_step(needed) {
             let progress = (true, true, step, tally.passed, tally.has());
@@ -244,6 +241,22 @@ impl Question<'_> {
             Some((_, most)) => ((true, true, Step::Together, most, 0), self.apart(&now, away)),
             None => ((true, true, Step::Fits, 0, 0), Reason::Soon),
         }
+    }
+
+    /// What binds were all machines idle.
+    fn bound_if_idle(&self, choices: &mut Choices, asked: Asked<'_>, idle: &Survey<'_>) -> Option<(Progress, Reason)> {
+        let needed = u32::from(self.shape.nodes);
+        if let Some((able, reason)) = self.kept_out(choices, asked, idle) {
+            return Some(((false, false, Step::Allowed, able, 0), reason));
+        }
+        if let Some((step, tally)) = idle.short_step(needed) {
+            return Some(((false, false, step, tally.passed, tally.has()), self.never(step, tally)));
+        }
+        if let Some((domain, able)) = idle.short_domain(needed, |room| room.able) {
+            let lack = Lack::Domain { domain, able };
+            return Some(((false, false, Step::Together, able, 0), Reason::Never { needs: self.needs(None), lack }));
+        }
+        self.nodes_out(idle, needed).map(|reason| ((true, false, Step::Gpus, 0, 0), reason))
     }
 
     /// Too few machines are left by what the job says of them, or of those too few could run it and in all there are enough.

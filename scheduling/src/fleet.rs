@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use statemachine::account::Amounts;
+use statemachine::domain::Level;
 use statemachine::fit::{MAX_GPUS, Total, cores_of};
 use statemachine::record::{Alloc, GpuHealth, Node, NodeAdmin, Versioned};
 use statemachine::selector::Selector;
@@ -16,6 +17,7 @@ use statemachine::{ClassId, GpuTypeId, JobId, NodeId, State, TaskKey};
 
 use crate::links::Mask;
 use crate::machines::Machines;
+use crate::racks::Racks;
 
 /// Selectors whose machines are remembered; over it all are forgotten.
 const SELECTORS: usize = 1_024;
@@ -96,6 +98,11 @@ impl Face {
         Self::of(node, alloc, Service::In, false, None)
     }
 
+    /// Nothing runs there, and something could.
+    fn is_idle(&self) -> bool {
+        self.service == Service::In && self.kinds.iter().all(|kind| kind.usable == kind.present)
+    }
+
     pub fn kind(&self, gpu_type: GpuTypeId) -> Option<&Kind> {
         self.kinds.iter().find(|kind| kind.gpu_type == gpu_type)
     }
@@ -106,6 +113,8 @@ impl Face {
 pub(crate) struct Group {
     pub face: Arc<Face>,
     pub nodes: BTreeSet<NodeId>,
+    /// The same, those first in whose racks the fewest machines are idle.
+    pub by_rack: BTreeSet<(usize, NodeId)>,
 }
 
 /// Machines of one group that a shape may be on, at least one.
@@ -167,6 +176,7 @@ pub(crate) struct Fleet {
     spare: Vec<usize>,
     by_face: BTreeMap<Arc<Face>, usize>,
     of_node: BTreeMap<NodeId, usize>,
+    racks: Racks,
     /// Machines whose group is the plan's, not the state's.
     planned: BTreeSet<NodeId>,
     /// How far `Machines::touched` was read.
@@ -179,6 +189,8 @@ pub(crate) struct Fleet {
     chosen: BTreeMap<Selector, Chosen>,
     /// Machines that have changed their group so far.
     moves: u64,
+    /// How often one of the machines has become another, come, gone, or fallen silent.
+    facts: u64,
 }
 
 impl Fleet {
@@ -192,8 +204,14 @@ impl Fleet {
         let registered: Vec<NodeId> = state.nodes.changed_since(&self.nodes).copied().collect();
         for id in &registered {
             let before = self.nodes.get_arc(id);
+            let now = state.nodes.get(id).map(|row| &row.value);
             self.count(before.as_ref().map(|row| &row.value), false);
-            self.count(state.nodes.get(id).map(|row| &row.value), true);
+            self.count(now, true);
+            self.put(*id, None);
+            self.racks.enter(*id, now.and_then(|node| node.domain(Level::Rack)));
+        }
+        if !registered.is_empty() || self.unheard != *unheard {
+            self.facts += 1;
         }
         let is_named_anew = |id: &NodeId| match (self.nodes.get(id), state.nodes.get(id)) {
             (Some(before), Some(now)) => {
@@ -230,34 +248,43 @@ impl Fleet {
     }
 
     fn put(&mut self, id: NodeId, face: Option<Face>) {
-        let Some(face) = face else {
-            if let Some(number) = self.of_node.remove(&id) {
-                self.groups[number].nodes.remove(&id);
-                self.moves += 1;
-            }
-            return;
-        };
-        let number = match self.by_face.get(&face) {
+        let is_idle = face.as_ref().is_some_and(Face::is_idle);
+        let number = face.map(|face| match self.by_face.get(&face) {
             Some(number) => *number,
             None => self.new_group(Arc::new(face)),
-        };
-        match self.of_node.insert(id, number) {
-            Some(before) if before == number => return,
-            Some(before) => {
-                self.groups[before].nodes.remove(&id);
-            }
-            None => {}
+        });
+        let before = self.of_node.get(&id).copied();
+        if before == number {
+            return;
         }
         self.moves += 1;
-        let nodes = &mut self.groups[number].nodes;
-        if nodes.is_empty() {
-            self.born.push(number);
+        let beside = (self.racks.idle_beside(id), id);
+        if let Some(before) = before {
+            self.of_node.remove(&id);
+            self.groups[before].nodes.remove(&id);
+            self.groups[before].by_rack.remove(&beside);
         }
-        nodes.insert(id);
+        if let Some(number) = number {
+            self.of_node.insert(id, number);
+            let group = &mut self.groups[number];
+            if group.nodes.is_empty() {
+                self.born.push(number);
+            }
+            group.nodes.insert(id);
+            group.by_rack.insert(beside);
+        }
+        let Some(recount) = self.racks.count(id, is_idle) else { return };
+        for machine in recount.machines {
+            if let Some(number) = self.of_node.get(&machine) {
+                let by_rack = &mut self.groups[*number].by_rack;
+                by_rack.remove(&(recount.before, machine));
+                by_rack.insert((recount.now, machine));
+            }
+        }
     }
 
     fn new_group(&mut self, face: Arc<Face>) -> usize {
-        let group = Group { face: face.clone(), nodes: BTreeSet::new() };
+        let group = Group { face: face.clone(), nodes: BTreeSet::new(), by_rack: BTreeSet::new() };
         let number = match self.spare.pop() {
             Some(number) => {
                 self.groups[number] = group;
@@ -303,6 +330,11 @@ impl Fleet {
             }
         }
         self.present.retain(|_, machines| *machines > 0);
+    }
+
+    /// A number that changes with what the machines are, whatever they do.
+    pub fn facts(&self) -> u64 {
+        self.facts
     }
 
     /// What the machines have, in service or not.

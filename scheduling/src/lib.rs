@@ -25,6 +25,7 @@ mod preempt;
 pub mod profile;
 mod prospects;
 mod quota;
+mod racks;
 pub mod reason;
 mod reserve;
 pub mod score;

@@ -277,20 +277,20 @@ impl Ranking {
         }
     }
 
-    /// The best seat on a machine that is not to be avoided, else on one that is.
+    /// The best seat on a machine that is not to be avoided, else on one that is; of equal ones that in whose rack the fewest machines
+    /// are idle.
     fn first(&self, fleet: &Fleet, gpu_type: &Option<GpuTypeId>, avoid: &VecDeque<NodeId>) -> Option<Seat> {
         let ranked = self.by_type.get(gpu_type)?;
         let best = |may_be: &dyn Fn(&NodeId) -> bool| {
-            let mut best: Option<Seat> = None;
+            let mut best: Option<(Offer, usize, NodeId)> = None;
             for (offer, number) in ranked {
-                if best.is_some_and(|best| best.offer < *offer) {
+                if best.is_some_and(|(known, ..)| known < *offer) {
                     break;
                 }
-                let node = fleet.group(*number).nodes.iter().copied().find(may_be);
-                let seat = node.map(|node| Seat { offer: *offer, node });
-                best = best.into_iter().chain(seat).min();
+                let first = fleet.group(*number).by_rack.iter().find(|(_, node)| may_be(node));
+                best = best.into_iter().chain(first.map(|(idle, node)| (*offer, *idle, *node))).min();
             }
-            best
+            best.map(|(offer, _, node)| Seat { offer, node })
         };
         best(&|node| !avoid.contains(node)).or_else(|| best(&|_| true))
     }

@@ -284,6 +284,27 @@ fn a_rack_that_is_preferred_goes_before_a_switch() {
     assert_eq!(numbers(&site, &site.plan(), prefers), Some(vec![4, 5]), "in the rack that it fits best");
 }
 
+/// Jobs of one machine take those of the rack in which the fewest are idle, and leave a whole one to the gang.
+#[test]
+fn single_machines_are_taken_where_the_fewest_are_idle() {
+    let mut site = racks(&[3, 3]);
+    for _ in 0..3 {
+        site.submit(shape(1, 1, 8), 0, &[]);
+    }
+    site.start();
+    let gang = site.submit(gang(3, None), 0, &[]);
+    let ranks = numbers(&site, &site.plan(), gang).expect("it starts");
+    assert!(ranks == [0, 1, 2] || ranks == [3, 4, 5], "{ranks:?}");
+    // Of the machines that fit a part of one best, too.
+    let mut site = racks(&[3, 2]);
+    let half = |site: &mut Site| site.submit(shape(1, 1, 4), 0, &[]);
+    let first = half(&mut site);
+    assert_eq!(numbers(&site, &site.plan(), first), Some(vec![3]));
+    site.start();
+    let second = half(&mut site);
+    assert_eq!(numbers(&site, &site.plan(), second), Some(vec![3]), "where it fits best, first of all");
+}
+
 #[test]
 fn who_requires_a_rack_waits_for_one_and_is_told_how_far_each_is() {
     let mut site = racks(&[3, 2]);
@@ -291,7 +312,13 @@ fn who_requires_a_rack_waits_for_one_and_is_told_how_far_each_is() {
     for _ in 0..2 {
         single(&mut site);
     }
+    // They would take the smaller rack.
+    let small = ["n3", "n4"].map(|name| *site.state.index.node_by_name.get(name).unwrap());
+    small.iter().for_each(|node| site.out(*node));
     site.start();
+    for node in small {
+        site.command(Command::NodeAdmin { node, out: None });
+    }
     let held = |site: &Site, n: usize| {
         let node = site.state.nodes.iter().find(|(_, node)| node.value.name == format!("n{n}")).unwrap().0;
         !site.state.allocs.get(node).unwrap().leases.is_empty()
