@@ -33,11 +33,10 @@ pub struct Hunt {
     breaks: &'static [&'static str],
 }
 
-pub const ALL: [Hunt; 9] = [
+pub const ALL: [Hunt; 8] = [
     Hunt { bug: "ack_without_fsync", how: How::Powercut, breaks: &["nothing_lost"] },
     Hunt { bug: "token_not_in_snapshot", how: How::Corrupt, breaks: &["token_grows", "replicas_equal"] },
     Hunt { bug: "watch_skips", how: How::Nemesis(&[Fault::KillReplica]), breaks: &["watch"] },
-    Hunt { bug: "freed_on_first_exit", how: How::Nemesis(&[Fault::KillReplica]), breaks: &["gpu_in_one_lease"] },
     Hunt {
         bug: "read_without_quorum",
         how: How::Nemesis(&[Fault::ClientsSeeOldLeader]),
