@@ -139,8 +139,18 @@ impl Cluster {
     /// Takes a replica out of the group, alive or dead: whoever starts it again as it was is no member.
     pub async fn remove_replica(&self, at: usize) -> Result<(), String> {
         let member = self.known_member(at).await?;
-        let out = v1::ReplicaRequest { replica_id: member.replica_id };
-        self.client().remove_replica(out).await.map_err(|error| format!("replica {at} can't be removed: {error}"))?;
+        let deadline = Instant::now() + SOON;
+        // Refused while the leader has not heard the others for a moment: asked again, as an operator would.
+        loop {
+            let out = v1::ReplicaRequest { replica_id: member.replica_id };
+            match self.client().remove_replica(out).await {
+                Ok(_) => break,
+                Err(error) if Instant::now() >= deadline => {
+                    return Err(format!("replica {at} can't be removed: {error}"));
+                }
+                Err(_) => tokio::time::sleep(10 * LOOK).await,
+            }
+        }
         let gone = self.try_until("the removed replica is no member", SOON, async |cluster| {
             let members = cluster.members().await;
             members.is_some_and(|all| all.iter().all(|one| one.replica_id != member.replica_id))
