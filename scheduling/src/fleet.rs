@@ -98,9 +98,10 @@ impl Face {
         Self::of(node, alloc, Service::In, false, None)
     }
 
-    /// Nothing runs there, and something could.
+    /// In service and whole: nothing runs there, and no GPU is sick.
     fn is_idle(&self) -> bool {
-        self.service == Service::In && self.kinds.iter().all(|kind| kind.usable == kind.present)
+        let has_all = |kind: &Kind| kind.usable == kind.present;
+        self.service == Service::In && self.cores_free == self.total.cores && self.kinds.iter().all(has_all)
     }
 
     pub fn kind(&self, gpu_type: GpuTypeId) -> Option<&Kind> {
