@@ -1,4 +1,4 @@
-//! Jobs that say how many GPUs they want and not on how many machines, on a cluster of real processes.
+//! Jobs that say how many GPUs they want and not on how many machines, and jobs on slices of GPUs, on a cluster of real processes.
 
 mod cluster;
 
@@ -64,4 +64,30 @@ fn gpus_beyond_a_machine_are_cut_over_several() {
     cluster.ares(&["cancel", &thirteen]).ok();
     let refused = cluster.ares(&["submit", "--gpus", "4099", "--", "true"]);
     refused.refused(2, &["4099 GPUs can't be cut into equal parts", "4098 as 683 x 6 or 4100 as 41 x 100 would fit"]);
+}
+
+/// A machine of which two GPUs are whole and the others cut.
+#[test]
+fn slices_are_for_jobs_that_name_them_and_each_rank_sees_its_own() {
+    let mut cluster = Cluster::start();
+    cluster.agent("s", &["--gpus", "sim:a100-mig"]);
+    cluster.until("it is ready", |cluster| cluster.json(&["nodes"])[0]["state"] == "READY");
+    cluster.ares(&["nodes"]).ok().shows(&["36/36", "a100,a100-1g.5gb,a100-3g.20gb,a100-2g.10gb"]);
+
+    let print = "echo rank $RANK has $CUDA_VISIBLE_DEVICES";
+    let slices = ["--nodes", "1", "--ranks-per-node", "2", "--gpus-per-node", "2", "--gpu-type", "a100-3g.20gb"];
+    let two = cluster.submit(&slices, print);
+    cluster.ares(&["wait", &two]).ok();
+    let seen = ["0", "1"].map(|rank| cluster.ares(&["logs", &two, "--rank", rank]).ok().out);
+    assert!(seen.iter().all(|seen| seen.contains("has MIG-") && !seen.contains(',')) && seen[0] != seen[1], "{seen:?}");
+    let whole = cluster.submit(&["--gpus", "2"], print);
+    cluster.ares(&["wait", &whole]).ok();
+    let seen = cluster.ares(&["logs", &whole]).ok().out;
+    assert!(seen.matches("GPU-").count() == 2 && !seen.contains("MIG-"), "{seen}");
+
+    let three = cluster.submit(&["--nodes", "1", "--gpus-per-node", "3"], "true");
+    let shown = cluster.json(&["show", &three]);
+    assert_eq!(shown["reason_code"], "NEVER", "no slice stands in for a GPU: {shown}");
+    let refused = ["submit", "--gpus", "2", "--gpu-type", "a100-1g.5gb", "--", "true"];
+    cluster.ares(&refused).refused(2, &["gpus_per_rank is 2, must be 1", "a process sees one slice of a GPU"]);
 }

@@ -37,8 +37,9 @@ fn flag_and_environment_select_the_machine() {
 
 #[test]
 fn every_model_of_ours_is_a_whole_machine() {
-    assert_eq!(models::names().collect::<Vec<_>>(), ["hgx-h100", "dgx1-v100", "a100-bridged", "rtx4090x8"]);
-    for name in models::names() {
+    let names: Vec<&str> = models::names().collect();
+    assert_eq!(names, ["hgx-h100", "dgx1-v100", "a100-bridged", "rtx4090x8", "a100-mig"]);
+    for name in &names[..4] {
         let machine = survey(&sim(name)).unwrap();
         let (gpus, topology) = (machine.inventory.gpus.len(), &machine.topology);
         assert!(machine.simulated && machine.source.contains(name));
@@ -79,6 +80,41 @@ fn models_have_the_links_of_their_machines() {
     let geforce = survey(&sim("rtx4090x8")).unwrap();
     assert_eq!(geforce.inventory.gpus[0].gpu_type, "rtx4090");
     assert!(!geforce.topology.p2p && geforce.topology.nvlinks.iter().flatten().all(|links| *links == 0));
+}
+
+#[test]
+fn slices_are_devices_of_their_own() {
+    let machine = survey(&sim("a100-mig")).unwrap();
+    let (gpus, topology) = (&machine.inventory.gpus, &machine.topology);
+    let count = |gpu_type: &str| gpus.iter().filter(|gpu| gpu.gpu_type == gpu_type).count();
+    let counts = ["a100", "a100-1g.5gb", "a100-2g.10gb", "a100-3g.20gb"].map(count);
+    assert_eq!((counts, gpus.len()), ([2, 28, 4, 2], 36));
+    assert!(gpus.iter().all(|gpu| gpu.uuid.starts_with(if gpu.gpu_type == "a100" { "GPU-" } else { "MIG-" })));
+    let slice = &gpus[2];
+    assert_eq!((slice.name.as_str(), slice.memory_mib), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 4_768));
+    assert_eq!((topology.nvlinks[0][1], topology.nvlinks[0][2], topology.nvlinks[2][3]), (12, 0, 0));
+    assert_eq!((topology.pcie[2][3], topology.pcie[2][9]), (PcieClass::Pix, PcieClass::Pxb));
+    assert!(!topology.p2p && topology.pcie.len() == 36 && topology.domains[35] == 1);
+}
+
+#[test]
+fn a_model_that_is_cut_wrongly_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("box.toml");
+    let whole = include_str!("../machines/a100-mig.toml").split("[[mig]]").next().unwrap();
+    let refusal = |tables: &str| {
+        std::fs::write(&path, format!("{whole}{tables}")).unwrap();
+        Model::file(&path).map(|model| model.slices.len()).map_err(|error| error.to_string())
+    };
+    assert_eq!(refusal("[[mig]]\ngpus = [7]\nslices = [\"7g.40gb\"]\n"), Ok(8));
+    for (tables, told) in [
+        ("[[mig]]\ngpus = [8]\nslices = [\"7g.40gb\"]\n", "[[mig]] gpus: expected GPUs below 8, found 8"),
+        ("[[mig]]\ngpus = [1, 1]\nslices = [\"7g.40gb\"]\n", "[[mig]] gpus: GPU 1 is cut twice"),
+        ("[[mig]]\ngpus = [1]\nslices = []\n", "[[mig]] slices: expected profiles such as 1g.5gb, found none"),
+        ("[[mig]]\ngpus = [1]\nslices = [\"half\"]\n", "expected a profile such as 1g.5gb, found \"half\""),
+    ] {
+        assert!(refusal(tables).unwrap_err().contains(told), "{tables}");
+    }
 }
 
 #[test]

@@ -173,10 +173,10 @@ pub(crate) fn explain(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape)
     if shape.gpus_per_node() == 0 {
         return question.answer(choices, able, &[]).1;
     }
-    let mut types = present.clone();
-    if !shape.gpu_types.is_empty() {
-        types = shape.gpu_types.iter().copied().filter(|gpu_type| present.contains(gpu_type)).collect();
-    }
+    let types: Vec<GpuTypeId> = match shape.gpu_types.is_empty() {
+        true => present.iter().copied().filter(|gpu_type| shape.accepts(*gpu_type)).collect(),
+        false => shape.gpu_types.iter().copied().filter(|gpu_type| present.contains(gpu_type)).collect(),
+    };
     if shape.mix_types && !types.is_empty() {
         return question.answer(choices, able, &types).1;
     }

@@ -234,10 +234,9 @@ impl<'a> Order<'a> {
         let Some(shape) = shape_of(self.state, task) else { return false };
         let gpus = shape.gpus();
         let used = self.places.get(&Place::Tenant(id)).map_or(&account.used, |standing| &standing.used);
-        let accepted = |gpu_type: &GpuTypeId| shape.gpu_types.is_empty() || shape.gpu_types.contains(gpu_type);
         gpus > 0
             && account.policy.guaranteed.iter().any(|(gpu_type, guaranteed)| {
-                accepted(gpu_type) && used.of_type(*gpu_type).saturating_add(gpus) <= *guaranteed
+                shape.accepts(*gpu_type) && used.of_type(*gpu_type).saturating_add(gpus) <= *guaranteed
             })
     }
 }

@@ -188,7 +188,7 @@ fn types_of(fleet: &Fleet, shape: &Shape) -> Vec<Option<GpuTypeId>> {
     }
     let registered = &fleet.capacity().gpus;
     if shape.gpu_types.is_empty() {
-        return registered.keys().copied().map(Some).collect();
+        return registered.keys().copied().filter(|gpu_type| shape.accepts(*gpu_type)).map(Some).collect();
     }
     shape.gpu_types.iter().copied().filter(|wanted| registered.contains_key(wanted)).map(Some).collect()
 }

@@ -423,6 +423,9 @@ fn held(holds: Holds) -> &'static str {
 fn no_such_type(f: &mut fmt::Formatter<'_>, wanted: &[String], present: &[String]) -> fmt::Result {
     match (wanted, present) {
         (_, []) => f.write_str("needs GPUs; no machine has any"),
+        ([], present) => {
+            write!(f, "needs whole GPUs; the cluster has slices, {}: --gpu-type takes one", present.join(", "))
+        }
         (wanted, present) => {
             write!(f, "needs {} GPUs; the cluster has {}", wanted.join(" or "), present.join(", "))
         }

@@ -365,7 +365,7 @@ fn offers(state: &State, choices: &mut Choices, face: &Face, shape: &Shape) -> O
     };
     // In the shape's order, else in that of the slots.
     let kinds: Vec<&fleet::Kind> = match shape.gpu_types.is_empty() {
-        true => face.kinds.iter().collect(),
+        true => face.kinds.iter().filter(|kind| shape.accepts(kind.gpu_type)).collect(),
         false => shape.gpu_types.iter().filter_map(|gpu_type| face.kind(*gpu_type)).collect(),
     };
     let offer = |kind: &fleet::Kind| {

@@ -353,7 +353,9 @@ fn other_types(state: &State, shape: &Shape) -> Vec<(GpuTypeId, String)> {
     }
     let gpus = state.nodes.iter().flat_map(|(_, node)| &node.value.gpus).filter(|gpu| gpu.is_present());
     let types: BTreeSet<GpuTypeId> = gpus.map(|gpu| gpu.gpu_type).collect();
-    let others = types.into_iter().filter(|gpu_type| !shape.gpu_types.contains(gpu_type));
+    // A rank sees one slice.
+    let may_be = |gpu_type: &GpuTypeId| shape.gpus_per_rank == 1 || !gpu_type.is_slice();
+    let others = types.into_iter().filter(|gpu_type| !shape.gpu_types.contains(gpu_type) && may_be(gpu_type));
     others.take(4).map(|gpu_type| (gpu_type, state.gpu_type_name(gpu_type).to_owned())).collect()
 }
 

@@ -421,3 +421,23 @@ fn a_long_plan_is_cut_between_placements() {
     }
     site.grant(&plan);
 }
+
+/// Slices of GPUs are no GPUs of any type: who names them gets them, and who does not waits for a whole one.
+#[test]
+fn slices_go_to_who_names_them() {
+    let mut site = Site::default();
+    let slices = Machine { gpu_type: "a100-1g.5gb", class: pairs(4, 0, 0), ..mock_v100() };
+    site.join("n01", slices);
+    let any = site.submit(shape(1, 1, 1), 0, &[]);
+    let two = site.submit(shape(1, 2, 1), 0, &["a100-1g.5gb"]);
+    let plan = site.plan();
+    assert_eq!(site.placed(&plan, any), None);
+    assert_eq!(site.placed(&plan, two).map(|parts| parts[0].1.len()), Some(2));
+    assert_eq!(
+        site.reason(any).to_string(),
+        "needs whole GPUs; the cluster has slices, a100-1g.5gb: --gpu-type takes one"
+    );
+    site.join("n02", mock_v100());
+    let plan = site.plan();
+    assert_eq!(site.placed(&plan, any).map(|parts| parts[0].0.clone()), Some("n02".into()));
+}

@@ -191,7 +191,7 @@ fn fewest(groups: &[(u32, Having)], shape: &Shape) -> Option<u32> {
 
 /// The GPUs that a machine has of each acceptable type; of the one that it has most of, where they may be mixed.
 fn counts_on(node: &Node, shape: &Shape) -> Vec<(Option<GpuTypeId>, usize)> {
-    let accepted = |gpu: &&Gpu| shape.gpu_types.is_empty() || shape.gpu_types.contains(&gpu.gpu_type);
+    let accepted = |gpu: &&Gpu| shape.accepts(gpu.gpu_type);
     let mut counts: BTreeMap<GpuTypeId, usize> = BTreeMap::new();
     for gpu in node.gpus.iter().take(MAX_GPUS).filter(|gpu| gpu.is_present()).filter(accepted) {
         *counts.entry(gpu.gpu_type).or_default() += 1;

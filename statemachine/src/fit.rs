@@ -7,7 +7,7 @@ use crate::command::PlacePart;
 use crate::id::GpuTypeId;
 use crate::id::Token;
 use crate::record::{Alloc, GpuHealth, Node, NodeAdmin, Part, PartState};
-use crate::spec::Shape;
+use crate::spec::{Shape, accepts};
 
 /// Memory of a rank that asks for none, on a machine share without GPUs, in MiB.
 pub const DEFAULT_MEM_MIB: u64 = 1_024;
@@ -76,7 +76,7 @@ pub fn request_on(node: &Node, shape: &Shape) -> (u32, u64) {
     Total::of(node).request(shape)
 }
 
-/// GPUs that a new lease may take: free, healthy and, where `types` names some, of one of them.
+/// GPUs that a new lease may take: free, healthy, and of a type that is accepted.
 pub fn usable_gpus(node: &Node, alloc: &Alloc, types: &[GpuTypeId]) -> u128 {
     healthy_gpus(node, types) & alloc.free_gpus
 }
@@ -88,7 +88,7 @@ pub fn healthy_gpus(node: &Node, types: &[GpuTypeId]) -> u128 {
         .iter()
         .take(MAX_GPUS)
         .enumerate()
-        .filter(|(_, gpu)| gpu.health == GpuHealth::Ok && (types.is_empty() || types.contains(&gpu.gpu_type)));
+        .filter(|(_, gpu)| gpu.health == GpuHealth::Ok && accepts(types, gpu.gpu_type));
     healthy.fold(0, |mask, (slot, _)| mask | 1 << slot)
 }
 
@@ -135,14 +135,14 @@ pub fn room_for(node: &Node, alloc: &Alloc, shape: &Shape) -> Result<u128, NoFit
     Err(NoFit::Shape(format!("needs {gpus} GPUs of one acceptable type, {most} are usable")))
 }
 
-/// The types to try on this machine, best first: the shape's, or all that the machine has, by slot.
+/// The types to try on this machine, best first: the shape's, or all of whole GPUs that the machine has, by slot.
 pub fn acceptable_types(node: &Node, shape: &Shape) -> Vec<GpuTypeId> {
     if !shape.gpu_types.is_empty() {
         return shape.gpu_types.to_vec();
     }
     let mut types = Vec::new();
     for gpu in &node.gpus {
-        if !types.contains(&gpu.gpu_type) {
+        if shape.accepts(gpu.gpu_type) && !types.contains(&gpu.gpu_type) {
             types.push(gpu.gpu_type);
         }
     }
@@ -196,7 +196,7 @@ fn fit_gpus(node: &Node, alloc: &Alloc, shape: &Shape, order: &[u8]) -> Result<(
         if alloc.free_gpus & bit == 0 {
             return Err(NoFit::Taken(*slot));
         }
-        if !shape.gpu_types.is_empty() && !shape.gpu_types.contains(&gpu.gpu_type) {
+        if !shape.accepts(gpu.gpu_type) {
             return Err(NoFit::Shape(format!("GPU slot {slot} is of a type that the job does not accept")));
         }
         if of_type.replace(gpu.gpu_type).is_some_and(|other| other != gpu.gpu_type) {

@@ -39,6 +39,35 @@ id!(/// A window of wall time in which machines are set aside; never reused.
 id!(/// One per command that changed the keyspace; grows by one.
     Revision(u64));
 
+impl GpuTypeId {
+    /// The highest bit: types of slices of GPUs. So nobody needs the name to tell.
+    const SLICE: u16 = 1 << 15;
+    /// Types of each of the two kinds that ids can name.
+    pub(crate) const MOST: u16 = Self::SLICE - 1;
+
+    /// The next type of this name.
+    pub(crate) fn named(name: &str, next: u16) -> Self {
+        Self(if is_slice_name(name) { next | Self::SLICE } else { next })
+    }
+
+    /// Of slices (MIG instances), which a job gets that names their type, one for each rank.
+    pub fn is_slice(self) -> bool {
+        self.0 & Self::SLICE != 0
+    }
+}
+
+/// The name of a type of slices ends with NVIDIA's name of a MIG profile: `h100-1g.10gb`, `a100-1g.5gb.me` for one with media engines,
+/// `a100-1c.3g.20gb` for a part of its compute slices.
+pub fn is_slice_name(name: &str) -> bool {
+    let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let Some((_, profile)) = name.rsplit_once('-') else { return false };
+    let part = profile.split_once("c.").filter(|(compute, _)| number(compute));
+    let mut parts = part.map_or(profile, |(_, whole)| whole).splitn(3, '.');
+    let compute = parts.next().and_then(|part| part.strip_suffix('g'));
+    let memory = parts.next().and_then(|part| part.strip_suffix("gb"));
+    compute.is_some_and(number) && memory.is_some_and(number)
+}
+
 /// A client's name for one mutation; the same id is the same effect. Sixteen bytes, a UUIDv7 from our own clients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RequestId(pub [u8; 16]);
@@ -104,5 +133,23 @@ impl TaskKey {
     /// The one task of a plain job.
     pub fn only(job: JobId) -> Self {
         Self { job, index: 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_type_of_slices_is_told_by_its_name_and_then_by_its_id() {
+        for name in
+            ["h100-1g.10gb", "a100-7g.40gb", "a100-1g.5gb.me", "gh200-1g.12gb", "h100-nvl-2g.24gb", "a100-1c.3g.20gb"]
+        {
+            assert!(is_slice_name(name) && GpuTypeId::named(name, 7).is_slice(), "{name}");
+        }
+        for name in ["h100", "rtx6000-ada", "1g.5gb", "a100-1g", "a100-1g.gb", "a100-xg.5gb", "a100-1g.5gbx", "a100-"] {
+            assert!(!is_slice_name(name) && !GpuTypeId::named(name, 7).is_slice(), "{name}");
+        }
+        assert_ne!(GpuTypeId::named("h100", 7), GpuTypeId::named("h100-1g.10gb", 7));
     }
 }

@@ -153,7 +153,7 @@ pub struct Shape {
     pub ranks_per_node: u16,
     /// GPUs of each process, where it leaves its machines open as if on one; 0 = none.
     pub gpus_per_rank: u16,
-    /// Acceptable GPU types in order of preference, at most 4; empty = any.
+    /// Acceptable GPU types in order of preference, at most 4; empty = any of whole GPUs.
     pub gpu_types: Box<[GpuTypeId]>,
     /// Machines of a gang may have GPUs of different types; otherwise all have one type.
     pub mix_types: bool,
@@ -178,6 +178,16 @@ impl Shape {
     pub fn gpus_per_node(&self) -> u32 {
         u32::from(self.ranks_per_node) * u32::from(self.gpus_per_rank)
     }
+
+    /// It may have GPUs of this type.
+    pub fn accepts(&self, gpu_type: GpuTypeId) -> bool {
+        accepts(&self.gpu_types, gpu_type)
+    }
+}
+
+/// Whether who names these types may have GPUs of this one: none stands for all whole GPUs, and slices are for those who name them.
+pub fn accepts(types: &[GpuTypeId], gpu_type: GpuTypeId) -> bool {
+    if types.is_empty() { !gpu_type.is_slice() } else { types.contains(&gpu_type) }
 }
 
 /// Backoff before the n-th retry = min(initial x multiplier^(n-1), max), then +-25 % jitter.

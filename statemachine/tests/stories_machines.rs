@@ -89,3 +89,40 @@ fn machines_are_named_within_limits() {
     let wanted = "shape.nodelist has 1 names, shape.nodes is 2: it must name as many or more";
     assert_eq!(refusal(&mut world, 2, two), wanted);
 }
+
+/// Two whole GPUs, and one in two slices.
+fn sliced() -> RegisterNode {
+    let mut node = machine("n1", 1, 4);
+    node.gpus[2..].iter_mut().for_each(|gpu| gpu.gpu_type = "a100-1g.5gb".into());
+    node
+}
+
+fn of_type(gpu_type: &str, ranks: u16, gpus: u16) -> SubmitJob {
+    SubmitJob { gpu_types: vec![gpu_type.into()], ..job(shape(1, ranks, gpus)) }
+}
+
+#[test]
+fn slices_are_for_who_names_them_and_one_for_each_rank() {
+    let mut world = World::new();
+    let (node, _) = world.register(sliced());
+    let any = world.submit(job(shape(1, 1, 1)));
+    let mut place = world.placement(any, &[node]);
+    place.parts[0].gpu_order = vec![2];
+    let refused = world.plan(vec![place.clone()]).remove(0).expect_err("a slice");
+    assert!(refused.detail.contains("of a type that the job does not accept"), "{}", refused.detail);
+    place.parts[0].gpu_order = vec![0];
+    world.plan(vec![place]).remove(0).expect("a whole one");
+
+    let two = world.submit(of_type("a100-1g.5gb", 2, 1));
+    let token = world.place(two, &[node]).expect("both slices");
+    assert_eq!(world.state.leases.get(&token).unwrap().value.parts[0].gpu_order, [2, 3]);
+
+    let refused = world.run(Command::SubmitJob(Box::new(of_type("a100-1g.5gb", 1, 2))));
+    let Outcome::Rejected(refused) = refused else { panic!("{refused:?}") };
+    assert_eq!(refused.code, Code::InvalidSpec);
+    assert!(
+        refused.detail.contains("shape.gpus_per_rank is 2, must be 1 with gpu_types a100-1g.5gb"),
+        "{}",
+        refused.detail
+    );
+}

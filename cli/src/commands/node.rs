@@ -27,8 +27,12 @@ pub fn list(args: ListArgs, global: Global) -> Outcome {
 
 fn row(node: &v1::Node) -> Row {
     let free = node.gpus.iter().filter(|gpu| gpu.token == 0 && gpu.health == "OK").count();
-    let mut types: Vec<&str> = node.gpus.iter().map(|gpu| gpu.r#type.as_str()).collect();
-    types.dedup();
+    let mut types: Vec<&str> = Vec::new();
+    for gpu in &node.gpus {
+        if !types.contains(&gpu.r#type.as_str()) {
+            types.push(&gpu.r#type);
+        }
+    }
     let kind = match (types.is_empty(), node.simulated) {
         (true, _) => "-".to_owned(),
         (false, true) => format!("{} (simulated)", types.join(",")),

@@ -103,12 +103,14 @@ pub const GPU_BIND: &str = "ARES_GPU_BIND";
 
 /// What a rank may open. Launchers of the torchrun kind start one process a GPU, show all of them to each, and scripts
 /// take the LOCAL_RANK-th: so ranks with one GPU each see the whole part, in rank order. A rank with more GPUs, or of a
-/// job that asks for `rank`, sees its own alone, from device 0 on.
+/// job that asks for `rank`, sees its own alone, from device 0 on; so does one with a slice, for CUDA shows a process the
+/// first slice and no other.
 fn visible(lease: &v1::DesiredLease, body: &v1::JobBody, local: u32) -> Vec<String> {
     let asked = body.env.get(GPU_BIND).map(String::as_str);
     match asked {
         Some("rank") => gpus(lease, local),
         Some("all") => lease.gpu_uuids.clone(),
+        _ if lease.gpu_uuids.iter().any(|uuid| uuid.starts_with("MIG-")) => gpus(lease, local),
         _ if lease.gpus_per_rank == 1 => lease.gpu_uuids.clone(),
         _ => gpus(lease, local),
     }
@@ -234,6 +236,8 @@ mod tests {
         let two = v1::DesiredLease { gpus_per_rank: 2, gpu_uuids: four, ..lease() };
         assert_eq!(seen(&two, "", 1), "GPU-c,GPU-d");
         assert_eq!(seen(&two, "all", 1), "GPU-a,GPU-b,GPU-c,GPU-d");
+        let slices = v1::DesiredLease { gpu_uuids: ["MIG-a", "MIG-b"].map(str::to_owned).to_vec(), ..lease() };
+        assert_eq!((seen(&slices, "", 0).as_str(), seen(&slices, "", 1).as_str()), ("MIG-a", "MIG-b"));
     }
 
     #[test]

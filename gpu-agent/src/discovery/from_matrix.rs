@@ -49,6 +49,7 @@ pub(super) fn model(name: &str, shown: &str, facts: &Facts, comments: &str) -> R
             compute_capability: gpu.compute_capability.to_owned(),
         },
         topology,
+        slices: vec![None; facts.gpus],
         numa_nodes,
         host,
     })

@@ -60,7 +60,7 @@ impl fmt::Display for PcieClass {
 /// also when another GPU vanishes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpu {
-    /// `GPU-` and a UUID, as CUDA_VISIBLE_DEVICES takes it.
+    /// `GPU-`, or `MIG-` of a slice, and a UUID, as CUDA_VISIBLE_DEVICES takes it.
     pub uuid: String,
     pub slot: u32,
     /// The maker's name, such as `NVIDIA H100 80GB HBM3`.
@@ -150,6 +150,28 @@ impl Topology {
     }
 }
 
+impl Topology {
+    /// With some of the GPUs in slices: of each device the position of its GPU, and whether it is a slice of that. Slices have no NVLinks and
+    /// reach no other device's memory.
+    pub fn cut(&self, devices: &[(usize, bool)]) -> Topology {
+        let positions: Vec<usize> = devices.iter().map(|(gpu, _)| *gpu).collect();
+        let mut cut = self.of(&positions);
+        for (a, (gpu, is_slice)) in devices.iter().enumerate() {
+            for (b, (other, other_is_slice)) in devices.iter().enumerate().filter(|(b, _)| *b != a) {
+                if *is_slice || *other_is_slice {
+                    cut.nvlinks[a][b] = 0;
+                }
+                if gpu == other {
+                    cut.pcie[a][b] = PcieClass::Pix;
+                }
+            }
+        }
+        cut.switched &= cut.nvlinks.iter().flatten().any(|links| *links > 0);
+        cut.p2p &= devices.iter().all(|(_, is_slice)| !is_slice);
+        cut
+    }
+}
+
 /// Numbers any keys from 0 in order of first appearance.
 pub(crate) fn renumber<K: PartialEq>(keys: &[K]) -> Vec<u32> {
     let mut seen: Vec<&K> = Vec::new();
@@ -223,6 +245,26 @@ mod tests {
         assert_eq!(part.domains, [0, 0]);
         assert_eq!(part.pcie_mbps, [2, 3]);
         assert_eq!(part.nics[0].classes, [PcieClass::Node, PcieClass::Sys]);
+    }
+
+    #[test]
+    fn slices_have_no_links_and_are_near_each_other() {
+        let far = |a: usize, b: usize| if a == b { PcieClass::Own } else { PcieClass::Sys };
+        let whole = Topology {
+            nvlinks: vec![vec![0, 4, 4], vec![4, 0, 4], vec![4, 4, 0]],
+            switched: true,
+            p2p: true,
+            pcie: (0..3).map(|a| (0..3).map(|b| far(a, b)).collect()).collect(),
+            pcie_mbps: vec![1, 2, 3],
+            domains: vec![0, 1, 1],
+            ..Topology::default()
+        };
+        let cut = whole.cut(&[(0, false), (1, true), (1, true), (2, false)]);
+        assert_eq!(cut.nvlinks, [[0, 0, 0, 4], [0; 4], [0; 4], [4, 0, 0, 0]]);
+        assert_eq!((cut.pcie[1][2], cut.pcie[1][1], cut.pcie[0][1]), (PcieClass::Pix, PcieClass::Own, PcieClass::Sys));
+        assert_eq!((cut.domains, cut.pcie_mbps), (vec![0, 1, 1, 1], vec![1, 2, 2, 3]));
+        assert!(cut.switched && !cut.p2p);
+        assert!(!whole.cut(&[(0, true), (1, true)]).switched);
     }
 
     #[test]

@@ -11,11 +11,12 @@ use super::machine::{Host, Nic, NumaNode, PcieClass, Topology};
 use super::{from_matrix, matrix};
 
 /// Our models by the name that `--gpus sim:NAME` takes.
-const NAMED: [(&str, &str); 4] = [
+const NAMED: [(&str, &str); 5] = [
     ("hgx-h100", include_str!("../../machines/hgx-h100.toml")),
     ("dgx1-v100", include_str!("../../machines/dgx1-v100.toml")),
     ("a100-bridged", include_str!("../../machines/a100-bridged.toml")),
     ("rtx4090x8", include_str!("../../machines/rtx4090x8.toml")),
+    ("a100-mig", include_str!("../../machines/a100-mig.toml")),
 ];
 
 /// What `ARES_MOCK_GPU=true` stands for.
@@ -97,10 +98,21 @@ pub struct Model {
     pub topology: Topology,
     /// NUMA node id of each GPU.
     pub numa_nodes: Vec<u32>,
+    /// Of each GPU that is a slice of one (a MIG instance): what it is.
+    pub slices: Vec<Option<Slice>>,
     pub host: Host,
 }
 
-/// What each GPU of a model is.
+/// A slice of a GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// NVIDIA's name of it, such as `1g.5gb`.
+    pub profile: String,
+    /// As the profile says, in GB of 10^9 bytes.
+    pub memory_mib: u64,
+}
+
+/// What each whole GPU of a model is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuFacts {
     pub name: String,
@@ -167,6 +179,8 @@ struct File {
     numa: Vec<NumaTable>,
     #[serde(default)]
     nic: Vec<NicTable>,
+    #[serde(default)]
+    mig: Vec<MigTable>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -213,6 +227,14 @@ struct NumaTable {
     gpus: Vec<usize>,
 }
 
+/// GPUs that are cut, each in the same slices, by the names of their profiles.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MigTable {
+    gpus: Vec<usize>,
+    slices: Vec<String>,
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct NicTable {
@@ -233,7 +255,7 @@ fn from_toml(name: &str, shown: &str, text: &str, folder: Option<&Path>) -> Resu
     };
     model.name = name.to_owned();
     model.source = format!("simulated: file {shown}");
-    apply(&file, &mut model).map_err(invalid)?;
+    apply(&file, &mut model).and_then(|()| apply_mig(&file.mig, &mut model)).map_err(invalid)?;
     Ok(model)
 }
 
@@ -265,7 +287,15 @@ fn bare(file: &File) -> Result<Model, String> {
     };
     let gpu = GpuFacts { name: String::new(), memory_mib: 0, compute_capability: String::new() };
     let (name, source) = (String::new(), String::new());
-    Ok(Model { name, source, gpu, topology, numa_nodes: vec![0; count], host: Host::default() })
+    Ok(Model {
+        name,
+        source,
+        gpu,
+        topology,
+        numa_nodes: vec![0; count],
+        slices: vec![None; count],
+        host: Host::default(),
+    })
 }
 
 /// Puts each table of the file over what the model has.
@@ -377,6 +407,49 @@ fn apply_numa(tables: &[NumaTable], model: &mut Model) -> Result<(), String> {
     model.host.numa =
         tables.iter().map(|table| NumaNode { node: table.node, cores: table.cores, cpus: String::new() }).collect();
     Ok(())
+}
+
+/// Puts the slices of GPUs that are cut in their place. All indexes before are those of whole GPUs.
+fn apply_mig(tables: &[MigTable], model: &mut Model) -> Result<(), String> {
+    let count = model.numa_nodes.len();
+    let mut cuts: Vec<&[String]> = vec![&[]; count];
+    for table in tables {
+        if table.slices.is_empty() {
+            return Err("[[mig]] slices: expected profiles such as 1g.5gb, found none".to_owned());
+        }
+        for gpu in &table.gpus {
+            match cuts.get_mut(*gpu) {
+                Some(cut) if cut.is_empty() => *cut = &table.slices,
+                Some(_) => return Err(format!("[[mig]] gpus: GPU {gpu} is cut twice")),
+                None => return Err(format!("[[mig]] gpus: expected GPUs below {count}, found {gpu}")),
+            }
+        }
+    }
+    let mut devices: Vec<(usize, Option<Slice>)> = Vec::new();
+    for (gpu, cut) in cuts.into_iter().enumerate() {
+        if cut.is_empty() {
+            devices.push((gpu, None));
+        }
+        for profile in cut {
+            devices.push((gpu, Some(slice_of(profile)?)));
+        }
+    }
+    if devices.len() > MAX_GPUS {
+        return Err(format!("[[mig]]: expected at most {MAX_GPUS} GPUs and slices, found {}", devices.len()));
+    }
+    let cut: Vec<(usize, bool)> = devices.iter().map(|(gpu, slice)| (*gpu, slice.is_some())).collect();
+    model.topology = model.topology.cut(&cut);
+    model.numa_nodes = cut.iter().map(|(gpu, _)| model.numa_nodes[*gpu]).collect();
+    model.slices = devices.into_iter().map(|(_, slice)| slice).collect();
+    Ok(())
+}
+
+fn slice_of(profile: &str) -> Result<Slice, String> {
+    let number = |text: &str| text.parse::<u64>().ok();
+    let sizes = profile.split_once("g.").and_then(|(compute, rest)| number(compute).zip(rest.split_once("gb")));
+    let gb = sizes.and_then(|(_, (gb, _))| number(gb));
+    let gb = gb.ok_or_else(|| format!("[[mig]] slices: expected a profile such as 1g.5gb, found {profile:?}"))?;
+    Ok(Slice { profile: profile.to_owned(), memory_mib: gb.saturating_mul(1_000_000_000) >> 20 })
 }
 
 fn nic_of(table: &NicTable, count: usize) -> Result<Nic, String> {

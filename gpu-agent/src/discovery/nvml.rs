@@ -25,6 +25,9 @@ const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// No GPU has more NVLinks.
 const MAX_LINKS: u32 = 36;
 
+/// MIG, as the driver numbers its modes (`NVML_DEVICE_MIG_ENABLE`).
+const MIG_ON: u32 = 1;
+
 /// The remote end of a link, as the driver numbers the kinds (`nvmlIntNvLinkDeviceType_t`).
 const REMOTE_IS_SWITCH: u32 = 2;
 
@@ -163,22 +166,81 @@ impl GpuBackend for NvmlBackend {
     }
 }
 
-/// The devices with their UUIDs, by slot. A device that does not tell its UUID can't be named, so it is left out with a note.
-fn devices<'a>(
-    nvml: &'a Nvml,
-    slots: &mut Vec<String>,
-    notes: &mut Vec<String>,
-) -> Result<Vec<(u32, String, Device<'a>)>, NvmlError> {
-    let mut devices = Vec::new();
+/// A GPU, or a slice of one (a MIG instance), in its slot.
+struct Found<'a> {
+    slot: u32,
+    uuid: String,
+    device: Device<'a>,
+    /// The GPU that it is a slice of.
+    whole: Option<Device<'a>>,
+}
+
+impl<'a> Found<'a> {
+    /// What has a place on the bus.
+    fn board(&self) -> &Device<'a> {
+        self.whole.as_ref().unwrap_or(&self.device)
+    }
+
+    fn is_slice(&self) -> bool {
+        self.whole.is_some()
+    }
+
+    /// The driver's name of it; one that calls a slice by its GPU's name tells the profile in its attributes.
+    fn name(&self) -> Result<String, NvmlError> {
+        let name = self.device.name()?;
+        if !self.is_slice() || name.contains(" MIG ") {
+            return Ok(name);
+        }
+        let slice = self.device.attributes()?;
+        let gb = (slice.memory_size_mb + 512) >> 10;
+        Ok(format!("{name} MIG {}g.{gb}gb", slice.gpu_instance_slice_count))
+    }
+}
+
+/// The devices with their UUIDs, by slot; of a GPU that is cut its slices. A device that does not tell its UUID can't be named, so it is left out with a note.
+fn devices<'a>(nvml: &'a Nvml, slots: &mut Vec<String>, notes: &mut Vec<String>) -> Result<Vec<Found<'a>>, NvmlError> {
+    let mut found = Vec::new();
     for index in 0..nvml.device_count()? {
-        let named = nvml.device_by_index(index).and_then(|device| Ok((device.uuid()?, device)));
+        let named = nvml.device_by_index(index).and_then(|device| {
+            let slices = if is_cut(&device) { Some(slices(&device)?) } else { None };
+            Ok((device.uuid()?, device, slices))
+        });
         match named {
-            Ok((uuid, device)) => devices.push((slot_of(slots, &uuid), uuid, device)),
+            Ok((uuid, device, None)) => found.push((uuid, device, None)),
+            Ok((uuid, _, Some(slices))) if slices.is_empty() => {
+                notes.push(format!("{uuid}: MIG is on, and it has no instances"));
+            }
+            Ok((_, _, Some(slices))) => {
+                found.extend(slices.into_iter().map(|(uuid, slice, whole)| (uuid, slice, Some(whole))));
+            }
             Err(error) => notes.push(format!("GPU at index {index}: {error}")),
         }
     }
-    devices.sort_by_key(|(slot, _, _)| *slot);
-    Ok(devices)
+    let in_slot =
+        |(uuid, device, whole): (String, Device<'a>, _)| Found { slot: slot_of(slots, &uuid), uuid, device, whole };
+    let mut found: Vec<Found<'a>> = found.into_iter().map(in_slot).collect();
+    found.sort_by_key(|found| found.slot);
+    Ok(found)
+}
+
+fn is_cut(device: &Device<'_>) -> bool {
+    device.mig_mode().is_ok_and(|mode| mode.current == MIG_ON)
+}
+
+/// The slices of a GPU with their UUIDs, each with a handle of the GPU. The driver numbers those that could be and says which are.
+fn slices<'a>(device: &Device<'a>) -> Result<Vec<(String, Device<'a>, Device<'a>)>, NvmlError> {
+    let mut slices = Vec::new();
+    for index in 0..device.mig_device_count()? {
+        match device.mig_device_by_index(index) {
+            Ok(slice) => {
+                let whole = slice.mig_parent_device()?;
+                slices.push((slice.uuid()?, slice, whole));
+            }
+            Err(NvmlError::NotFound) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(slices)
 }
 
 /// The slot of a UUID, a new one for a new UUID.
@@ -195,24 +257,25 @@ fn inventory(nvml: &Nvml, root: &Path, slots: &mut Vec<String>) -> Result<Invent
     let mut notes = Vec::new();
     let driver = noted(nvml.sys_driver_version(), "driver version", &mut notes);
     let mut gpus = Vec::new();
-    for (slot, uuid, device) in devices(nvml, slots, &mut notes)? {
+    for found in devices(nvml, slots, &mut notes)? {
+        let (device, board, uuid) = (&found.device, found.board(), &found.uuid);
         let field = |what: &str| format!("{uuid}, {what}");
-        let name = noted(device.name(), &field("name"), &mut notes).unwrap_or_default();
+        let name = noted(found.name(), &field("name"), &mut notes).unwrap_or_default();
         let memory = noted(device.memory_info(), &field("memory"), &mut notes);
-        let capability = noted(device.cuda_compute_capability(), &field("compute capability"), &mut notes);
+        let capability = noted(board.cuda_compute_capability(), &field("compute capability"), &mut notes);
         let bus_id =
-            noted(device.pci_info(), &field("PCI address"), &mut notes).and_then(|info| pci::bus_id(&info.bus_id));
+            noted(board.pci_info(), &field("PCI address"), &mut notes).and_then(|info| pci::bus_id(&info.bus_id));
         let numa_node = bus_id.as_deref().and_then(|bus| pci::device(root, bus)).and_then(|device| device.numa_node);
         gpus.push(Gpu {
-            slot,
+            slot: found.slot,
             gpu_type: typical::type_slug(&name),
             name,
             memory_mib: memory.map_or(0, |memory| memory.total.saturating_sub(memory.reserved) >> 20),
             compute_capability: capability.map_or_else(String::new, |c| format!("{}.{}", c.major, c.minor)),
-            minor: noted(device.minor_number(), &field("minor number"), &mut notes),
+            minor: noted(board.minor_number(), &field("minor number"), &mut notes),
             bus_id: bus_id.unwrap_or_default(),
             numa_node,
-            uuid,
+            uuid: found.uuid,
         });
     }
     if gpus.is_empty() && notes.is_empty() {
@@ -226,16 +289,18 @@ fn noted<T>(result: Result<T, NvmlError>, what: &str, notes: &mut Vec<String>) -
 }
 
 fn topology(nvml: &Nvml, root: &Path, slots: &mut Vec<String>) -> Result<Topology, NvmlError> {
-    let devices: Vec<Device<'_>> =
-        devices(nvml, slots, &mut Vec::new())?.into_iter().map(|(_, _, device)| device).collect();
+    let devices = devices(nvml, slots, &mut Vec::new())?;
     let bus_ids: Vec<Option<String>> =
-        devices.iter().map(|d| d.pci_info().ok().and_then(|info| pci::bus_id(&info.bus_id))).collect();
+        devices.iter().map(|d| d.board().pci_info().ok().and_then(|info| pci::bus_id(&info.bus_id))).collect();
     let tree: Vec<Option<pci::Device>> =
         bus_ids.iter().map(|bus| bus.as_deref().and_then(|bus| pci::device(root, bus))).collect();
-    let ends: Vec<Vec<LinkEnd>> = devices.iter().map(|device| link_ends(nvml, device, root)).collect();
+    let ends = devices.iter().map(|d| if d.is_slice() { Vec::new() } else { link_ends(nvml, &d.device, root) });
+    let ends: Vec<Vec<LinkEnd>> = ends.collect();
     let (nvlinks, switched) = count_links(&bus_ids, &ends);
-    let capability =
-        devices.first().and_then(|d| d.cuda_compute_capability().ok()).map(|c| format!("{}.{}", c.major, c.minor));
+    let capability = devices
+        .first()
+        .and_then(|d| d.board().cuda_compute_capability().ok())
+        .map(|c| format!("{}.{}", c.major, c.minor));
     let cpu = host::cpu(root);
     Ok(Topology {
         nvlink_mbps: if nvlinks.iter().flatten().any(|links| *links > 0) {
@@ -245,7 +310,7 @@ fn topology(nvml: &Nvml, root: &Path, slots: &mut Vec<String>) -> Result<Topolog
         },
         p2p: peer_access(&devices, &nvlinks),
         pcie: pcie_classes(nvml, &devices, &tree, root)?,
-        pcie_mbps: devices.iter().map(pcie_mbps).collect(),
+        pcie_mbps: devices.iter().map(|d| pcie_mbps(d.board())).collect(),
         inter_socket_mbps: cpu.inter_socket_mbps,
         intel_cpu: cpu.intel,
         domains: renumber(
@@ -264,10 +329,10 @@ fn pcie_mbps(device: &Device<'_>) -> u32 {
     typical::pcie_mbps(device.max_pcie_link_gen().unwrap_or(3), width)
 }
 
-/// The driver's classes; where it does not say, those of the PCIe tree.
+/// The driver's classes; where it does not say, those of the PCIe tree. Slices of one GPU are behind one switch.
 fn pcie_classes(
     nvml: &Nvml,
-    devices: &[Device<'_>],
+    devices: &[Found<'_>],
     tree: &[Option<pci::Device>],
     root: &Path,
 ) -> Result<Vec<Vec<PcieClass>>, NvmlError> {
@@ -275,9 +340,11 @@ fn pcie_classes(
     let mut classes = vec![vec![PcieClass::Own; devices.len()]; devices.len()];
     for a in 0..devices.len() {
         for b in a + 1..devices.len() {
+            let (one, uuid) = (devices[a].board(), devices[b].board().uuid()?);
+            let is_same = devices[a].is_slice() && one.uuid()? == uuid;
             // The wrapper takes the other device by value; a second handle of the same device is no second device.
-            let other = nvml.device_by_uuid(devices[b].uuid()?)?;
-            let class = match (devices[a].topology_common_ancestor(other), &tree[a], &tree[b]) {
+            let class = match (one.topology_common_ancestor(nvml.device_by_uuid(uuid)?), &tree[a], &tree[b]) {
+                _ if is_same => PcieClass::Pix,
                 (Ok(level), _, _) => class_of(level),
                 (Err(_), Some(one), Some(other)) => pci::class(one, other, nodes),
                 (Err(_), _, _) => PcieClass::Sys,
@@ -300,10 +367,13 @@ fn class_of(level: TopologyLevel) -> PcieClass {
     }
 }
 
-/// Do all pairs without an NVLink reach each other's memory? With NVLinks everywhere: do all pairs?
-fn peer_access(devices: &[Device<'_>], nvlinks: &[Vec<u32>]) -> bool {
+/// Do all pairs without an NVLink reach each other's memory? With NVLinks everywhere: do all pairs? Slices never do.
+fn peer_access(devices: &[Found<'_>], nvlinks: &[Vec<u32>]) -> bool {
+    if devices.iter().any(Found::is_slice) {
+        return false;
+    }
     let ok = |a: usize, b: usize| {
-        let status = |kind| matches!(devices[a].p2p_status(&devices[b], kind), Ok(P2pStatus::Ok));
+        let status = |kind| matches!(devices[a].device.p2p_status(&devices[b].device, kind), Ok(P2pStatus::Ok));
         status(P2pCapabilitiesIndex::Read) && status(P2pCapabilitiesIndex::Write)
     };
     let pairs: Vec<(usize, usize)> =
@@ -378,13 +448,13 @@ pub fn count_links(bus_ids: &[Option<String>], ends: &[Vec<LinkEnd>]) -> (Vec<Ve
 
 fn processes(nvml: &Nvml, slots: &mut Vec<String>) -> Result<Vec<GpuProcess>, NvmlError> {
     let mut found = Vec::new();
-    for (_, uuid, device) in devices(nvml, slots, &mut Vec::new())? {
-        for process in device.running_compute_processes()? {
+    for gpu in devices(nvml, slots, &mut Vec::new())? {
+        for process in gpu.device.running_compute_processes()? {
             let memory_mib = match process.used_gpu_memory {
                 UsedGpuMemory::Used(bytes) => Some(bytes >> 20),
                 UsedGpuMemory::Unavailable => None,
             };
-            found.push(GpuProcess { gpu_uuid: uuid.clone(), pid: process.pid, memory_mib });
+            found.push(GpuProcess { gpu_uuid: gpu.uuid.clone(), pid: process.pid, memory_mib });
         }
     }
     Ok(found)
@@ -463,7 +533,7 @@ mod tests {
             assert!(backend.topology().unwrap().nvlinks.is_empty());
             assert!(backend.processes().unwrap().is_empty());
         } else {
-            assert!(inventory.gpus.iter().all(|gpu| gpu.uuid.starts_with("GPU-")));
+            assert!(inventory.gpus.iter().all(|gpu| gpu.uuid.starts_with("GPU-") || gpu.uuid.starts_with("MIG-")));
             assert_eq!(backend.topology().unwrap().nvlinks.len(), inventory.gpus.len());
         }
         assert!(!backend.host().unwrap().numa.is_empty());

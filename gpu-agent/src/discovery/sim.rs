@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::machine::{Gpu, Host, Inventory, Topology};
-use super::models::Model;
+use super::models::{Model, Slice};
 use super::{BackendError, Fault, GpuBackend, GpuProcess, HealthEvent, typical, xid};
 
 /// Health events that wait for the agent; over it a command is refused.
@@ -56,18 +56,18 @@ pub struct SimBackend {
 impl SimBackend {
     /// A machine of this model. Its UUIDs follow from seed, machine name and slot.
     pub fn new(model: Model, machine: &str, seed: u64) -> SimBackend {
-        let gpu = |slot: usize| Gpu {
-            uuid: gpu_uuid(seed, machine, slot as u32),
+        let gpu = |(slot, slice): (usize, &Option<Slice>)| Gpu {
+            uuid: gpu_uuid(seed, machine, slot as u32, slice.is_some()),
             slot: slot as u32,
-            name: model.gpu.name.clone(),
-            gpu_type: typical::type_slug(&model.gpu.name),
-            memory_mib: model.gpu.memory_mib,
+            gpu_type: typical::type_slug(&name_of(&model, slice)),
+            name: name_of(&model, slice),
+            memory_mib: slice.as_ref().map_or(model.gpu.memory_mib, |slice| slice.memory_mib),
             compute_capability: model.gpu.compute_capability.clone(),
             bus_id: String::new(),
             minor: Some(slot as u32),
             numa_node: model.numa_nodes.get(slot).copied(),
         };
-        let gpus = (0..model.numa_nodes.len()).map(gpu).collect();
+        let gpus = model.slices.iter().enumerate().map(gpu).collect();
         SimBackend { model, gpus, state: Mutex::default(), signal: Arc::default() }
     }
 
@@ -149,13 +149,18 @@ impl GpuBackend for SimBackend {
     }
 }
 
+/// As the driver names a GPU and a slice of it.
+fn name_of(model: &Model, slice: &Option<Slice>) -> String {
+    slice.as_ref().map_or_else(|| model.gpu.name.clone(), |slice| format!("{} MIG {}", model.gpu.name, slice.profile))
+}
+
 /// The UUID of a simulated GPU: version 8 (our own), a 128-bit FNV-1a of seed, machine and slot.
-fn gpu_uuid(seed: u64, machine: &str, slot: u32) -> String {
+fn gpu_uuid(seed: u64, machine: &str, slot: u32, is_slice: bool) -> String {
     const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
     let parts = [&slot.to_le_bytes()[..], &seed.to_le_bytes(), machine.as_bytes()];
     let hash =
         parts.iter().copied().flatten().fold(OFFSET, |hash, byte| (hash ^ u128::from(*byte)).wrapping_mul(PRIME));
     let uuid = uuid::Builder::from_custom_bytes(hash.to_be_bytes()).into_uuid();
-    format!("GPU-{}", Uuid::hyphenated(uuid))
+    format!("{}-{}", if is_slice { "MIG" } else { "GPU" }, Uuid::hyphenated(uuid))
 }

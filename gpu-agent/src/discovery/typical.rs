@@ -143,8 +143,16 @@ pub fn nic_mbps(gbit: u32) -> u32 {
     gbit.saturating_mul(120)
 }
 
-/// The short type that jobs ask for: `h100` for `NVIDIA H100 80GB HBM3`, `rtx4090` for `NVIDIA GeForce RTX 4090`.
+/// The short type that jobs ask for: `h100` for `NVIDIA H100 80GB HBM3`, `rtx4090` for `NVIDIA GeForce RTX 4090`, `a100-1g.5gb` for the slice
+/// `NVIDIA A100-SXM4-40GB MIG 1g.5gb`.
 pub fn type_slug(name: &str) -> String {
+    match name.split_once(" MIG ") {
+        Some((gpu, profile)) => format!("{}-{}", gpu_slug(gpu), profile.trim().to_lowercase().replace('+', ".")),
+        None => gpu_slug(name),
+    }
+}
+
+fn gpu_slug(name: &str) -> String {
     const VENDOR: [&str; 5] = ["nvidia", "tesla", "geforce", "quadro", "corporation"];
     const TRIM: [&str; 12] = [
         "pcie",
@@ -181,6 +189,8 @@ mod tests {
         let names = [
             ("NVIDIA H100 80GB HBM3", "h100"),
             ("NVIDIA H100 PCIe", "h100"),
+            ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "h100-3g.40gb"),
+            ("NVIDIA A100-SXM4-40GB MIG 1g.5gb+me", "a100-1g.5gb.me"),
             ("Tesla V100-SXM2-32GB", "v100"),
             ("NVIDIA A100-SXM4-80GB", "a100"),
             ("NVIDIA GeForce RTX 4090", "rtx4090"),

@@ -20,6 +20,8 @@ use super::world::World;
 const CALL_MS: u64 = 15_000;
 const TRY_MS: u64 = 2_000;
 pub const AGENTS_PER_RACK: usize = 4;
+/// The type of the slices that some machines have.
+pub const SLICE: &str = "a100-1g.5gb";
 
 pub struct AgentProcess {
     pub core: Core,
@@ -430,7 +432,7 @@ impl World {
         let count = machine.gpus.len();
         let gpu = |(slot, uuid): (usize, &String)| v1::GpuFacts {
             uuid: uuid.clone(),
-            r#type: "a100".into(),
+            r#type: if uuid.starts_with("MIG-") { SLICE } else { "a100" }.into(),
             mem_mib: 40_960,
             numa: (slot >= count / 2) as u32,
             health: machine.gpu_health[slot].to_owned(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use gpu_agent::shim::record::Exit;
 use proto::v1::DesiredLease;
+use raft_node::leader::desired::gpu_uuids;
 use statemachine::command::{Code, Outcome, Reply};
 use statemachine::event::Change;
 use statemachine::record::{AttemptRow, Part, PartState, StoredReply, TaskOutcome, VerdictKind};
@@ -319,6 +320,9 @@ impl World {
         let has = gpus.iter().sum::<u32>();
         let whole = apart && equal && (0..=doublings).any(|times| has == asked << times);
         let (wish, ranks) = (shape.clone(), parts.len() as u32 * each);
+        let uuids = parts.iter().filter_map(|part| Some((part, &state.nodes.get(&part.node)?.value)));
+        let uuids = uuids.flat_map(|(part, node)| gpu_uuids(node, part));
+        let kinds: BTreeSet<bool> = uuids.map(|uuid| uuid.starts_with("MIG-")).collect();
         if shape.nodes == 0 && parts.len() > 1 {
             self.sometimes.hit("a job was cut over several machines");
         }
@@ -330,10 +334,22 @@ impl World {
                 "an elastic job had its least"
             });
         }
+        self.audit_slices(id, token, &kinds, wish.gpu_types.is_empty());
         if !whole {
             self.violate("gang_whole", format!("job {id} asked for {wish:?}, token {token} has {gpus:?} GPUs"));
         }
         ranks
+    }
+
+    /// Who names the type of slices has slices alone, and nobody else has any: by the words that the agent gets.
+    fn audit_slices(&mut self, job: JobId, token: Token, kinds: &BTreeSet<bool>, any_type: bool) {
+        if kinds.contains(&true) {
+            self.sometimes.hit("a job started on slices of GPUs");
+        }
+        if kinds.contains(&any_type) {
+            let text = format!("job {job} got token {token} on GPUs of the wrong kind, slices: {kinds:?}");
+            self.violate("machine_allowed", text);
+        }
     }
 
     /// A success was committed: every rank of that attempt must really have ended with 0.

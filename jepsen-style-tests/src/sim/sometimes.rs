@@ -14,6 +14,7 @@ pub const REQUIRED: &[&str] = &[
     "a job that a window sent away came to its end",
     "a job waited for the end of a window",
     "a job was cut over several machines",
+    "a job started on slices of GPUs",
     "a leader was lost between a grant and its receipt",
     "a new leader gave running leases their grace",
     "a placement was refused",

@@ -11,7 +11,7 @@ use statemachine::selector::Selector;
 use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape, Terms};
 use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
 
-use super::agent::AGENTS_PER_RACK;
+use super::agent::{AGENTS_PER_RACK, SLICE};
 use super::event::{Answer, Event, Rpc, Site};
 use super::machine::Script;
 use super::net::EPOCH_MS;
@@ -626,10 +626,13 @@ fn draw_submission(rng: &mut Rng, setup: &Setup, n: usize) -> (SubmitJob, bool) 
         terms,
     };
     let body = Body { argv, env: Default::default(), cwd: String::new() };
+    // Of a GPU for each rank, on any machine, some take slices.
+    let free = nodes == 1 && !is_open && !inside && spec.shape.machines.is_none();
+    let sliced = free && gpus_per_rank == 1 && rng.chance(200);
     let command = SubmitJob {
         tenant: "default".into(),
         queue: "default".into(),
-        gpu_types: Vec::new(),
+        gpu_types: sliced.then(|| SLICE.to_owned()).into_iter().collect(),
         spec,
         body,
         hold: false,

@@ -239,7 +239,17 @@ impl World {
     }
 }
 
+/// One in so many machines has a GPU in slices, so many of them.
+const CUT_MACHINES: usize = 5;
+const SLICES: usize = 4;
+
 fn machine(at: usize, setup: &Setup, rng: &mut Rng) -> Machine {
+    // Beside the GPUs that every machine has, some have another one in slices.
+    let slices = if at.is_multiple_of(CUT_MACHINES) { SLICES } else { 0 };
+    let gpu = |slot: usize| {
+        let kind = if slot < setup.gpus { "GPU" } else { "MIG" };
+        format!("{kind}-{at:08x}-0000-0000-0000-{slot:012x}")
+    };
     Machine {
         name: format!("n{at}"),
         clock: Clock::new(rng, setup.drift_ppm),
@@ -252,8 +262,8 @@ fn machine(at: usize, setup: &Setup, rng: &mut Rng) -> Machine {
         disk: Default::default(),
         shims: BTreeMap::new(),
         strays: BTreeMap::new(),
-        gpus: (0..setup.gpus).map(|slot| format!("GPU-{at:08x}-0000-0000-0000-{slot:012x}")).collect(),
-        gpu_health: vec!["OK"; setup.gpus],
+        gpus: (0..setup.gpus + slices).map(gpu).collect(),
+        gpu_health: vec!["OK"; setup.gpus + slices],
         stubborn_until: 0,
         kill_us: 0,
         bad_until: 0,

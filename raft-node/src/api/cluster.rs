@@ -211,7 +211,7 @@ fn view_gpu(state: &State, alloc: &statemachine::record::Alloc, slot: u8, gpu: &
     let job = token.and_then(|token| state.leases.get(&token)).map(|lease| lease.value.task.job);
     v1::Gpu {
         slot: u32::from(slot),
-        uuid: words::gpu_uuid(&gpu.uuid),
+        uuid: words::gpu_uuid(gpu),
         r#type: super::view::gpu_type(state, gpu.gpu_type),
         mem_mib: gpu.mem_mib,
         numa: u32::from(gpu.numa),

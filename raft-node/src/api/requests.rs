@@ -7,7 +7,7 @@ use statemachine::domain::Topology;
 use statemachine::record::{Array, Class, Exit, Nic};
 use statemachine::selector::Selector;
 use statemachine::spec::{After, Body, JobSpec, Retry, Shape, Terms};
-use statemachine::{JobId, NodeId, RequestId, State, Token};
+use statemachine::{JobId, NodeId, RequestId, State, Token, is_slice_name};
 use tonic::Status;
 
 use super::words;
@@ -302,9 +302,13 @@ pub fn registered(state: &State, node: NodeId, epoch: u64) -> v1::RegisterReply 
 
 fn gpu_facts(gpu: &v1::GpuFacts, fields: &mut Fields) -> GpuFacts {
     let uuid = words::parse_gpu_uuid(&gpu.uuid).unwrap_or_else(|| {
-        fields.refuse("machine.gpus.uuid", format!("{:?}; GPU- and 32 hex digits", gpu.uuid));
+        fields.refuse("machine.gpus.uuid", format!("{:?}; GPU- or MIG- and 32 hex digits", gpu.uuid));
         Default::default()
     });
+    if gpu.uuid.starts_with("MIG-") != is_slice_name(&gpu.r#type.to_ascii_lowercase()) {
+        let wanted = "the type of a slice, MIG-, and of no other GPU ends with its profile, as a100-1g.5gb";
+        fields.refuse("machine.gpus.type", format!("{:?} of {}; {wanted}", gpu.r#type, gpu.uuid));
+    }
     GpuFacts {
         uuid,
         gpu_type: gpu.r#type.to_ascii_lowercase(),
@@ -371,7 +375,7 @@ fn running(part: &v1::RunningPart, fields: &mut Fields) -> RunningPart {
     let gpus = part.gpu_uuids.iter().filter_map(|text| {
         let uuid = words::parse_gpu_uuid(text);
         if uuid.is_none() {
-            fields.refuse("running.gpu_uuids", format!("{text:?}; GPU- and 32 hex digits"));
+            fields.refuse("running.gpu_uuids", format!("{text:?}; GPU- or MIG- and 32 hex digits"));
         }
         uuid
     });

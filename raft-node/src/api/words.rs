@@ -1,7 +1,7 @@
 //! The words of the wire for the state machine's enums and ids, each in one place.
 
 use statemachine::GpuUuid;
-use statemachine::record::{ExitCause, KillStrength, PartState, PciClass, TaskOutcome};
+use statemachine::record::{ExitCause, Gpu, KillStrength, PartState, PciClass, TaskOutcome};
 use statemachine::spec::AfterKind;
 use statemachine::view::ShownState;
 
@@ -22,13 +22,14 @@ pub fn unhex16(text: &str) -> Option<[u8; 16]> {
     Some(out)
 }
 
-/// `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`, as NVML writes it.
-pub fn gpu_uuid(uuid: &GpuUuid) -> String {
-    format!("GPU-{}", uuid::Uuid::from_bytes(uuid.0).hyphenated())
+/// `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`, or `MIG-` for a slice, as NVML writes it and CUDA reads it.
+pub fn gpu_uuid(gpu: &Gpu) -> String {
+    let kind = if gpu.gpu_type.is_slice() { "MIG" } else { "GPU" };
+    format!("{kind}-{}", uuid::Uuid::from_bytes(gpu.uuid.0).hyphenated())
 }
 
 pub fn parse_gpu_uuid(text: &str) -> Option<GpuUuid> {
-    unhex16(text.strip_prefix("GPU-")?).map(GpuUuid)
+    unhex16(text.strip_prefix("GPU-").or_else(|| text.strip_prefix("MIG-"))?).map(GpuUuid)
 }
 
 /// A two-way table between an enum and its words.
@@ -95,12 +96,27 @@ pub fn parse_pci_class(number: i32) -> Option<PciClass> {
 
 #[cfg(test)]
 mod tests {
+    use statemachine::GpuTypeId;
+    use statemachine::record::GpuHealth;
+
     use super::*;
 
     #[test]
     fn a_gpu_uuid_reads_back() {
         let uuid = GpuUuid([0x12, 0x34, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 0xff]);
-        assert_eq!(parse_gpu_uuid(&gpu_uuid(&uuid)), Some(uuid));
+        for (slice, prefix) in [(false, "GPU-"), (true, "MIG-")] {
+            let gpu = Gpu {
+                uuid,
+                gpu_type: GpuTypeId(u16::from(slice) << 15),
+                mem_mib: 1,
+                numa: 0,
+                health: GpuHealth::Ok,
+                reason: String::new(),
+                xid: 0,
+            };
+            let text = gpu_uuid(&gpu);
+            assert!(text.starts_with(prefix) && parse_gpu_uuid(&text) == Some(uuid), "{text}");
+        }
         assert_eq!(parse_gpu_uuid("GPU-123"), None);
     }
 }

@@ -86,9 +86,5 @@ fn master(state: &State, lease: &Lease, node: &Node) -> (String, u32) {
 
 /// In rank order.
 pub fn gpu_uuids(node: &Node, part: &Part) -> Vec<String> {
-    part.gpu_order
-        .iter()
-        .filter_map(|slot| node.gpus.get(usize::from(*slot)))
-        .map(|gpu| words::gpu_uuid(&gpu.uuid))
-        .collect()
+    part.gpu_order.iter().filter_map(|slot| node.gpus.get(usize::from(*slot))).map(words::gpu_uuid).collect()
 }

@@ -239,17 +239,17 @@ impl State {
         if let Some(id) = self.gpu_type(name) {
             return id;
         }
-        let id = GpuTypeId(self.meta.next_gpu_type);
+        let id = GpuTypeId::named(name, self.meta.next_gpu_type);
         self.meta.next_gpu_type = self.meta.next_gpu_type.saturating_add(1);
         self.names.insert(NameKey::GpuType(id), name.to_owned());
         self.index.names.insert((NameKind::GpuType, name.to_owned()), u32::from(id.0));
         id
     }
 
-    /// Refuses names that would go over the 65,534 GPU types that ids can name.
+    /// Refuses names that would go over the GPU types that ids can name.
     pub(crate) fn gpu_types_left<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<(), Rejection> {
         let fresh: std::collections::BTreeSet<&str> = names.filter(|name| self.gpu_type(name).is_none()).collect();
-        let left = usize::from(u16::MAX - self.meta.next_gpu_type);
+        let left = usize::from(GpuTypeId::MOST.saturating_sub(self.meta.next_gpu_type));
         if fresh.len() > left {
             let detail = format!("{} new GPU types, {left} can still be named", fresh.len());
             return Err(Rejection::new(Code::Limit, detail));

@@ -190,6 +190,7 @@ fn check_fields(submit: &SubmitJob, settings: &Settings) -> Result<(), Rejection
     let spec = &submit.spec;
     wrong.text("name", &spec.name, settings.name_bytes);
     check_gpu_types(&mut wrong, submit);
+    check_slices(&mut wrong, submit);
     check_counts(&mut wrong, &spec.shape);
     if let Some(machines) = spec.shape.machines.as_ref().and_then(|selector| selector.wrong(spec.shape.nodes)) {
         wrong.push(machines);
@@ -237,6 +238,18 @@ fn check_gpu_types(wrong: &mut Wrong, submit: &SubmitJob) {
         if submit.gpu_types[..place].contains(name) {
             wrong.push(format!("gpu_types names {:?} twice", crate::lease::clip(name)));
         }
+    }
+}
+
+/// A process sees one slice of a GPU, whatever it is given.
+fn check_slices(wrong: &mut Wrong, submit: &SubmitJob) {
+    let (shape, doublings) = (&submit.spec.shape, submit.spec.doublings());
+    let Some(slice) = submit.gpu_types.iter().find(|name| is_slice_name(name)) else { return };
+    if shape.gpus_per_rank > 1 || doublings > 0 {
+        let most = u64::from(shape.gpus_per_rank) << doublings.min(16);
+        wrong.push(format!(
+            "shape.gpus_per_rank is {most}, must be 1 with gpu_types {slice}: a process sees one slice of a GPU; ask for more ranks"
+        ));
     }
 }
 
