@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use scheduling::Reason;
 use scheduling::plan::{Cache, Limits, plan};
-use site::{Machine, Site, cpu_only, hgx, mock_v100, shape};
+use site::{Machine, Site, cpu_only, hgx, mock_v100, pairs, shape};
 use statemachine::fit;
 use statemachine::spec::Shape;
 use statemachine::{JobId, NodeId, Token};
@@ -29,11 +29,15 @@ enum Step {
     Wait,
 }
 
+/// A type of slices of GPUs.
+const SLICE: &str = "a100-1g.5gb";
+
 fn machine() -> impl Strategy<Value = Machine> {
     prop_oneof![
         Just(mock_v100()),
         Just(hgx("h100")),
         Just(hgx("a100")),
+        Just(Machine { gpu_type: SLICE, class: pairs(7, 0, 0), ..mock_v100() }),
         Just(cpu_only()),
         Just(Machine { cores_by_numa: vec![3, 1], mem_mib: 6_000, ..mock_v100() }),
     ]
@@ -60,6 +64,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(vec!["h100"]),
         1 => Just(vec!["h100", "v100"]),
         1 => Just(vec!["tpu"]),
+        1 => Just(vec![SLICE]),
     ];
     prop_oneof![
         8 => (shapes(), -1i32..=1, types).prop_map(|(shape, priority, types)| Step::Submit { shape, priority, types }),
@@ -84,7 +89,10 @@ fn play(machines: Vec<Machine>, steps: Vec<Step>) -> Site {
     let mut running: Vec<Token> = Vec::new();
     for step in steps {
         match step {
-            Step::Submit { shape, priority, types } => {
+            Step::Submit { mut shape, priority, types } => {
+                if types == [SLICE] {
+                    shape.gpus_per_rank = shape.gpus_per_rank.min(1);
+                }
                 site.submit(shape, priority, &types);
             }
             Step::Start => running.extend(site.start()),
@@ -180,7 +188,11 @@ proptest! {
                 .map(|(node, slot)| site.state.nodes.get(&node).unwrap().value.gpus[usize::from(slot)].gpu_type)
                 .collect();
             prop_assert!(types.len() <= 1);
-            prop_assert!(types.iter().all(|gpu_type| shape.gpu_types.is_empty() || shape.gpu_types.contains(gpu_type)));
+            for gpu_type in types {
+                // Any of whole GPUs, or one that was named.
+                let any = shape.gpu_types.is_empty() && site.state.gpu_type_name(gpu_type) != SLICE;
+                prop_assert!(any || shape.gpu_types.contains(&gpu_type));
+            }
         }
     }
 
