@@ -2,7 +2,7 @@
 
 use super::*;
 use scheduling::plan::{Cache, plan};
-use statemachine::command::{Place, SetPolicy, SetPriority, SubmitJob};
+use statemachine::command::{PartReport, Place, SetPolicy, SetPriority, SubmitJob};
 use statemachine::{Command, JobId};
 
 use crate::leader::world::{World, ended, job, machine, one_gpu, shape};
@@ -169,7 +169,7 @@ fn the_planner_rests_while_somebody_makes_room_and_not_when_he_has() {
     world.wait(1_000);
     assert!(holds(&mut settled, &world));
     let node = *world.state.allocs.iter().next().expect("a machine").0;
-    world.report(node, victim, ended(0, 1, 0)).expect("it ended");
+    world.report(node, victim, PartReport::Released).expect("nothing is left of it");
     assert!(!holds(&mut settled, &world));
     assert_eq!(planned(&world).0.places.len(), 1);
 }
