@@ -251,12 +251,12 @@ fn measure_kept(name: &str, mut play: Play, shape_of: impl Fn(u16) -> Shape) -> 
         }
     }
     play.until(u64::MAX / 2);
-    let late_s = |told: &Told| play.starts_ms[&told.job].saturating_sub(told.latest_ms.unwrap_or(0)) / 1_000;
-    let late: Vec<u64> = told.iter().map(late_s).filter(|late| *late > 0).collect();
+    let late_ms = |told: &Told| play.starts_ms[&told.job].saturating_sub(told.latest_ms.unwrap_or(0));
+    let late: Vec<u64> = told.iter().map(late_ms).filter(|late| *late > 0).collect();
     let soon =
         told.iter().filter(|told| told.latest_ms.is_some_and(|latest| play.starts_ms[&told.job] < latest)).count();
     println!(
-        "{name}: {} waited and were told a start, {} started later, by at most {} s, {soon} sooner",
+        "{name}: {} waited and were told a start, {} started later, by at most {} ms, {soon} sooner",
         told.len(),
         late.len(),
         late.iter().max().unwrap_or(&0)
