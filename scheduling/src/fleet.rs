@@ -114,8 +114,25 @@ impl Face {
 pub(crate) struct Group {
     pub face: Arc<Face>,
     pub nodes: BTreeSet<NodeId>,
-    /// The same, those first in whose racks the fewest machines are idle.
-    pub by_rack: BTreeSet<(usize, NodeId)>,
+    /// The same by their racks.
+    by_rack: BTreeMap<Option<usize>, BTreeSet<NodeId>>,
+}
+
+impl Group {
+    fn enter(&mut self, rack: Option<usize>, id: NodeId) {
+        self.nodes.insert(id);
+        self.by_rack.entry(rack).or_default().insert(id);
+    }
+
+    fn leave(&mut self, rack: Option<usize>, id: NodeId) {
+        self.nodes.remove(&id);
+        if let Some(beside) = self.by_rack.get_mut(&rack) {
+            beside.remove(&id);
+            if beside.is_empty() {
+                self.by_rack.remove(&rack);
+            }
+        }
+    }
 }
 
 /// Machines of one group that a shape may be on, at least one.
@@ -249,7 +266,6 @@ impl Fleet {
     }
 
     fn put(&mut self, id: NodeId, face: Option<Face>) {
-        let is_idle = face.as_ref().is_some_and(Face::is_idle);
         let number = face.map(|face| match self.by_face.get(&face) {
             Some(number) => *number,
             None => self.new_group(Arc::new(face)),
@@ -259,11 +275,14 @@ impl Fleet {
             return;
         }
         self.moves += 1;
-        let beside = (self.racks.idle_beside(id), id);
+        let rack = self.racks.of(id);
         if let Some(before) = before {
             self.of_node.remove(&id);
-            self.groups[before].nodes.remove(&id);
-            self.groups[before].by_rack.remove(&beside);
+            let group = &mut self.groups[before];
+            group.leave(rack, id);
+            if group.face.is_idle() {
+                self.racks.count(rack, false);
+            }
         }
         if let Some(number) = number {
             self.of_node.insert(id, number);
@@ -271,21 +290,15 @@ impl Fleet {
             if group.nodes.is_empty() {
                 self.born.push(number);
             }
-            group.nodes.insert(id);
-            group.by_rack.insert(beside);
-        }
-        let Some(recount) = self.racks.count(id, is_idle) else { return };
-        for machine in recount.machines {
-            if let Some(number) = self.of_node.get(&machine) {
-                let by_rack = &mut self.groups[*number].by_rack;
-                by_rack.remove(&(recount.before, machine));
-                by_rack.insert((recount.now, machine));
+            group.enter(rack, id);
+            if group.face.is_idle() {
+                self.racks.count(rack, true);
             }
         }
     }
 
     fn new_group(&mut self, face: Arc<Face>) -> usize {
-        let group = Group { face: face.clone(), nodes: BTreeSet::new(), by_rack: BTreeSet::new() };
+        let group = Group { face: face.clone(), nodes: BTreeSet::new(), by_rack: BTreeMap::new() };
         let number = match self.spare.pop() {
             Some(number) => {
                 self.groups[number] = group;
@@ -364,6 +377,15 @@ impl Fleet {
 
     pub fn group(&self, number: usize) -> &Group {
         &self.groups[number]
+    }
+
+    /// The first machine of the group that may be, of those in whose rack the fewest are idle, and how many these are.
+    pub fn first_of(&self, number: usize, may_be: &dyn Fn(&NodeId) -> bool) -> Option<(usize, NodeId)> {
+        let racks = self.groups[number].by_rack.iter();
+        let first = |(rack, nodes): (&Option<usize>, &BTreeSet<NodeId>)| {
+            nodes.iter().find(|node| may_be(node)).map(|node| (self.racks.idle(*rack), *node))
+        };
+        racks.filter_map(first).min()
     }
 
     /// The group that a machine stands in now.

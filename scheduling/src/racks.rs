@@ -1,6 +1,6 @@
 //! How many machines of each rack are idle: a job of one machine goes where the fewest are, so that others stay whole for gangs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use statemachine::NodeId;
 use statemachine::domain::{Level, Path};
@@ -9,48 +9,37 @@ use statemachine::domain::{Level, Path};
 pub(crate) struct Racks {
     by_path: BTreeMap<[String; Level::ALL.len()], usize>,
     of_node: BTreeMap<NodeId, usize>,
-    racks: Vec<Rack>,
-}
-
-#[derive(Clone, Debug, Default)]
-struct Rack {
-    machines: BTreeSet<NodeId>,
-    idle: BTreeSet<NodeId>,
-}
-
-/// A rack whose count has changed.
-pub(crate) struct Recount {
-    pub machines: Vec<NodeId>,
-    pub before: usize,
-    pub now: usize,
+    /// Idle machines of each.
+    idle: Vec<usize>,
 }
 
 impl Racks {
-    /// Idle machines in the rack of this one; 0 for one that is in none.
-    pub fn idle_beside(&self, id: NodeId) -> usize {
-        self.of_node.get(&id).map_or(0, |rack| self.racks[*rack].idle.len())
+    /// The number of the machine's rack, if it is in one.
+    pub fn of(&self, id: NodeId) -> Option<usize> {
+        self.of_node.get(&id).copied()
+    }
+
+    /// Idle machines of the rack; 0 where there is none.
+    pub fn idle(&self, rack: Option<usize>) -> usize {
+        rack.map_or(0, |rack| self.idle[rack])
     }
 
     /// The machine stands in this rack, or in none. It must not count as idle.
     pub fn enter(&mut self, id: NodeId, path: Option<Path<'_>>) {
-        if let Some(rack) = self.of_node.remove(&id) {
-            self.racks[rack].machines.remove(&id);
-        }
+        self.of_node.remove(&id);
         let Some(path) = path else { return };
-        let next = self.racks.len();
+        let next = self.idle.len();
         let rack = *self.by_path.entry(path.map(str::to_owned)).or_insert(next);
         if rack == next {
-            self.racks.push(Rack::default());
+            self.idle.push(0);
         }
         self.of_node.insert(id, rack);
-        self.racks[rack].machines.insert(id);
     }
 
-    /// Counts the machine as idle or not, where it is in a rack.
-    pub fn count(&mut self, id: NodeId, is_idle: bool) -> Option<Recount> {
-        let rack = &mut self.racks[*self.of_node.get(&id)?];
-        let before = rack.idle.len();
-        let changed = if is_idle { rack.idle.insert(id) } else { rack.idle.remove(&id) };
-        changed.then(|| Recount { machines: rack.machines.iter().copied().collect(), before, now: rack.idle.len() })
+    /// One machine more is idle there, or one less.
+    pub fn count(&mut self, rack: Option<usize>, is_idle: bool) {
+        if let Some(rack) = rack {
+            self.idle[rack] = if is_idle { self.idle[rack] + 1 } else { self.idle[rack] - 1 };
+        }
     }
 }

@@ -287,8 +287,8 @@ impl Ranking {
                 if best.is_some_and(|(known, ..)| known < *offer) {
                     break;
                 }
-                let first = fleet.group(*number).by_rack.iter().find(|(_, node)| may_be(node));
-                best = best.into_iter().chain(first.map(|(idle, node)| (*offer, *idle, *node))).min();
+                let first = fleet.first_of(*number, may_be);
+                best = best.into_iter().chain(first.map(|(idle, node)| (*offer, idle, node))).min();
             }
             best.map(|(offer, _, node)| Seat { offer, node })
         };
