@@ -246,7 +246,7 @@ impl Play {
         if matches!(self.site.command(Command::Preempt(made.clone())), Outcome::Done(_)) {
             self.figures.lost += lost;
             self.figures.preempted += made.victims.len() as u64;
-            made.victims.iter().for_each(|token| self.site.finish(*token));
+            made.victims.iter().for_each(|token| self.site.drain(*token));
         }
     }
 }

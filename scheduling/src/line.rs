@@ -25,6 +25,8 @@ const SHORTEST_MS: u64 = 10_000;
 /// Less goes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
+    /// It has had its turn, and has not aged.
+    late: bool,
     ratio: Reverse<u64>,
     /// Place in the order of submission.
     seq: u64,
@@ -38,7 +40,12 @@ impl Rank {
         let ratio = u128::from(waited_ms) * PARTS / u128::from(guess_ms.max(SHORTEST_MS));
         // The last number is what has aged.
         let ratio = u64::try_from(ratio).unwrap_or(u64::MAX).min(u64::MAX - 1);
-        Self { ratio: Reverse(if aged { u64::MAX } else { ratio }), seq }
+        Self { late: false, ratio: Reverse(if aged { u64::MAX } else { ratio }), seq }
+    }
+
+    /// Behind those who have not had their turn.
+    pub fn after_turn(self) -> Self {
+        Self { late: self.ratio.0 < u64::MAX, ..self }
     }
 }
 
@@ -213,20 +220,11 @@ fn all_behind(state: &State, waiter: Waiter) -> impl Iterator<Item = Waiter> + '
 
 fn rank(state: &State, waiter: &Waiter, job: Option<&Job>, guess_ms: u64) -> Rank {
     let planning = &state.meta.settings.planning;
-    match planning.order {
-        OrderBy::Fair => Rank::new(waited_ms(state, waiter, job), guess_ms, planning.aged_after_ms, waiter.seq),
-        OrderBy::Fifo => Rank { ratio: Reverse(0), seq: waiter.seq },
-    }
-}
-
-/// Since its submission, or since the begin that it asked for.
-fn waited_ms(state: &State, waiter: &Waiter, job: Option<&Job>) -> u64 {
-    let submitted_ms = job.map_or(state.meta.clock_ms, |job| job.submitted_clock_ms);
-    let since_ms = state.meta.clock_ms.saturating_sub(submitted_ms);
-    match waiter.kin.begin_wall_ms {
-        0 => since_ms,
-        begin_ms => since_ms.min(u64::try_from(state.meta.wall_ms.saturating_sub(begin_ms)).unwrap_or(0)),
-    }
+    let Some(job) = job.filter(|_| planning.order == OrderBy::Fair) else {
+        return Rank { late: false, ratio: Reverse(0), seq: waiter.seq };
+    };
+    let rank = Rank::new(state.in_line_ms(job), guess_ms, state.aged_after_ms(job), waiter.seq);
+    if waiter.kin.had_turn && state.takes_turns(job) { rank.after_turn() } else { rank }
 }
 
 #[cfg(test)]

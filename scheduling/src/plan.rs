@@ -4,7 +4,8 @@
 //! The order is `order`'s. The first task of each pool that does not fit gets a reservation (EASY backfill, Lifka 1995):
 //! machines with room for it at the earliest time, by the limits of what runs. Tasks behind it start where they end
 //! before that time or take nothing of what is kept, so none of them delays it. A task without a time limit never ends
-//! in time. Reservations are made anew in each cycle, from the same state by every planner.
+//! in time. Reservations are made anew in each cycle, from the same state by every planner. Who takes turns gets none for a time
+//! that nobody knows.
 //!
 //! A reservation of time keeps its machines whole from all but its own jobs (`windows`): what would run into it starts
 //! elsewhere or later, and a job that names one starts on its machines alone, in its time.
@@ -27,6 +28,7 @@ use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 pub use crate::cache::Cache;
 use crate::cuts::{Cuts, Shelf};
 use crate::explain::{explain, needs_of};
+use crate::holding::ENDLESS_MS;
 use crate::machines::Machines;
 use crate::order::{Order, Position};
 use crate::outcome::PLACES_PER_COMMAND;
@@ -92,8 +94,8 @@ pub(crate) struct Cycle<'a> {
     victims: BTreeSet<Token>,
     /// What they end for and what else was planned, beside what the state's claims keep: that counts by itself until it is granted.
     coming: Planned,
-    /// The highest priority for which nobody's end made room, by window, shape, how long it runs, tenant, and whether its
-    /// class lets it end others.
+    /// The highest priority for which nobody's end made room, by window, shape, how long it runs, tenant, whether its
+    /// class lets it end others, and its priority if it may take a turn.
     hopeless: BTreeMap<Asking<'a>, i32>,
     pub steps: u64,
     pub plan: Plan,
@@ -119,7 +121,7 @@ impl<'a> Ask<'a> {
 }
 
 /// Tasks for whom the same ends make room. Without reservations of time it is all one how long they run.
-type Asking<'a> = (Inside, &'a Shape, Option<u64>, TenantId, bool);
+type Asking<'a> = (Inside, &'a Shape, Option<u64>, TenantId, bool, Option<i32>);
 
 /// The tasks that wait for the same machines: by window, without GPUs, or by the types that they accept.
 type Pool = (Inside, bool, Vec<GpuTypeId>);
@@ -371,7 +373,8 @@ impl<'a> Cycle<'a> {
             return None;
         }
         let length_ms = if state.reservations.is_empty() { None } else { spec.length_ms() };
-        let equal = (self.machines.inside(), shape, length_ms, tenant, state.preempts_by_class(job));
+        let turn_at = state.may_take_turn(task, job).then_some(spec.priority);
+        let equal = (self.machines.inside(), shape, length_ms, tenant, state.preempts_by_class(job), turn_at);
         if self.hopeless.get(&equal).is_some_and(|highest| spec.priority <= *highest) {
             return None;
         }
@@ -451,6 +454,11 @@ impl<'a> Cycle<'a> {
         let room_ms = self.machines.room_ms(spec);
         let known = (&mut *self.cache, &mut self.prospects);
         let start = earliest(&self.machines, known, shape, room_ms, &mut self.steps)?;
+        let job = self.machines.state.jobs.get(&task.job).map(|job| &job.value);
+        if start.at_ms >= ENDLESS_MS && job.is_some_and(|job| self.machines.state.takes_turns(job)) {
+            // What it kept for a time that nobody knows would stay idle while others could have their turns there.
+            return None;
+        }
         let until_ms = length_ms.map_or(u64::MAX, |length| start.at_ms.saturating_add(length));
         for part in &start.parts {
             self.machines.keep(start.at_ms, until_ms, part.clone());

@@ -65,7 +65,9 @@ pub(crate) struct Open {
     lowest: Option<i32>,
     /// Some tenant has a guarantee, so that others may borrow.
     guarantees: bool,
-    /// When the first of those leases that have not run for the least time may be ended.
+    /// Somebody has had his turn.
+    turns: bool,
+    /// When the first of those leases that have not run for the least time, or have not had their turn, may be ended.
     pub next_ms: Option<u64>,
 }
 
@@ -81,11 +83,16 @@ impl Open {
             if lease.verdict.is_some() || !(by_class || open.guarantees) {
                 continue;
             }
-            if state.may_make_room(*token, lease).is_err() {
-                open.next_ms = open.next_ms.into_iter().chain(state.protected_until_ms(lease)).min();
+            let (turn_ends_ms, makes_room) = (state.turn_ends_ms(lease), state.may_make_room(*token, lease).is_ok());
+            let turn_ended = turn_ends_ms.is_some_and(|ends_ms| ends_ms <= state.meta.clock_ms);
+            let protected_until_ms = if makes_room { None } else { state.protected_until_ms(lease) };
+            let opens_ms = protected_until_ms.into_iter().chain(turn_ends_ms.filter(|_| !turn_ended));
+            open.next_ms = open.next_ms.into_iter().chain(opens_ms).min();
+            open.turns |= turn_ended;
+            if !makes_room && !turn_ended {
                 continue;
             }
-            if by_class {
+            if by_class && makes_room {
                 let priority = job.value.spec.priority;
                 open.lowest = Some(open.lowest.map_or(priority, |lowest| lowest.min(priority)));
             }
@@ -97,9 +104,9 @@ impl Open {
     }
 
     /// Without a look at any lease: the task could end one of them.
-    fn is_worth_a_look(&self, by_class: bool, priority: i32) -> bool {
+    fn is_worth_a_look(&self, by_class: bool, by_turn: bool, priority: i32) -> bool {
         let lower = by_class && self.lowest.is_some_and(|lowest| lowest < priority);
-        !self.by_node.is_empty() && (lower || self.guarantees)
+        !self.by_node.is_empty() && (lower || self.guarantees || by_turn && self.turns)
     }
 }
 
@@ -146,8 +153,9 @@ pub(crate) fn make_room(
     steps: &mut u64,
 ) -> Option<Preempt> {
     let state = machines.state;
-    let by_class = state.preempts_by_class(&state.jobs.get(&task.job)?.value);
-    if state.claims.contains(&task) || !open.is_worth_a_look(by_class, spec.priority) {
+    let job = &state.jobs.get(&task.job)?.value;
+    let (by_class, by_turn) = (state.preempts_by_class(job), state.may_take_turn(task, job));
+    if state.claims.contains(&task) || !open.is_worth_a_look(by_class, by_turn, spec.priority) {
         return None;
     }
     let mut best: Option<(Cost, Preempt)> = None;

@@ -470,7 +470,8 @@ fn returns(state: &State) -> impl Iterator<Item = Instead> + '_ {
 fn other_tenants<'a>(state: &'a State, task: TaskKey, reason: &Reason) -> impl Iterator<Item = Instead> + 'a {
     let binds = matches!(reason, Reason::Quota { .. });
     let own = state.jobs.get(&task.job).map(|job| &job.value);
-    let own = own.map(|job| Waiter { kin: Kin::of(job), seq: job.seq, job: task.job });
+    let record = state.tasks.get(&task).map(|record| &record.value);
+    let own = own.map(|job| Waiter { kin: Kin::of(job, record), seq: job.seq, job: task.job });
     let differs = move |id: TenantId| own.is_some_and(|own| own.kin.tenant != id);
     let others = state.tenants.iter().filter(move |(id, tenant)| binds && differs(**id) && !tenant.removed);
     others.take(TENANTS).map(move |(id, tenant)| {

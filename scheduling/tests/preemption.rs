@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use scheduling::plan::{Cache, Limits, plan};
 use scheduling::{Plan, Reason};
 use site::*;
-use statemachine::command::{PartReport, Preempt, Report, ReportItem, SetPolicy, SetPriority, SetTenant};
-use statemachine::record::{ExitCause, PartState, Phase};
+use statemachine::command::{Preempt, SetPolicy, SetPriority, SetTenant};
+use statemachine::record::Phase;
 use statemachine::spec::Shape;
 use statemachine::{Command, JobId, NodeId, Outcome, State, TaskKey, Token};
 
@@ -34,19 +34,6 @@ fn running(site: &mut Site, class: &str, shape: Shape) -> (JobId, Token) {
 
 fn preempt(site: &mut Site, preempt: &Preempt) -> Outcome {
     site.command(Command::Preempt(preempt.clone()))
-}
-
-/// The ranks of a lease that was decided are gone after their signal.
-fn drain(site: &mut Site, token: Token) {
-    let lease = site.state.leases.get(&token).unwrap().value.clone();
-    for part in lease.parts.iter().filter(|part| part.state != PartState::Released) {
-        let exit = statemachine::record::Exit { code: 0, signal: 15 };
-        let exits = (part.first_rank..part.first_rank + u32::from(part.ranks))
-            .map(|rank| statemachine::command::ReportExit { rank, exit, cause: ExitCause::Stopped })
-            .collect();
-        let items = vec![ReportItem { token, what: PartReport::Exited { exits, released: true } }];
-        site.command(Command::Report(Report { node: part.node, epoch: part.epoch, items }));
-    }
 }
 
 fn draining(state: &State) -> Vec<Token> {
@@ -85,7 +72,7 @@ fn who_lost_least_since_its_checkpoint_makes_room_and_the_urgent_job_starts_ther
     assert!(matches!(reason, Reason::Preempting { victims: 1, .. }), "{reason}");
     assert_eq!(reason.to_string(), "needs 2 GPUs on one machine; 1 job ends to make room for it");
     assert!(turn(&mut site).preempts.is_empty(), "room is made once");
-    drain(&mut site, old_token);
+    site.drain(old_token);
     // The victim stands before the urgent job in the queue's seq, and gets only what is left over.
     let plan = turn(&mut site);
     assert_eq!(plan.places.len(), 1);
@@ -124,7 +111,7 @@ fn a_gang_is_ended_whole_and_a_gang_takes_machines_of_the_same_victim() {
     assert_eq!(plan.preempts[0].victims.len(), 1, "one gang frees both machines");
     assert_eq!(plan.preempts[0].parts.len(), 2);
     for token in draining(&site.state) {
-        drain(&mut site, token);
+        site.drain(token);
     }
     assert_eq!(turn(&mut site).places.len(), 1);
     assert_eq!([first, second].iter().filter(|token| site.state.leases.get(token).is_some()).count(), 1);
@@ -169,7 +156,7 @@ fn a_tenant_below_its_guarantee_takes_it_back_and_no_more() {
     let more: usize = turn(&mut site).preempts.iter().map(|made| made.victims.len()).sum();
     assert_eq!((victims, more), (4, 0));
     let tokens = draining(&site.state);
-    tokens.into_iter().for_each(|token| drain(&mut site, token));
+    tokens.into_iter().for_each(|token| site.drain(token));
     assert_eq!(turn(&mut site).places.len(), 4);
     assert!(turn(&mut site).preempts.is_empty());
 }
@@ -224,7 +211,7 @@ fn a_job_at_its_tenants_limit_ends_a_lower_one_of_that_tenant() {
     assert_eq!(site.state.tenants.get(&tenant).unwrap().name, "lab");
     assert!(matches!(preempt(&mut site, &made), Outcome::Done(_)));
     assert_eq!(site.reason(urgent).code(), "PREEMPTING");
-    drain(&mut site, made.victims[0]);
+    site.drain(made.victims[0]);
     assert_eq!(turn(&mut site).places[0].task.job, urgent);
     // Nobody of lower priority is left there: the next one waits for its tenant.
     let next = site.submit_of("high", "lab", shape(1, 1, 5));
@@ -244,12 +231,57 @@ fn a_machine_full_of_leases_loses_one_and_the_place_is_kept() {
     let made = site.plan().preempts.first().expect("room is made").clone();
     assert_eq!(made.victims.len(), 1);
     assert!(matches!(preempt(&mut site, &made), Outcome::Done(_)));
-    drain(&mut site, made.victims[0]);
+    site.drain(made.victims[0]);
     // Those who were ended and those who come get GPUs that are free, but no lease.
     let late = site.submit_of("", "default", shape(1, 1, 1));
     let places = turn(&mut site).places;
     assert_eq!(places.iter().map(|place| place.task.job).collect::<Vec<_>>(), [urgent]);
     assert_eq!(site.reason(late).code(), "LEASES_FULL");
+}
+
+#[test]
+fn a_job_whose_turn_it_is_starts_in_the_place_of_the_one_that_loses_least() {
+    let mut site = site();
+    for name in ["a", "b"] {
+        site.join(name, hgx("h100"));
+    }
+    site.policy(SetPolicy { turn_gpu_ms: Some(80_000), turn_run_ms: Some(1_000), ..SetPolicy::default() });
+    let (first, _) = running(&mut site, "low", shape(1, 1, 8));
+    site.wait_ms(30_000);
+    let (_, second) = running(&mut site, "low", shape(1, 1, 8));
+    let young = site.submit_of("low", "default", shape(1, 1, 8));
+    let limited = site.submit_of_limited("low", shape(1, 1, 8), 60_000);
+    let plan = site.plan();
+    assert_eq!(plan.preempts.len(), 1, "the first has had its turn, the second has not");
+    assert_eq!(site.state.leases.get(&plan.preempts[0].victims[0]).unwrap().value.task.job, first);
+    let later = site.state.turn_ends_ms(&site.state.leases.get(&second).unwrap().value);
+    assert_eq!(plan.preempts_from, later, "then the second one has");
+    site.wait_ms(10_000);
+    let plan = turn(&mut site);
+    assert_eq!((plan.preempts.len(), plan.preempts[0].task.job, &plan.preempts[0].victims), (1, young, &vec![second]));
+    assert_eq!(site.reason(young).code(), "PREEMPTING");
+    assert_eq!(site.reason(limited).code(), "GPUS_BUSY", "who has a limit takes no turn");
+    site.drain(second);
+    assert_eq!(turn(&mut site).places[0].task.job, young);
+    // Of those who wait, who has had a turn stands behind who has not, until it has aged.
+    let third = site.submit_of("low", "default", shape(1, 1, 8));
+    let victim = site
+        .state
+        .jobs
+        .iter()
+        .map(|(id, _)| *id)
+        .find(|id| site.state.leases.iter().all(|(_, lease)| lease.value.task.job != *id));
+    let victim = victim.expect("it waits");
+    let line = |site: &Site| -> Vec<JobId> {
+        scheduling::order::queue(&site.state)
+            .map(|key| key.task.job)
+            .filter(|id| [victim, third].contains(id))
+            .collect()
+    };
+    assert_eq!(line(&site), [third, victim]);
+    site.wait_ms(35_000);
+    site.policy(SetPolicy { aged_after_ms: Some(80_000), ..SetPolicy::default() });
+    assert_eq!(line(&site), [victim, third]);
 }
 
 /// The least (loss, leases) of any set of leases on any machine, by brute force.
@@ -316,7 +348,7 @@ proptest! {
     }
 
     /// Jobs of all classes and two tenants come, run for random times and are preempted: every plan is accepted whole
-    /// (none of its victims can be spared), nobody makes room more often than the policy lets him, and all come to an end.
+    /// (none of its victims can be spared), nobody makes room or gives his turn more often than the policy lets him, and all come to an end.
     #[test]
     fn no_mix_thrashes(
         mix in proptest::collection::vec((0..4u8, 0..3u8, 0..4u8, any::<u8>()), 30..80),
@@ -328,7 +360,8 @@ proptest! {
         // In some mixes its own limit binds too.
         let limit_gpus = (mix.len() % 2 == 0).then_some(Some(8));
         site.tenant(SetTenant { name: "lab".into(), guaranteed, limit_gpus, ..SetTenant::default() });
-        site.policy(SetPolicy { preemptions: Some(2), ..SetPolicy::default() });
+        let (turn_gpu_ms, turn_run_ms) = (Some(3_000), Some(1_000));
+        site.policy(SetPolicy { preemptions: Some(2), turn_gpu_ms, turn_run_ms, ..SetPolicy::default() });
         let mut jobs = Vec::new();
         for (class, tenant, gpus, what) in mix {
             let class = ["", "low", "mid", "high"][usize::from(class)];
@@ -340,7 +373,7 @@ proptest! {
             site.wait_ms(u64::from(what) * 40);
             let tokens = draining(&site.state);
             for token in tokens.into_iter().filter(|token| (token.0 ^ u64::from(what)) % 3 != 0) {
-                drain(&mut site, token);
+                site.drain(token);
             }
             let done = site.state.leases.iter().find(|(token, lease)| {
                 lease.value.verdict.is_none() && (token.0 ^ u64::from(what)) % 4 == 0
@@ -351,7 +384,7 @@ proptest! {
         for round in 0..jobs.len() * 6 {
             turn(&mut site);
             site.wait_ms(5_000);
-            draining(&site.state).into_iter().for_each(|token| drain(&mut site, token));
+            draining(&site.state).into_iter().for_each(|token| site.drain(token));
             let oldest = site.state.leases.iter().find(|(_, lease)| lease.value.verdict.is_none());
             let oldest = oldest.map(|(token, _)| *token);
             oldest.into_iter().for_each(|token| site.finish(token));
@@ -361,6 +394,8 @@ proptest! {
             let task = site.state.tasks.get(&TaskKey::only(job)).map(|task| task.value.clone());
             if let Some(task) = task {
                 prop_assert!(task.displaced <= 2, "job {job} made room {} times", task.displaced);
+                let given = u64::from(task.had.given);
+                prop_assert!(given * (given + 1) / 2 * 1_000 <= task.had.gpu_ms, "job {job}: {:?}", task.had);
                 prop_assert!(matches!(task.phase, Phase::Ended { .. }), "job {job} is {:?}", task.phase);
             }
         }

@@ -118,8 +118,9 @@ impl State {
         must(task.attempt <= charged.saturating_add(1), "retries_bounded", || {
             format!("job {id} had {} attempts, charged were {charged}", task.attempt)
         })?;
-        must(task.displaced <= used.preempted, "preemptions_bounded", || {
-            format!("job {id} made room {} times, was preempted {} times", task.displaced, used.preempted)
+        let made_room = task.displaced.saturating_add(task.had.given);
+        must(made_room <= used.preempted, "preemptions_bounded", || {
+            format!("job {id} made room {made_room} times, was preempted {} times", used.preempted)
         })?;
         must(used.retries <= job.spec.retry.max, "retries_bounded", || {
             format!("job {id} burnt {} retries of {}", used.retries, job.spec.retry.max)

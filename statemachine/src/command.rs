@@ -180,6 +180,9 @@ pub struct SetPolicy {
     /// 0 = nobody makes room for another one.
     pub preemptions: Option<u32>,
     pub claim_ms: Option<u64>,
+    /// 0 = no turns.
+    pub turn_gpu_ms: Option<u64>,
+    pub turn_run_ms: Option<u64>,
 }
 
 /// Out of scheduling.

@@ -268,7 +268,7 @@ fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::setting
             standing.waiting = Some(task_key);
         }
         Phase::Pending => {
-            standing.queue = Some(Waiter { kin: Kin::of(job), seq: job.seq, job: id });
+            standing.queue = Some(Waiter { kin: Kin::of(job, task), seq: job.seq, job: id });
         }
         Phase::Retrying { not_before_ms } => {
             standing.timer = Some(Timer { due_ms: *not_before_ms, what: TimerKind::Retry(task_key) });

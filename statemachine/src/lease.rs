@@ -27,20 +27,21 @@ pub(crate) struct Ruling {
     pub exit: Option<Exit>,
     pub node: Option<NodeId>,
     pub preemptor: Option<JobId>,
+    pub for_turn: bool,
     pub text: String,
 }
 
 impl Ruling {
     pub(crate) fn new(kind: VerdictKind, text: impl Into<String>) -> Self {
-        Self { kind, exit: None, node: None, preemptor: None, text: text.into() }
+        Self { kind, exit: None, node: None, preemptor: None, for_turn: false, text: text.into() }
     }
 
     pub(crate) fn on(self, node: NodeId) -> Self {
         Self { node: Some(node), ..self }
     }
 
-    pub(crate) fn making_room_for(self, job: JobId) -> Self {
-        Self { preemptor: Some(job), ..self }
+    pub(crate) fn making_room_for(self, job: JobId, for_turn: bool) -> Self {
+        Self { preemptor: Some(job), for_turn, ..self }
     }
 
     pub(crate) fn with_exit(self, exit: Exit) -> Self {
@@ -80,6 +81,7 @@ impl State {
             exit: ruling.exit,
             node: ruling.node,
             preemptor: ruling.preemptor,
+            for_turn: ruling.for_turn,
             text: clip(&ruling.text),
         };
         self.leases.update(&token, |lease| lease.value.verdict = Some(verdict));
@@ -169,6 +171,7 @@ impl State {
             exit: Some(Exit { code: 0, signal: 0 }),
             node: None,
             preemptor: None,
+            for_turn: false,
             text: String::new(),
         });
         if let Some(tenant) = self.jobs.get(&lease.task.job).map(|job| job.value.tenant) {
@@ -243,12 +246,16 @@ impl State {
             preemptor: verdict.preemptor.filter(|_| preempted),
             lost_gpu_ms: loss.gpu_ms,
         };
+        let had_gpu_ms = self.run_gpu_ms(lease);
+        let turn_gpu_ms = self.meta.settings.planning.turn_gpu_ms;
         self.tasks.update(&lease.task, |task| {
             let task = &mut task.value;
             task.phase = next.phase.clone();
             task.charge(next.burns);
+            task.had.add(had_gpu_ms, turn_gpu_ms);
             if row.preemptor.is_some() && next.burns == Some(Burn::Preempted) {
-                task.displaced = task.displaced.saturating_add(1);
+                let count = if verdict.for_turn { &mut task.had.given } else { &mut task.displaced };
+                *count = count.saturating_add(1);
             }
             if let Some(node) = verdict.node.filter(|_| next.burns.is_some()) {
                 task.avoid.retain(|avoided| *avoided != node);
@@ -315,6 +322,7 @@ impl Task {
             fence: None,
             displaced: 0,
             checkpoint: None,
+            had: Had::default(),
         }
     }
 

@@ -28,6 +28,7 @@ pub mod state;
 pub mod storage;
 pub mod table;
 mod transition;
+mod turns;
 pub mod view;
 
 pub use apply::{LEVEL, TooNew};

@@ -2,8 +2,8 @@
 //! the planner plans by. Which victims are best is the planner's.
 //!
 //! A higher priority ends a lower one where the classes of both say so, also to get under a limit of its own tenant. A tenant within what is guaranteed to it ends
-//! those who borrow. Nobody is taken below what is guaranteed to him, an attempt may run for a least time, and a job makes
-//! room only so often. Nor may it end, for as long as its last attempts are remembered, the one for whom it made room: by priority it
+//! those who borrow. One whose turn it is ends those who have had theirs (`turns`). Nobody is taken below what is guaranteed to him, an attempt may run for a
+//! least time, and a job makes room only so often. Nor may it end, for as long as its last attempts are remembered, the one for whom it made room: by priority it
 //! could not anyway, but that one's tenant may borrow by then.
 
 use std::borrow::Cow;
@@ -50,6 +50,8 @@ pub enum Ground {
     Priority,
     /// The tenant takes back what is guaranteed to it.
     Reclaim,
+    /// It has had its turn.
+    Turn,
 }
 
 /// What one task that waits may do to others. Victims are counted as they are chosen.
@@ -58,6 +60,8 @@ pub struct Rights<'a> {
     state: &'a State,
     priority: i32,
     by_class: bool,
+    /// It may take its turn from others of its priority.
+    by_turn: bool,
     /// Its tenant and those above.
     chain: Vec<TenantId>,
     /// One of them, within what is guaranteed to it with what the task asks for.
@@ -73,7 +77,7 @@ impl<'a> Rights<'a> {
     /// what the state says.
     pub fn new(state: &'a State, task: TaskKey, asks: &Amounts, planned: &BTreeMap<TenantId, Amounts>) -> Option<Self> {
         let job = &state.jobs.get(&task.job)?.value;
-        let by_class = state.preempts_by_class(job);
+        let (by_class, by_turn) = (state.preempts_by_class(job), state.may_take_turn(task, job));
         let incoming = state.incoming();
         let within = |(id, tenant): &(TenantId, &Tenant)| {
             let of = |sums: &BTreeMap<TenantId, Amounts>, gpu_type| sums.get(id).map_or(0, |sum| sum.of_type(gpu_type));
@@ -86,14 +90,14 @@ impl<'a> Rights<'a> {
             !asks.gpus.is_empty() && asks.gpus.iter().all(fits)
         };
         let reclaims_for = state.tenant_chain(job.tenant).find(within).map(|(id, _)| id);
-        if !by_class && reclaims_for.is_none() {
+        if !by_class && !by_turn && reclaims_for.is_none() {
             return None;
         }
         let chain = state.tenant_chain(job.tenant).map(|(id, _)| id).collect();
         let rows = state.tasks.get(&task).into_iter().flat_map(|task| &task.value.attempts);
         let made_room_for = rows.filter_map(|row| row.preemptor).collect();
         let (priority, leaving) = (job.spec.priority, BTreeMap::new());
-        let mut rights = Self { state, priority, by_class, chain, reclaims_for, made_room_for, leaving };
+        let mut rights = Self { state, priority, by_class, by_turn, chain, reclaims_for, made_room_for, leaving };
         let victims = state.claims.iter().flat_map(|(_, claim)| &claim.victims);
         victims.for_each(|victim| rights.count(*victim));
         Some(rights)
@@ -103,17 +107,24 @@ impl<'a> Rights<'a> {
     pub fn against(&self, token: Token) -> Result<Ground, Rejection> {
         let state = self.state;
         let lease = &state.leases.get(&token).ok_or_else(|| stale(token))?.value;
-        state.may_make_room(token, lease)?;
         let protected = |why: &str| Rejection::new(Code::VictimProtected, format!("job {}: {why}", lease.task.job));
         let job = &state.jobs.get(&lease.task.job).ok_or_else(|| stale(token))?.value;
         let below: Vec<(TenantId, &Tenant)> =
             state.tenant_chain(job.tenant).take_while(|(id, _)| !self.chain.contains(id)).collect();
+        let guaranteed = |gpu_type| below.iter().any(|(_, tenant)| tenant.policy.guaranteed.contains_key(gpu_type));
+        let borrows = lease.amounts.gpus.keys().any(guaranteed);
+        let equal = job.spec.priority == self.priority && (self.chain.first() == Some(&job.tenant) || borrows);
+        let by_turn = self.by_turn && equal && state.gives_turn(lease);
+        if !by_turn {
+            state.may_make_room(token, lease)?;
+        }
         let is_above = |id: TenantId| state.tenant_chain(job.tenant).any(|(other, _)| other == id);
         let by_class = self.by_class && job.spec.priority < self.priority && state.is_preemptible(job);
         let ground = match self.reclaims_for {
+            _ if by_turn => Ground::Turn,
             _ if by_class => Ground::Priority,
             Some(tenant) if !is_above(tenant) => Ground::Reclaim,
-            _ => return Err(protected("neither its priority nor a guarantee lets this task end it")),
+            _ => return Err(protected("neither its priority nor a guarantee nor a turn lets this task end it")),
         };
         if self.made_room_for.contains(&lease.task.job) {
             return Err(protected("this task made room for it"));
@@ -213,11 +224,11 @@ impl State {
         }
     }
 
-    /// It may end somebody, whoever that is: its class or a guarantee says so.
+    /// It may end somebody, whoever that is: its class, a guarantee or its turn says so.
     pub fn may_preempt(&self, job: &Job) -> bool {
         let guaranteed = |(_, tenant): (TenantId, &Tenant)| !tenant.policy.guaranteed.is_empty();
         self.meta.settings.planning.preemptions > 0
-            && (self.preempts_by_class(job) || self.tenant_chain(job.tenant).any(guaranteed))
+            && (self.preempts_by_class(job) || self.tenant_chain(job.tenant).any(guaranteed) || self.takes_turns(job))
     }
 
     pub fn preempts_by_class(&self, job: &Job) -> bool {

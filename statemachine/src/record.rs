@@ -131,6 +131,18 @@ pub struct Task {
     pub displaced: u16,
     /// The newest one that an attempt recorded.
     pub checkpoint: Option<Box<Checkpoint>>,
+    pub had: Had,
+}
+
+/// What a task has had of GPUs that go round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Had {
+    /// GPU time of the attempts that ended.
+    pub gpu_ms: u64,
+    /// That was a whole turn, by the policy when the last of them ended.
+    pub turn: bool,
+    /// Attempts that ended for another one's turn.
+    pub given: u16,
 }
 
 /// Where an attempt can go on from.
@@ -290,6 +302,8 @@ pub struct Verdict {
     pub node: Option<NodeId>,
     /// The job that it makes room for.
     pub preemptor: Option<JobId>,
+    /// It does so because it has had its turn.
+    pub for_turn: bool,
     pub text: String,
 }
 

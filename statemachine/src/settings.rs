@@ -16,6 +16,10 @@ pub struct Planning {
     pub preemptions: u32,
     /// How long what was taken for a task is kept for it, beyond its victims' grace.
     pub claim_ms: u64,
+    /// GPU time after which a job without a limit has had its turn; 0 = no turns.
+    pub turn_gpu_ms: u64,
+    /// An attempt gives its place to another one's turn no sooner than after so long, and so long again for each time its job did.
+    pub turn_run_ms: u64,
 }
 
 /// A named order.
@@ -50,6 +54,9 @@ impl Default for Planning {
             preemptions: 3,
             // A start takes milliseconds; a leader change in between takes seconds.
             claim_ms: 60_000,
+            // Of the jobs of one large log nine in ten need less; half an hour makes up for a start of a minute.
+            turn_gpu_ms: 12_000_000,
+            turn_run_ms: 1_800_000,
         }
     }
 }

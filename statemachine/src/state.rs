@@ -113,10 +113,13 @@ pub struct Kin {
     pub limit_ms: u64,
     /// The begin that it asked for, which has come; 0 = none.
     pub begin_wall_ms: i64,
+    /// No limit, and a turn that was had.
+    pub had_turn: bool,
 }
 
 impl Kin {
-    pub fn of(job: &Job) -> Self {
+    /// `task`: its record, if it ever left its first PENDING.
+    pub fn of(job: &Job, task: Option<&Task>) -> Self {
         Self {
             tenant: job.tenant,
             queue: job.queue,
@@ -124,13 +127,22 @@ impl Kin {
             user: job.user,
             limit_ms: job.spec.limit_ms,
             begin_wall_ms: job.spec.begin_wall_ms(),
+            had_turn: job.spec.limit_ms == 0 && task.is_some_and(|task| task.had.turn),
         }
     }
 
     /// Not above any kin of the tenant.
     pub fn first_of(tenant: TenantId) -> Self {
         let priority = std::cmp::Reverse(i32::MAX);
-        Self { tenant, queue: QueueId(0), priority, user: UserId(0), limit_ms: 0, begin_wall_ms: i64::MIN }
+        Self {
+            tenant,
+            queue: QueueId(0),
+            priority,
+            user: UserId(0),
+            limit_ms: 0,
+            begin_wall_ms: i64::MIN,
+            had_turn: false,
+        }
     }
 
     /// Not above any kin of the same queue and priority.

@@ -46,6 +46,12 @@ struct Set {
     /// How long what was taken for a job is kept for it, beyond the grace of those who ended
     #[arg(long, value_name = "TIME")]
     claim: Option<String>,
+    /// GPU time after which a preemptible job without a time limit has had its turn, such as 200m (of one GPU), or 0: no turns
+    #[arg(long, value_name = "TIME")]
+    turn_gpu_time: Option<String>,
+    /// An attempt gives its place to another one's turn no sooner than after so long, and so long again for each time before
+    #[arg(long, value_name = "TIME")]
+    turn_run: Option<String>,
 }
 
 pub fn run(args: Args, global: Global) -> Outcome {
@@ -61,31 +67,29 @@ pub fn run(args: Args, global: Global) -> Outcome {
 
 fn request(set: Set) -> Result<v1::SetPolicyRequest, Failure> {
     let named = [set.order.is_some(), set.reservations.is_some(), set.preemptions.is_some()];
-    let times = [&set.aged_after, &set.min_run, &set.claim];
+    let times = [&set.aged_after, &set.min_run, &set.claim, &set.turn_gpu_time, &set.turn_run];
     if !named.contains(&true) && times.iter().all(|time| time.is_none()) {
-        return Err(Failure::usage("nothing to change")
-            .advise("name --order, --reservations, --aged-after, --min-run, --preemptions or --claim"));
+        return Err(Failure::usage("nothing to change").advise(
+            "name --order, --reservations, --aged-after, --min-run, --preemptions, --claim, --turn-gpu-time or --turn-run",
+        ));
     }
-    let min_run_ms = match set.min_run.as_deref() {
-        None => None,
-        Some("0") => Some(0),
-        Some(text) => Some(duration_ms("--min-run", text)?),
+    let or_none = |name, text: Option<&str>, none: &str| match text {
+        None => Ok(None),
+        Some(text) if text == none => Ok(Some(0)),
+        Some(text) => duration_ms(name, text).map(Some),
     };
-    let claim_ms = set.claim.as_deref().map(|text| duration_ms("--claim", text)).transpose()?;
-    let aged_after_ms = match set.aged_after.as_deref() {
-        None => None,
-        Some("never") => Some(0),
-        Some(text) => Some(duration_ms("--aged-after", text)?),
-    };
+    let timed = |name, text: Option<&str>| text.map(|text| duration_ms(name, text)).transpose();
     let request_id = proto::request_id();
     Ok(v1::SetPolicyRequest {
         request_id,
         order: set.order,
         reservations: set.reservations,
-        aged_after_ms,
-        min_run_ms,
+        aged_after_ms: or_none("--aged-after", set.aged_after.as_deref(), "never")?,
+        min_run_ms: or_none("--min-run", set.min_run.as_deref(), "0")?,
         preemptions: set.preemptions,
-        claim_ms,
+        claim_ms: timed("--claim", set.claim.as_deref())?,
+        turn_gpu_ms: or_none("--turn-gpu-time", set.turn_gpu_time.as_deref(), "0")?,
+        turn_run_ms: timed("--turn-run", set.turn_run.as_deref())?,
     })
 }
 
@@ -100,6 +104,8 @@ fn show(global: &Global) -> Outcome {
             "min_run_ms": policy.min_run_ms,
             "preemptions": policy.preemptions,
             "claim_ms": policy.claim_ms,
+            "turn_gpu_ms": policy.turn_gpu_ms,
+            "turn_run_ms": policy.turn_run_ms,
         })),
         Format::Name => println!("{}", policy.order),
         Format::Table => {
@@ -117,6 +123,10 @@ fn show(global: &Global) -> Outcome {
                 time(policy.min_run_ms)
             );
             println!("Room is kept  {} beyond the grace", time(policy.claim_ms));
+            match policy.turn_gpu_ms {
+                0 => println!("Turns         none"),
+                ms => println!("Turns         {} of GPU time, {} of an attempt", time(ms), time(policy.turn_run_ms)),
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -15,7 +15,7 @@ use statemachine::{Command, Entry, JobId, NodeId, RequestId, Revision, SessionId
 use super::agent::AGENTS_PER_RACK;
 use super::event::Event;
 use super::machine::Key;
-use super::world::World;
+use super::world::{TURN_RUN_MS, World};
 
 /// How long a process may go on after its machine woke: until its shim's timer has fired and the kernel has killed.
 const WAKING_US: u64 = 2_500_000;
@@ -195,6 +195,7 @@ impl World {
                     self.audit_success(task.job, token);
                 }
                 self.audit_retries(at, *task);
+                self.audit_turns(at, *task);
             }
             Change::LockShown { name, holder: Some(holder), .. } => {
                 if self.audit.ended_sessions.contains(&holder.session) {
@@ -376,6 +377,19 @@ impl World {
         if usize::from(task.used.retries) > failed {
             let text = format!("{} retries of job {} are burnt, {failed} attempts failed", task.used.retries, key.job);
             self.violate("retries_bounded", text);
+        }
+    }
+
+    /// Each time that it gave its place for another one's turn it had run for longer than before.
+    fn audit_turns(&mut self, at: usize, key: TaskKey) {
+        let Some(had) = self.replicas[at].state.tasks.get(&key).map(|task| task.value.had) else { return };
+        let given = u64::from(had.given);
+        if given > 0 {
+            self.sometimes.hit("a job that gave its place for another's turn came to its end");
+        }
+        if had.gpu_ms < TURN_RUN_MS * given * (given + 1) / 2 {
+            let text = format!("job {} gave its place {given} times and had {} GPU-ms", key.job, had.gpu_ms);
+            self.violate("turns_bounded", text);
         }
     }
 

@@ -589,7 +589,9 @@ impl World {
         let in_turn: Vec<&Place> =
             made.places.iter().filter(|place| !replica.state.claims.contains(&place.task)).collect();
         let overtakes = in_turn.windows(2).any(|pair| match (queued(pair[0]), queued(pair[1])) {
-            (Some(one), Some(other)) => Kin::of(one).level() == Kin::of(other).level() && one.seq > other.seq,
+            (Some(one), Some(other)) => {
+                Kin::of(one, None).level() == Kin::of(other, None).level() && one.seq > other.seq
+            }
             _ => false,
         });
         if overtakes {

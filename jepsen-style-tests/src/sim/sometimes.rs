@@ -11,6 +11,7 @@ pub const REQUIRED: &[&str] = &[
     "a gang was planned whole into one rack",
     "a job started inside its reservation",
     "a job started on machines that it chose",
+    "a job that gave its place for another's turn came to its end",
     "a job that a window sent away came to its end",
     "a job waited for the end of a window",
     "a job was cut over several machines",

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use statemachine::State;
-use statemachine::settings::Settings;
+use statemachine::settings::{Planning, Settings};
 
 use super::audit::Audit;
 use super::event::{Event, Queue, Site};
@@ -22,6 +22,8 @@ use super::users::{Call, Users};
 const LIVENESS_US: u64 = 400_000_000;
 /// After the faults: a leader, and a write accepted.
 const LEADER_US: u64 = 5_000_000;
+/// The least run before a job gives its place to another one's turn, in ms of cluster time.
+pub(super) const TURN_RUN_MS: u64 = 2_000;
 /// Events of one moment without an end in sight are a loop.
 const EVENTS: u64 = 60_000_000;
 
@@ -69,6 +71,8 @@ impl World {
             request_keep_ms: setup.request_keep_ms,
             request_keep_least_ms: setup.request_keep_ms.min(900_000),
             start_timeout_ms: 15_000,
+            // Turns as short as the jobs are.
+            planning: Planning { turn_gpu_ms: 6_000, turn_run_ms: TURN_RUN_MS, ..Planning::default() },
             ..Settings::default()
         };
         let state = State::new([7; 16], settings);
@@ -143,7 +147,9 @@ impl World {
             Some(Site::Agent(at)) => self.machines[at].agent_paused_until,
             _ => 0,
         };
-        let until = asleep.max(paused);
+        // Who is let go when the faults are over does at once what was due.
+        let over = self.healed_at.map_or(self.setup.safety_ms * 1_000, |_| u64::MAX);
+        let until = asleep.max(paused.min(over));
         (until > self.now).then_some(until)
     }
 

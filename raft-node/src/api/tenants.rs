@@ -108,6 +108,8 @@ impl v1::tenants_server::Tenants for Api {
             min_run_ms: request.min_run_ms,
             preemptions: request.preemptions,
             claim_ms: request.claim_ms,
+            turn_gpu_ms: request.turn_gpu_ms,
+            turn_run_ms: request.turn_run_ms,
         };
         self.commit(Some(id), ACTOR.to_owned(), Command::SetPolicy(set)).await?;
         Ok(Response::new(v1::SetPolicyReply {}))
@@ -123,6 +125,8 @@ impl v1::tenants_server::Tenants for Api {
             min_run_ms: planning.min_run_ms,
             preemptions: planning.preemptions,
             claim_ms: planning.claim_ms,
+            turn_gpu_ms: planning.turn_gpu_ms,
+            turn_run_ms: planning.turn_run_ms,
         }))
     }
 }

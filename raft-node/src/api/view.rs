@@ -115,7 +115,7 @@ fn shown(state: &State, id: JobId, job: &Versioned<Job>, body: Option<&Body>, ta
         create_revision: job.create_rev.0,
         mod_revision: mod_revision.0,
         checkpoint: task.and_then(|task| task.checkpoint.as_deref()).map(checkpoint),
-        made_room: task.map(|task| u32::from(task.displaced)).unwrap_or_default(),
+        made_room: task.map(|task| u32::from(task.displaced) + u32::from(task.had.given)).unwrap_or_default(),
         request_id: record.request.map(request_text).unwrap_or_default(),
         array_job_id: record.element().map_or(0, |element| element.array.0),
         array_index: record.element().map_or(0, |element| element.index),

@@ -1,12 +1,12 @@
-//! A pool whose jobs state no limits, over virtual time: nobody knows how long a job will run, so GPUs go round. Owns who
-//! is preempted for whom, and the order of events; where jobs lie is `floor`'s.
+//! A pool whose jobs state no limits, over virtual time: nobody knows how long a job will run, so GPUs go round, by the law of
+//! `statemachine::turns`. Owns who is preempted for whom, and the order of events; where jobs lie is `floor`'s.
 //!
-//! - Jobs that have had little are young. A young job that finds no room preempts old ones: most jobs are short, and need
-//!   not wait for the few long ones.
-//! - Who has waited `LONGEST_WAIT_S` in all goes first and is preempted for no young job any more, as long as such jobs hold
-//!   no more than `PROTECTED_PERCENT` of the pool: that bounds what most long jobs lose, and leaves room for the young.
+//! - Jobs that have had little are young. A young job that finds no room preempts old ones of its tenant, or of one that is over its
+//!   share: most jobs are short, and need not wait for the few long ones. Whose attempt loses least is the first choice.
+//! - Who was submitted `AGED_S` ago goes first and is preempted for no turn any more: that bounds what long jobs lose.
 //! - In a pool of several tenants each has a share. What one does not use is lent, and reclaimed from who is over its own.
-//! - A job runs `LEAST_RUN_S` before it may be preempted, and runs `RESTART_S` longer for each time.
+//! - A job runs for `RUN_S` before it is preempted for a turn, for twice that before the second time, and so on; and it runs
+//!   `RESTART_S` longer for each time.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -20,14 +20,14 @@ use super::trace::{Trace, TraceJob};
 /// A job is young until it has had so many GPU seconds.
 const YOUNG_GPU_S: u64 = 12_000;
 
-/// Waiting, all of it together, from which a job is taken care of: three days.
-const LONGEST_WAIT_S: u64 = 72 * 3_600;
-
-/// Without it a pool fills up with protected jobs, and young ones wait as behind any queue.
-const PROTECTED_PERCENT: u64 = 50;
+/// Half of the week after which a job with a limit goes first.
+const AGED_S: u64 = 84 * 3_600;
 
 /// A preemption within this would waste more than it gives.
-const LEAST_RUN_S: u64 = 1_800;
+const RUN_S: u64 = 1_800;
+
+/// How often a job gives back what its tenant borrowed.
+const RECLAIMS: u32 = 3;
 
 /// Work lost by a preemption.
 const RESTART_S: u64 = 60;
@@ -50,10 +50,10 @@ struct Job<'a> {
     left_s: u64,
     /// On GPUs, before this phase.
     served_s: u64,
-    /// Waiting, before this phase.
-    waited_s: u64,
     first_start_s: Option<u64>,
-    preemptions: u32,
+    /// Preemptions for another one's turn, and for who takes back its share.
+    given: u32,
+    reclaimed: u32,
     /// Starts so far: an event of an earlier one is void.
     starts: u32,
 }
@@ -98,7 +98,8 @@ pub(super) fn run(trace: &Trace, pool: Pool, policy: &Policy, seed: u64, shares:
     run.play();
     for (number, job) in pool.jobs.iter().zip(&run.jobs) {
         let Some(start_s) = job.first_start_s.filter(|_| job.phase == Phase::Ended) else { continue };
-        course.journeys[*number] = Some(Journey { start_s, end_s: job.since_s, preemptions: job.preemptions });
+        let preemptions = job.given + job.reclaimed;
+        course.journeys[*number] = Some(Journey { start_s, end_s: job.since_s, preemptions });
     }
     let spells = run.spells.iter().map(|(at, from_s, until_s)| (pool.jobs[*at], *from_s, *until_s));
     course.spells.extend(spells.map(|(job, from_s, until_s)| Spell { job, from_s, until_s }));
@@ -112,9 +113,9 @@ impl<'a> Job<'a> {
             since_s: of.submit_s,
             left_s: of.duration_s,
             served_s: 0,
-            waited_s: 0,
             first_start_s: None,
-            preemptions: 0,
+            given: 0,
+            reclaimed: 0,
             starts: 0,
         }
     }
@@ -140,12 +141,23 @@ impl<'a> Job<'a> {
         self.served_s + self.in_phase(Phase::Running, now) < self.youth_s()
     }
 
-    fn has_waited_long(&self, now: u64) -> bool {
-        self.waited_s + self.in_phase(Phase::Waiting, now) >= LONGEST_WAIT_S
+    fn has_aged(&self, now: u64) -> bool {
+        now - self.of.submit_s >= AGED_S
     }
 
-    fn may_be_preempted(&self, now: u64) -> bool {
-        self.in_phase(Phase::Running, now) >= LEAST_RUN_S
+    /// The least run before its turn is over.
+    fn run_s(&self) -> u64 {
+        RUN_S * u64::from(self.given + 1)
+    }
+
+    /// It makes room for another one's turn.
+    fn had_turn(&self, now: u64) -> bool {
+        !self.is_young(now) && !self.has_aged(now) && self.in_phase(Phase::Running, now) >= self.run_s()
+    }
+
+    /// Lost, were it preempted.
+    fn loss(&self, now: u64) -> u64 {
+        self.in_phase(Phase::Running, now) * self.milli()
     }
 }
 
@@ -187,7 +199,7 @@ impl Run<'_> {
         let jobs = &self.jobs;
         let order = |at: &usize| {
             let job = &jobs[*at];
-            (!job.has_waited_long(now), !job.is_young(now), job.of.submit_s, *at)
+            (!job.has_aged(now), !job.is_young(now), job.of.submit_s, *at)
         };
         self.waiting.sort_by_cached_key(order);
         for owed in [true, false] {
@@ -244,7 +256,7 @@ impl Run<'_> {
             if self.floor.set_down(victim, held) {
                 self.used[self.jobs[victim].tenant()] += self.jobs[victim].milli();
             } else {
-                self.preempted(now, victim);
+                self.preempted(now, victim, self.jobs[at].is_young(now) && self.jobs[victim].had_turn(now));
             }
         }
         if placed {
@@ -253,54 +265,40 @@ impl Run<'_> {
         placed
     }
 
-    /// Who may be preempted for the job, the first choice first: who has waited least so far.
+    /// Who may be preempted for the job, the first choice first.
     fn victims(&self, now: u64, at: usize, owed: bool) -> Vec<usize> {
         let young = self.jobs[at].is_young(now);
-        let protects = self.protected_milli(now) * 100 <= self.floor.milli() * PROTECTED_PERCENT;
         let may = |victim: &&usize| {
             let job = &self.jobs[**victim];
-            let same = job.tenant() == self.jobs[at].tenant();
-            let reclaimed = owed && !same && self.borrows(job.tenant());
-            let for_young = young && !job.is_young(now) && !(protects && job.has_waited_long(now));
-            job.may_be_preempted(now) && (reclaimed || (for_young && (same || self.borrows(job.tenant()))))
+            let (same, borrows) = (job.tenant() == self.jobs[at].tenant(), self.borrows(job.tenant()));
+            let for_turn = young && job.had_turn(now) && (same || borrows);
+            for_turn || (owed && !same && borrows && job.reclaimed < RECLAIMS)
         };
         let mut victims: Vec<usize> = self.running.iter().filter(may).copied().collect();
-        victims.sort_by_key(|victim| {
-            let job = &self.jobs[*victim];
-            (job.has_waited_long(now), job.is_young(now), job.waited_s, *victim)
-        });
+        victims.sort_by_key(|victim| (self.jobs[*victim].loss(now), *victim));
         victims
-    }
-
-    /// What old jobs that have waited long hold.
-    fn protected_milli(&self, now: u64) -> u64 {
-        let running = self.running.iter().map(|at| &self.jobs[*at]);
-        running.filter(|job| job.has_waited_long(now) && !job.is_young(now)).map(Job::milli).sum()
     }
 
     /// The floor has it already.
     fn start(&mut self, now: u64, at: usize) {
         self.running.push(at);
         let job = &mut self.jobs[at];
-        job.waited_s += now - job.since_s;
         (job.phase, job.since_s) = (Phase::Running, now);
         job.starts += 1;
         job.first_start_s.get_or_insert(now);
         self.used[job.of.tenant as usize] += job.of.request.total_milli();
         self.events.push(Reverse((now + job.left_s, What::Ends, at, job.starts)));
-        let ripe = now + LEAST_RUN_S.max(job.youth_s().saturating_sub(job.served_s));
-        for ripens in [now + LEAST_RUN_S, ripe] {
-            if ripens < now + job.left_s {
-                self.events.push(Reverse((ripens, What::Ripens, at, job.starts)));
-            }
+        let ripens = now + job.run_s().max(job.youth_s().saturating_sub(job.served_s));
+        if ripens < now + job.left_s {
+            self.events.push(Reverse((ripens, What::Ripens, at, job.starts)));
         }
     }
 
     /// It has lost its place already.
-    fn preempted(&mut self, now: u64, at: usize) {
+    fn preempted(&mut self, now: u64, at: usize, for_turn: bool) {
         let job = &mut self.jobs[at];
         job.left_s = job.left_s - (now - job.since_s) + RESTART_S;
-        job.preemptions += 1;
+        *if for_turn { &mut job.given } else { &mut job.reclaimed } += 1;
         // A void start: its end won't come.
         job.starts += 1;
         self.leave(now, at, Phase::Waiting);

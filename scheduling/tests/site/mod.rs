@@ -9,7 +9,7 @@ use statemachine::command::{
     GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportItem, SetPolicy,
     SetTenant, SubmitJob, default_retry,
 };
-use statemachine::record::{Array, Class, Exit, ExitCause, GpuHealth, KillStrength, PciClass, StoredReply};
+use statemachine::record::{Array, Class, Exit, ExitCause, GpuHealth, KillStrength, PartState, PciClass, StoredReply};
 use statemachine::settings::Settings;
 use statemachine::spec::{Body, JobSpec, Shape, Terms};
 use statemachine::{Cmd, Command, Entry, GpuUuid, JobId, NodeId, Outcome, Reply, State, Token};
@@ -311,7 +311,7 @@ impl Site {
 
     fn report(&mut self, token: Token, what: impl Fn(u32, u16) -> PartReport) {
         let lease = self.state.leases.get(&token).unwrap().value.clone();
-        for part in lease.parts {
+        for part in lease.parts.into_iter().filter(|part| part.state != PartState::Released) {
             let items = vec![ReportItem { token, what: what(part.first_rank, part.ranks) }];
             self.done(Command::Report(Report { node: part.node, epoch: part.epoch, items }));
         }
@@ -323,6 +323,17 @@ impl Site {
         self.report(token, |first, ranks| PartReport::Exited {
             exits: (first..first + u32::from(ranks))
                 .map(|rank| statemachine::command::ReportExit { rank, exit, cause: ExitCause::Own })
+                .collect(),
+            released: true,
+        });
+    }
+
+    /// The ranks of a lease that was decided are gone after their signal.
+    pub fn drain(&mut self, token: Token) {
+        let exit = Exit { code: 0, signal: 15 };
+        self.report(token, |first, ranks| PartReport::Exited {
+            exits: (first..first + u32::from(ranks))
+                .map(|rank| statemachine::command::ReportExit { rank, exit, cause: ExitCause::Stopped })
                 .collect(),
             released: true,
         });

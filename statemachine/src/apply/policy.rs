@@ -15,6 +15,10 @@ pub(crate) const LEAST_AGE_MS: u64 = 60_000;
 const MIN_RUN_MS: u64 = 31 * 24 * 3_600_000;
 /// As often as a job can be preempted at all.
 const PREEMPTIONS: u32 = 1_000;
+/// GPU time of a turn: a year of a thousand GPUs.
+const TURN_GPU_MS: u64 = 1_000 * 366 * 24 * 3_600_000;
+/// A turn shorter than a second would be spent on starts.
+const TURN_RUN_MS: std::ops::RangeInclusive<u64> = 1_000..=MIN_RUN_MS;
 /// A claim takes GPUs from everybody: at least as long as a start takes, at most an hour.
 const CLAIM_MS: std::ops::RangeInclusive<u64> = 1_000..=3_600_000;
 
@@ -27,6 +31,8 @@ pub(super) fn set(state: &mut State, set: &SetPolicy) -> Result<Reply, Rejection
         min_run_ms: set.min_run_ms.unwrap_or(now.min_run_ms),
         preemptions: set.preemptions.unwrap_or(now.preemptions),
         claim_ms: set.claim_ms.unwrap_or(now.claim_ms),
+        turn_gpu_ms: set.turn_gpu_ms.unwrap_or(now.turn_gpu_ms),
+        turn_run_ms: set.turn_run_ms.unwrap_or(now.turn_run_ms),
     };
     let wrong = planning.wrong();
     if !wrong.is_empty() {
@@ -57,6 +63,13 @@ impl Planning {
         if !CLAIM_MS.contains(&self.claim_ms) {
             let (least, most) = (CLAIM_MS.start(), CLAIM_MS.end());
             wrong.push(format!("claim_ms is {}, must be {least} to {most}", self.claim_ms));
+        }
+        if self.turn_gpu_ms > TURN_GPU_MS {
+            wrong.push(format!("turn_gpu_ms is {}, the limit is {TURN_GPU_MS}", self.turn_gpu_ms));
+        }
+        if !TURN_RUN_MS.contains(&self.turn_run_ms) {
+            let (least, most) = (TURN_RUN_MS.start(), TURN_RUN_MS.end());
+            wrong.push(format!("turn_run_ms is {}, must be {least} to {most}", self.turn_run_ms));
         }
         wrong
     }

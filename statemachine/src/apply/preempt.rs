@@ -42,6 +42,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, preempt: &Preempt) -> 
             format!("made room for job {}, of priority {priority} over {}", task.job, victim.spec.priority)
         }
         Ground::Reclaim => format!("made room for job {}: tenant {tenant:?} takes what is guaranteed to it", task.job),
+        Ground::Turn => format!("made room for job {}, whose turn it is", task.job),
     };
     let mut endings = Vec::new();
     let mut grace_ms = 0;
@@ -49,14 +50,14 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, preempt: &Preempt) -> 
         let id = state.leases.get(token).ok_or_else(|| stale(*token))?.value.task.job;
         let victim = &state.jobs.get(&id).ok_or_else(|| stale(*token))?.value;
         grace_ms = grace_ms.max(victim.spec.kill_grace_ms);
-        endings.push((*token, id, told(ground, victim)));
+        endings.push((*token, id, ground, told(ground, victim)));
     }
     let until_ms = state.meta.clock_ms.saturating_add(grace_ms).saturating_add(state.meta.settings.planning.claim_ms);
     let (parts, victims) = (preempt.parts.clone(), preempt.victims.clone());
     state.keep_claim(task, Claim { parts, victims, amounts, until_ms });
-    for (token, id, text) in endings {
+    for (token, id, ground, text) in endings {
         state.change_job(ctx, id, |state, ctx| {
-            let ruling = Ruling::new(VerdictKind::Preempted, text).making_room_for(task.job);
+            let ruling = Ruling::new(VerdictKind::Preempted, text).making_room_for(task.job, ground == Ground::Turn);
             state.decide(ctx, token, ruling)
         })?;
     }
@@ -110,7 +111,10 @@ fn fits_without(
 /// On which ground each victim is ended.
 fn check_rights(state: &State, preempt: &Preempt, amounts: &Amounts) -> Result<Vec<Ground>, Rejection> {
     let nobody = || {
-        let detail = format!("job {} may end no other: neither its priority nor a guarantee says so", preempt.task.job);
+        let detail = format!(
+            "job {} may end no other: neither its priority nor a guarantee nor a turn says so",
+            preempt.task.job
+        );
         Rejection::new(Code::VictimProtected, detail)
     };
     let mut rights = Rights::new(state, preempt.task, amounts, &BTreeMap::new()).ok_or_else(nobody)?;

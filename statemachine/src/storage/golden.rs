@@ -194,6 +194,7 @@ fn task(phase: Phase) -> Task {
         fence: Some(versioned(Token(77))),
         displaced: 8,
         checkpoint: Some(Checkpoint { path: "/c".into(), attempt: 2, clock_ms: 3, step: 300 }.into()),
+        had: Had { gpu_ms: 300, turn: true, given: 9 },
     }
 }
 
@@ -260,6 +261,7 @@ fn lease(phase: LeasePhase) -> Lease {
             exit: None,
             node: Some(NodeId(8)),
             preemptor: Some(JobId(9)),
+            for_turn: true,
             text: "XID 79".into(),
         }),
         master: Some(Master { node: NodeId(4), port: 29_500 }),

@@ -244,6 +244,7 @@ fn task(random: &mut Random) -> Task {
         fence: None,
         displaced: 0,
         checkpoint: None,
+        had: Had::default(),
     }
 }
 

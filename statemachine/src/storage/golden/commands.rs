@@ -159,6 +159,8 @@ pub(super) fn commands() -> Vec<Command> {
             min_run_ms: Some(1),
             preemptions: Some(2),
             claim_ms: Some(3_000),
+            turn_gpu_ms: Some(0),
+            turn_run_ms: Some(1_000),
         }),
         Command::Preempt(Preempt {
             task: TaskKey { job: JobId(1), index: 0 },
