@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use statemachine::fit;
 use statemachine::record::{Job, Phase};
-use statemachine::spec::Shape;
+use statemachine::spec::{AfterKind, Shape};
 use statemachine::{GpuTypeId, NodeId, State, TaskKey};
 
 use crate::cache::{Able, Cache, Choices};
@@ -126,6 +126,10 @@ fn of_array(state: &State, job: &Job) -> Option<Reason> {
         return Some(Reason::Held { holds });
     }
     let (array, progress) = job.array()?;
+    if let Some(first) = job.peers().next().filter(|_| progress.waits_for_peers()) {
+        let parents = u32::try_from(job.peers().count()).unwrap_or(u32::MAX);
+        return Some(Reason::Dependency { first: (AfterKind::Corr, first), parents });
+    }
     let full = progress.left(array) > 0 && progress.room(array, &state.meta.settings) == 0;
     let limit = array.most_open(&state.meta.settings);
     full.then_some(Reason::ArrayLimit { open: progress.open, limit })

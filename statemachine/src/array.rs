@@ -105,6 +105,19 @@ pub struct Progress {
     pub sweep: Option<JobId>,
     /// When it last came into the queue: its state does not tell.
     pub queued: Revision,
+    /// Its tasks wait for those of the same index of other arrays; `None` = for none.
+    pub paced: Option<Paced>,
+}
+
+/// How far the tasks of other arrays let an array's own start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Paced {
+    /// These arrays, as bits of the jobs that it comes after; 0 = all of its tasks are free.
+    pub parents: u64,
+    /// So many of the first tasks may start, or were skipped.
+    pub freed: u32,
+    /// A chore has to look whether there are more.
+    pub due: bool,
 }
 
 /// Of which array a job is a task.
@@ -122,7 +135,8 @@ impl Progress {
 
     /// Tasks that may start beside those that are under way.
     pub fn room(&self, array: &Array, settings: &Settings) -> u32 {
-        array.most_open(settings).saturating_sub(self.open).min(self.left(array))
+        let freed = self.paced.map_or(u32::MAX, |paced| paced.freed.saturating_sub(self.begun));
+        array.most_open(settings).saturating_sub(self.open).min(self.left(array)).min(freed)
     }
 
     fn count(&mut self, outcome: TaskOutcome, tasks: u32) {
@@ -177,7 +191,7 @@ impl Job {
         }
     }
 
-    fn progress_mut(&mut self) -> Option<&mut Progress> {
+    pub(crate) fn progress_mut(&mut self) -> Option<&mut Progress> {
         match &mut self.rare.as_deref_mut()?.role {
             Some(ArrayRole::Whole(progress)) => Some(progress),
             _ => None,
@@ -273,6 +287,10 @@ impl State {
                 if let Some(progress) = job.value.progress_mut() {
                     progress.begun = progress.begun.saturating_add(1);
                     progress.open = progress.open.saturating_add(1);
+                    let begun = progress.begun;
+                    if let Some(paced) = progress.paced.as_mut().filter(|paced| paced.parents != 0) {
+                        paced.due |= paced.freed <= begun;
+                    }
                 }
             });
         });
@@ -289,6 +307,7 @@ impl State {
             });
             state.end_array(ctx, array);
         });
+        self.note_ended_peer(ctx, array);
     }
 
     /// No more task of the array starts. Runs inside `change_job` of it.
@@ -301,6 +320,7 @@ impl State {
             }
         });
         self.end_array(ctx, id);
+        self.note_ended_peer(ctx, id);
     }
 
     /// Ends the array if none of its tasks is left.

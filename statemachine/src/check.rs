@@ -74,6 +74,12 @@ impl State {
             let ended = progress.ended.iter().fold(0u32, |sum, count| sum.saturating_add(*count));
             let sum = ended.saturating_add(progress.open).saturating_add(progress.left(array));
             must(sum == array.tasks(), "array_counts", || format!("array {id} counts {progress:?}"))?;
+            if let Some(paced) = progress.paced {
+                let freed = (progress.begun..=array.tasks()).contains(&paced.freed);
+                must(freed || progress.rest.is_some(), "array_counts", || {
+                    format!("array {id} freed {paced:?} of {progress:?}")
+                })?;
+            }
             let most = array.most_open(&self.meta.settings);
             return must(progress.open <= most, "array_throttle", || {
                 format!("array {id} has {} tasks under way, its limit is {most}", progress.open)

@@ -18,6 +18,7 @@ struct Standing {
     deadline: Option<Calendar>,
     restoring: Option<(u64, JobId)>,
     sweeping: Option<JobId>,
+    pacing: Option<JobId>,
 }
 
 /// What the keyspace shows of a job.
@@ -30,6 +31,8 @@ struct Shown {
     result: bool,
     /// Jobs that it waits for.
     parents: Vec<JobId>,
+    /// Arrays for whose tasks its own wait.
+    peers: Vec<JobId>,
     /// It has not ended.
     live: bool,
     array: bool,
@@ -84,6 +87,14 @@ impl State {
         for parent in new.iter().filter(|parent| !old.contains(parent)) {
             self.index.dependants.insert((*parent, id));
         }
+        let peers = |shown: Option<&Shown>| shown.map(|shown| shown.peers.clone()).unwrap_or_default();
+        let (old, new) = (peers(before), peers(after));
+        if old != new {
+            for parent in old {
+                self.index.paced.remove(&(parent, id));
+            }
+            self.index.paced.extend(new.into_iter().map(|parent| (parent, id)));
+        }
         let ends = before.is_some_and(|shown| shown.live) && after.is_some_and(|shown| !shown.live);
         if ends && self.index.has_dependants(id) {
             self.index.ripe.insert(id);
@@ -107,6 +118,7 @@ impl State {
             lease,
             result: task.is_some_and(|task| task.result.is_some()),
             parents: job.waits_for().map(|after| after.job).collect(),
+            peers: job.peers().collect(),
             live: job.ended.is_none(),
             array: job.array().is_some(),
             begun: job.array().map_or(0, |(_, progress)| progress.begun),
@@ -186,6 +198,7 @@ impl State {
         for (id, job) in self.jobs.iter() {
             let task = self.tasks.get(&TaskKey::only(*id)).map(|task| &task.value);
             index.move_standing(Standing::default(), standing(*id, &job.value, task, &self.meta.settings));
+            index.paced.extend(job.value.peers().map(|parent| (parent, *id)));
             for parent in job.value.waits_for() {
                 index.dependants.insert((parent.job, *id));
                 if self.jobs.get(&parent.job).is_none_or(|parent| parent.value.ended.is_some()) {
@@ -256,6 +269,7 @@ fn standing(id: JobId, job: &Job, task: Option<&Task>, settings: &crate::setting
     let leased = matches!(task.map(|task| &task.phase), Some(Phase::Leased { .. }));
     let array = job.array();
     standing.sweeping = array.and_then(|(_, progress)| progress.sweep).map(|_| id);
+    standing.pacing = array.and_then(|(_, progress)| progress.paced).filter(|paced| paced.due).map(|_| id);
     let all_begun = array.is_some_and(|(array, progress)| progress.left(array) == 0);
     if let Some(due_wall_ms) = job.spec.latest_start_wall_ms().filter(|_| !leased && !all_begun) {
         standing.deadline = Some(Calendar { due_wall_ms, what: CalendarKind::Deadline(id) });
@@ -310,6 +324,12 @@ impl Index {
         }
         if let Some(array) = new.sweeping {
             self.sweeping.insert(array);
+        }
+        if let Some(array) = old.pacing {
+            self.pacing.remove(&array);
+        }
+        if let Some(array) = new.pacing {
+            self.pacing.insert(array);
         }
         if let Some(held) = new.restoring {
             self.restoring.insert(held);

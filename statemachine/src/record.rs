@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use serde::{Deserialize, Serialize};
 
 pub use crate::account::{Amounts, Ceiling, Policy, Tenant, Usage};
-pub use crate::array::{Array, ArrayRole, Element, Progress};
+pub use crate::array::{Array, ArrayRole, Element, Paced, Progress};
 use crate::command::PlacePart;
 use crate::id::*;
 use crate::settings::Settings;

@@ -82,6 +82,10 @@ pub struct Index {
     pub learned: OrdSet<(u64, UserId)>,
     /// Arrays whose cancel has not reached all of their tasks.
     pub sweeping: OrdSet<JobId>,
+    /// Arrays, and those whose tasks wait for theirs.
+    pub paced: OrdSet<(JobId, JobId)>,
+    /// Of the latter, the ones at which a chore has to look.
+    pub pacing: OrdSet<JobId>,
 }
 
 /// Sorts by tenant, then by priority descending, then by queue position.

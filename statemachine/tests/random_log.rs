@@ -217,7 +217,16 @@ fn command(world: &World, op: &Op) -> Option<(Option<RequestId>, Command)> {
             if kind % 7 == 3 {
                 let array =
                     Array { ranges: vec![(0, 0), (5, 5 + u32::from(kind / 32))], throttle: u32::from(kind % 3) };
-                submit.spec.terms.get_or_insert_default().array = Some(array);
+                let terms = submit.spec.terms.get_or_insert_default();
+                // Some wait, task by task, for those of the newest one before them.
+                let older = jobs.iter().rev().find_map(|id| Some((*id, state.jobs.get(id)?.value.array()?.0.clone())));
+                match older.filter(|_| kind % 4 > 1) {
+                    Some((job, older)) => {
+                        terms.after = vec![After { kind: AfterKind::Corr, job }];
+                        terms.array = Some(Array { ranges: older.ranges, ..array });
+                    }
+                    None => terms.array = Some(array),
+                }
             }
             // Some leave their machines open; of these some have no GPUs to cut.
             if kind % 16 > 12 && submit.spec.reservation().is_empty() {

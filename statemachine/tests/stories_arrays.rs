@@ -203,3 +203,102 @@ fn an_array_counts_as_one_job_against_a_machine() {
     assert_eq!(world.state.nodes.get(&node).unwrap().value.admin, NodeAdmin::Ready);
     assert_eq!(world.state.nodes.get(&node).unwrap().value.launch_fails, [id]);
 }
+
+/// An array of these indexes whose tasks wait for those of others, each for the ones of its index.
+fn behind(parents: &[JobId], ranges: &[(u32, u32)]) -> SubmitJob {
+    let mut job = array(ranges, 0);
+    job.spec.retry.max = 0;
+    let after = parents.iter().map(|job| After { kind: AfterKind::Corr, job: *job }).collect();
+    job.spec.terms.as_mut().expect("an array").after = after;
+    job
+}
+
+/// As `behind`, with no parent and no retry.
+fn plain(ranges: &[(u32, u32)]) -> SubmitJob {
+    behind(&[], ranges)
+}
+
+#[test]
+fn a_task_starts_once_the_one_of_its_index_has_succeeded_and_is_skipped_where_it_has_not() {
+    let mut world = World::new();
+    let (node, _) = world.register(machine("n1", 1, 8));
+    let parent = world.submit(plain(&[(0, 3)]));
+    let child = world.submit(behind(&[parent], &[(0, 3)]));
+    assert_eq!((world.shown(child), world.state.index.queue.len()), ("PENDING".into(), 1));
+    let tokens: Vec<Token> = (0..3).map(|_| start(&mut world, parent, node).1).collect();
+    assert_eq!(
+        world.place(child, &[node]).expect_err("no peer has ended").detail,
+        format!("job {child}: starts no more of its tasks now")
+    );
+    // Out of order: the second peer's end frees nothing before the first one's.
+    end(&mut world, node, tokens[1], 1);
+    assert!(world.place(child, &[node]).is_err());
+    end(&mut world, node, tokens[0], 0);
+    let (first, token) = start(&mut world, child, node);
+    assert_eq!(first, child.nth_task(0));
+    // The second one's turn has come with the first one's start, and its peer has failed.
+    world.wait(1);
+    let second = child.nth_task(1);
+    assert_eq!(world.shown(second), "SKIPPED");
+    let result = world.task(second).result.clone().unwrap();
+    assert_eq!((result.cause, result.token), (Some(EndCause::Parent(parent.nth_task(1))), None));
+    assert!(world.place(child, &[node]).is_err(), "the third peer runs");
+    end(&mut world, node, tokens[2], 0);
+    let (third, last) = start(&mut world, child, node);
+    assert_eq!(third, child.nth_task(2));
+    // A cancel of the parent ends the peers that have not started.
+    world.run(Command::Cancel { job: parent });
+    world.wait(1);
+    assert_eq!(world.shown(child.nth_task(3)), "SKIPPED");
+    assert_eq!(world.shown(child), "RUNNING");
+    end(&mut world, node, token, 0);
+    end(&mut world, node, last, 0);
+    assert_eq!((world.shown(child), progress(&world, child).ended), ("SKIPPED".into(), [0, 0, 0, 2, 2]));
+    assert!(world.state.index.paced.is_empty() && world.state.index.pacing.is_empty());
+}
+
+#[test]
+fn all_parents_count_also_when_they_have_left_memory_before_the_child_comes_so_far() {
+    let mut world = World::new();
+    let (node, _) = world.register(machine("n1", 1, 8));
+    let parents = [(); 2].map(|()| world.submit(plain(&[(5, 6)])));
+    let tokens = parents.map(|parent| [(); 2].map(|()| start(&mut world, parent, node).1));
+    let child = world.submit(SubmitJob { hold: true, ..behind(&parents, &[(5, 6)]) });
+    tokens[0].into_iter().for_each(|token| end(&mut world, node, token, 0));
+    end(&mut world, node, tokens[1][1], 0);
+    let free = progress(&world, child).paced.expect("it waits for others");
+    assert_eq!(free, Paced { parents: 0b11, freed: 0, due: false }, "the first peer of the second one runs");
+    end(&mut world, node, tokens[1][0], 1);
+    world.wait(world.state.meta.settings.linger_ms + 1);
+    assert!(!world.state.jobs.contains(&parents[0]) && !world.state.jobs.contains(&parents[1].nth_task(1)));
+    world.wait(1);
+    assert_eq!(world.shown(child.nth_task(0)), "SKIPPED");
+    world.run(Command::Release { job: child });
+    let (second, token) = start(&mut world, child, node);
+    assert_eq!(second, child.nth_task(1));
+    end(&mut world, node, token, 0);
+    assert_eq!(world.shown(child), "SKIPPED");
+}
+
+#[test]
+fn a_cancelled_child_skips_nobody_and_other_indexes_are_refused() {
+    let mut world = World::new();
+    let (node, _) = world.register(machine("n1", 1, 8));
+    let parent = world.submit(plain(&[(0, 1)]));
+    let outcome = world.run(Command::SubmitJob(Box::new(behind(&[parent], &[(0, 2)]))));
+    let detail = format!("after[0] names array {parent} of 2 tasks, must have the same indexes as this one of 3");
+    assert!(
+        matches!(&outcome, Outcome::Rejected(no) if no.code == Code::InvalidSpec && no.detail == detail),
+        "{outcome:?}"
+    );
+    let child = world.submit(behind(&[parent], &[(0, 1)]));
+    world.run(Command::Cancel { job: child });
+    let (_, token) = start(&mut world, parent, node);
+    end(&mut world, node, token, 1);
+    world.wait(1);
+    assert_eq!((world.shown(child), progress(&world, child).ended), ("CANCELLED".into(), [0, 0, 2, 0, 0]));
+    // A plain job waits for all of an array, and an array for all of a plain job.
+    let one = world.submit(one_gpu());
+    let array = world.submit(behind(&[one], &[(0, 1)]));
+    assert!(world.state.jobs.get(&array).unwrap().value.holds.after);
+}

@@ -2,7 +2,7 @@
 //! off in small steps what a command did at once (forgotten request ids, dropped history). Bounded per entry; the
 //! leader proposes a `Tick` while something is due.
 
-use super::{Ctx, calendar, cancel, dependents, node_admin, requests, restore, retain};
+use super::{Ctx, calendar, cancel, dependents, node_admin, peers, requests, restore, retain};
 use crate::id::*;
 use crate::record::*;
 use crate::state::{State, TimerKind};
@@ -18,7 +18,9 @@ pub(super) fn archive_bucket(clock_ms: u64) -> u32 {
 
 pub(super) fn next_due_ms(state: &State) -> Option<u64> {
     let timer = state.index.timers.get_min().map(|timer| timer.due_ms);
-    let idle = state.meta.retiring.is_empty() && state.index.ripe.is_empty() && state.index.sweeping.is_empty();
+    let index = &state.index;
+    let told = index.ripe.is_empty() && index.sweeping.is_empty() && index.pacing.is_empty();
+    let idle = state.meta.retiring.is_empty() && told;
     let chore = if idle { requests::next_due_ms(state) } else { Some(state.meta.clock_ms) };
     [timer, chore, restore::next_due_ms(state)].into_iter().flatten().min()
 }
@@ -50,6 +52,7 @@ pub(super) fn run_chores(state: &mut State, salt: u64) {
     let steps = state.meta.settings.chore_steps;
     let left = cancel::sweep(state, salt, steps);
     let left = dependents::resolve(state, salt, left);
+    let left = peers::look(state, salt, left);
     let left = requests::forget_old(state, left);
     retain::clear_dropped(state, left);
 }

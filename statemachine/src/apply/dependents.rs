@@ -4,7 +4,7 @@
 //! A parent's end makes it *ripe*; a chore then tells its children, one a step: a child whose last parent is met may
 //! start, one whose parent can't end as it needs any more is SKIPPED, and is a parent that ended itself.
 
-use super::Ctx;
+use super::{Ctx, peers};
 use crate::command::{Code, Rejection};
 use crate::id::*;
 use crate::record::*;
@@ -29,12 +29,17 @@ enum Judged {
 pub(super) struct Parents {
     pub unmet: u64,
     pub failed: Option<JobId>,
+    /// Arrays for whose tasks those of the new one wait, each for one: `peers` judges them.
+    pub paced: u64,
 }
 
 /// Judges the parents of a new job; refuses one that is not known.
 pub(super) fn judge(state: &State, spec: &JobSpec) -> Result<Parents, Rejection> {
-    let mut parents = Parents::default();
+    let mut parents = Parents { paced: peers::of_new(state, spec)?, ..Parents::default() };
     for (bit, after) in spec.after().iter().enumerate() {
+        if parents.paced & (1 << bit) != 0 {
+            continue;
+        }
         match judge_one(state, after) {
             Some(Judged::Open) => parents.unmet |= 1 << bit,
             Some(Judged::Met) => {}

@@ -18,6 +18,7 @@ mod member;
 mod node_admin;
 mod node_silent;
 mod owned;
+mod peers;
 mod plan;
 mod policy;
 mod preempt;

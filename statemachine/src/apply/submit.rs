@@ -53,6 +53,8 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
     state.meta.next_job = id.0.saturating_add(1).saturating_add(tasks);
     spec.shape.gpu_types = submit.gpu_types.iter().map(|name| state.intern_gpu_type(name)).collect();
     spec.shape.nodes = nodes_for_good(state, &spec);
+    let paced = (parents.paced != 0).then_some(Paced { parents: parents.paced, freed: 0, due: true });
+    let progress = Progress { paced, ..Progress::default() };
     let job = Job {
         spec,
         tenant,
@@ -71,7 +73,7 @@ pub(super) fn apply(state: &mut State, ctx: &mut Ctx<'_>, submit: &SubmitJob) ->
             after: parents.unmet != 0,
             restore: false,
         },
-        rare: (tasks > 0).then(|| Box::new(Rare { stop: None, role: Some(ArrayRole::Whole(Progress::default())) })),
+        rare: (tasks > 0).then(|| Box::new(Rare { stop: None, role: Some(ArrayRole::Whole(progress)) })),
         ended: None,
         unmet: parents.unmet,
     };

@@ -128,7 +128,8 @@ fn body() -> Body {
 
 fn progress() -> Progress {
     let rest = Some((TaskOutcome::Skipped, Some(EndCause::Parent(JobId(2)))));
-    Progress { begun: 300, open: 1, ended: [1, 0, 2, 3, 4], rest, sweep: Some(JobId(7)), queued: Revision(6) }
+    let paced = Some(Paced { parents: 8, freed: 301, due: true });
+    Progress { begun: 300, open: 1, ended: [1, 0, 2, 3, 4], rest, sweep: Some(JobId(7)), queued: Revision(6), paced }
 }
 
 fn rare(role: ArrayRole) -> Box<Rare> {
