@@ -14,7 +14,7 @@ use std::ops::Bound;
 use statemachine::record::{Job, Versioned};
 use statemachine::settings::OrderBy;
 use statemachine::state::{Kin, QueueKey, Waiter};
-use statemachine::{JobId, State, TenantId, UserId};
+use statemachine::{JobId, State, TaskKey, TenantId, UserId};
 
 /// Ratios are compared in parts of so many.
 const PARTS: u128 = 1 << 20;
@@ -25,7 +25,7 @@ const SHORTEST_MS: u64 = 10_000;
 /// Less goes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
-    /// It has had its turn, and has not aged.
+    /// It has had its turn, and is owed no more before others.
     late: bool,
     ratio: Reverse<u64>,
     /// Place in the order of submission.
@@ -43,9 +43,9 @@ impl Rank {
         Self { late: false, ratio: Reverse(if aged { u64::MAX } else { ratio }), seq }
     }
 
-    /// Behind those who have not had their turn.
-    pub fn after_turn(self) -> Self {
-        Self { late: self.ratio.0 < u64::MAX, ..self }
+    /// As one that has aged.
+    fn first(self) -> Self {
+        Self { ratio: Reverse(u64::MAX), ..self }
     }
 }
 
@@ -223,8 +223,15 @@ fn rank(state: &State, waiter: &Waiter, job: Option<&Job>, guess_ms: u64) -> Ran
     let Some(job) = job.filter(|_| planning.order == OrderBy::Fair) else {
         return Rank { late: false, ratio: Reverse(0), seq: waiter.seq };
     };
-    let rank = Rank::new(state.in_line_ms(job), guess_ms, state.aged_after_ms(job), waiter.seq);
-    if waiter.kin.had_turn && state.takes_turns(job) { rank.after_turn() } else { rank }
+    let rank = Rank::new(state.in_line_ms(job), guess_ms, planning.aged_after_ms, waiter.seq);
+    if !state.takes_turns(job) {
+        return rank;
+    }
+    let had = state.tasks.get(&TaskKey::only(waiter.job)).map(|task| task.value.had).unwrap_or_default();
+    match state.is_owed_first(job, had.run_ms) {
+        true => rank.first(),
+        false => Rank { late: had.turn && rank.ratio.0 < u64::MAX, ..rank },
+    }
 }
 
 #[cfg(test)]

@@ -263,7 +263,7 @@ fn a_job_whose_turn_it_is_starts_in_the_place_of_the_one_that_loses_least() {
     assert_eq!(site.reason(limited).code(), "GPUS_BUSY", "who has a limit takes no turn");
     site.drain(second);
     assert_eq!(turn(&mut site).places[0].task.job, young);
-    // Of those who wait, who has had a turn stands behind who has not, until it has aged.
+    // Of those who wait, who has had a turn stands behind who has not, until it has waited for long.
     let third = site.submit_of("low", "default", shape(1, 1, 8));
     let victim = site
         .state
@@ -279,8 +279,11 @@ fn a_job_whose_turn_it_is_starts_in_the_place_of_the_one_that_loses_least() {
             .collect()
     };
     assert_eq!(line(&site), [third, victim]);
-    site.wait_ms(35_000);
-    site.policy(SetPolicy { aged_after_ms: Some(80_000), ..SetPolicy::default() });
+    // It has run for ten seconds since its submission, and waited for the rest.
+    site.policy(SetPolicy { turn_wait_ms: Some(60_000), ..SetPolicy::default() });
+    site.wait_ms(59_900);
+    assert_eq!(line(&site), [third, victim]);
+    site.wait_ms(100);
     assert_eq!(line(&site), [victim, third]);
 }
 

@@ -183,6 +183,8 @@ pub struct SetPolicy {
     /// 0 = no turns.
     pub turn_gpu_ms: Option<u64>,
     pub turn_run_ms: Option<u64>,
+    /// 0 = never.
+    pub turn_wait_ms: Option<u64>,
 }
 
 /// Out of scheduling.

@@ -14,6 +14,7 @@ use crate::record::*;
 use crate::retry;
 use crate::state::State;
 use crate::transition::{self, Burn, By, CloseFacts};
+use crate::turns::gpus_of;
 
 const AVOIDED_NODES: usize = 8;
 const ATTEMPT_ROWS: usize = 4;
@@ -246,13 +247,13 @@ impl State {
             preemptor: verdict.preemptor.filter(|_| preempted),
             lost_gpu_ms: loss.gpu_ms,
         };
-        let had_gpu_ms = self.run_gpu_ms(lease);
+        let (run_ms, gpus) = (self.run_ms(lease), gpus_of(lease));
         let turn_gpu_ms = self.meta.settings.planning.turn_gpu_ms;
         self.tasks.update(&lease.task, |task| {
             let task = &mut task.value;
             task.phase = next.phase.clone();
             task.charge(next.burns);
-            task.had.add(had_gpu_ms, turn_gpu_ms);
+            task.had.add(run_ms, gpus, turn_gpu_ms);
             if row.preemptor.is_some() && next.burns == Some(Burn::Preempted) {
                 let count = if verdict.for_turn { &mut task.had.given } else { &mut task.displaced };
                 *count = count.saturating_add(1);

@@ -137,8 +137,9 @@ pub struct Task {
 /// What a task has had of GPUs that go round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Had {
-    /// GPU time of the attempts that ended.
+    /// GPU time of the attempts that ended, and time that they ran.
     pub gpu_ms: u64,
+    pub run_ms: u64,
     /// That was a whole turn, by the policy when the last of them ended.
     pub turn: bool,
     /// Attempts that ended for another one's turn.

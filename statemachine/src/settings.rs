@@ -20,6 +20,8 @@ pub struct Planning {
     pub turn_gpu_ms: u64,
     /// An attempt gives its place to another one's turn no sooner than after so long, and so long again for each time its job did.
     pub turn_run_ms: u64,
+    /// Who takes turns and has waited so long, all of it together, goes first and gives its place to no turn; 0 = never.
+    pub turn_wait_ms: u64,
 }
 
 /// A named order.
@@ -57,6 +59,7 @@ impl Default for Planning {
             // Of the jobs of one large log nine in ten need less; half an hour makes up for a start of a minute.
             turn_gpu_ms: 12_000_000,
             turn_run_ms: 1_800_000,
+            turn_wait_ms: 64 * 3_600_000,
         }
     }
 }

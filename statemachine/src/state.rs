@@ -106,6 +106,8 @@ impl QueueKey {
     }
 }
 
+const HOUR_MS: u64 = 3_600_000;
+
 /// What waits of one user with one time limit at one priority: jobs of which nothing but their turn tells one from the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Kin {
@@ -117,13 +119,15 @@ pub struct Kin {
     pub limit_ms: u64,
     /// The begin that it asked for, which has come; 0 = none.
     pub begin_wall_ms: i64,
-    /// No limit, and a turn that was had.
-    pub had_turn: bool,
+    /// Of those who have no limit and have had their turn, the hour of cluster time since which they would have waited without their runs, from 1;
+    /// 0 = of all others.
+    pub turn_hour: u64,
 }
 
 impl Kin {
     /// `task`: its record, if it ever left its first PENDING.
     pub fn of(job: &Job, task: Option<&Task>) -> Self {
+        let had = task.map(|task| task.had).filter(|had| had.turn && job.spec.limit_ms == 0);
         Self {
             tenant: job.tenant,
             queue: job.queue,
@@ -131,7 +135,7 @@ impl Kin {
             user: job.user,
             limit_ms: job.spec.limit_ms,
             begin_wall_ms: job.spec.begin_wall_ms(),
-            had_turn: job.spec.limit_ms == 0 && task.is_some_and(|task| task.had.turn),
+            turn_hour: had.map_or(0, |had| 1 + job.submitted_clock_ms.saturating_add(had.run_ms) / HOUR_MS),
         }
     }
 
@@ -145,7 +149,7 @@ impl Kin {
             user: UserId(0),
             limit_ms: 0,
             begin_wall_ms: i64::MIN,
-            had_turn: false,
+            turn_hour: 0,
         }
     }
 

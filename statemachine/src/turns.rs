@@ -4,7 +4,7 @@
 //! Jobs without a time limit, of a class whose jobs make room, take turns with others of their priority: of their own tenant, or of one that
 //! has more than is guaranteed to it. A task is young until it has had `turn_gpu_ms` of GPU time. A young one that finds no room ends attempts of those who
 //! have had that, once they have run for `turn_run_ms`; for twice as long the second time that a job gives its place, and so on: one that runs for `t` ms in all gives
-//! it at most `sqrt(2 t / turn_run_ms)` times. Who has aged, after half of the time of a job with a limit, gives it to nobody. Under `fifo` nobody takes turns.
+//! it at most `sqrt(2 t / turn_run_ms)` times. Who has waited for `turn_wait_ms` in all goes first and gives it to nobody. Under `fifo` nobody takes turns.
 
 use crate::id::*;
 use crate::record::*;
@@ -28,12 +28,6 @@ impl State {
         self.takes_turns(job) && self.tasks.get(&task).is_none_or(|task| !task.value.had.turn)
     }
 
-    /// Time in line after which the job goes before younger ones of its tenant, and gives its place to no turn; 0 = never.
-    pub fn aged_after_ms(&self, job: &Job) -> u64 {
-        let aged_after_ms = self.meta.settings.planning.aged_after_ms;
-        if self.takes_turns(job) { aged_after_ms / 2 } else { aged_after_ms }
-    }
-
     /// Since its submission, or since the begin that it asked for.
     pub fn in_line_ms(&self, job: &Job) -> u64 {
         let since_ms = self.meta.clock_ms.saturating_sub(job.submitted_clock_ms);
@@ -47,11 +41,10 @@ impl State {
     pub fn turn_ends_ms(&self, lease: &Lease) -> Option<u64> {
         let job = &self.jobs.get(&lease.task.job)?.value;
         let started_ms = lease.started_ms.filter(|_| lease.verdict.is_none() && self.takes_turns(job))?;
-        let aged_after_ms = self.aged_after_ms(job);
-        if aged_after_ms > 0 && self.in_line_ms(job) >= aged_after_ms {
+        let (planning, had) = (&self.meta.settings.planning, self.tasks.get(&lease.task)?.value.had);
+        if self.is_owed_first(job, had.run_ms.saturating_add(self.run_ms(lease))) {
             return None;
         }
-        let (planning, had) = (&self.meta.settings.planning, self.tasks.get(&lease.task)?.value.had);
         let left_gpu_ms = if had.turn { 0 } else { planning.turn_gpu_ms.saturating_sub(had.gpu_ms) };
         let had_in_ms = left_gpu_ms.checked_div(u64::from(gpus_of(lease)))?;
         let run_ms = planning.turn_run_ms.saturating_mul(u64::from(had.given) + 1);
@@ -63,21 +56,27 @@ impl State {
         self.turn_ends_ms(lease).is_some_and(|ends_ms| ends_ms <= self.meta.clock_ms)
     }
 
-    /// GPU time of an attempt until now.
-    pub(crate) fn run_gpu_ms(&self, lease: &Lease) -> u64 {
-        let run_ms = lease.started_ms.map_or(0, |started_ms| self.meta.clock_ms.saturating_sub(started_ms));
-        run_ms.saturating_mul(u64::from(gpus_of(lease)))
+    /// Who takes turns, and has run for so long: all of its waiting together is so long that it goes first.
+    pub fn is_owed_first(&self, job: &Job, ran_ms: u64) -> bool {
+        let wait_ms = self.meta.settings.planning.turn_wait_ms;
+        wait_ms > 0 && self.in_line_ms(job).saturating_sub(ran_ms) >= wait_ms
+    }
+
+    /// How long an attempt has run until now.
+    pub(crate) fn run_ms(&self, lease: &Lease) -> u64 {
+        lease.started_ms.map_or(0, |started_ms| self.meta.clock_ms.saturating_sub(started_ms))
     }
 }
 
 impl Had {
-    /// An attempt ended that had so much.
-    pub(crate) fn add(&mut self, gpu_ms: u64, turn_gpu_ms: u64) {
-        self.gpu_ms = self.gpu_ms.saturating_add(gpu_ms);
+    /// An attempt ended that ran for so long.
+    pub(crate) fn add(&mut self, run_ms: u64, gpus: u32, turn_gpu_ms: u64) {
+        self.run_ms = self.run_ms.saturating_add(run_ms);
+        self.gpu_ms = self.gpu_ms.saturating_add(run_ms.saturating_mul(u64::from(gpus)));
         self.turn = turn_gpu_ms > 0 && self.gpu_ms >= turn_gpu_ms;
     }
 }
 
-fn gpus_of(lease: &Lease) -> u32 {
+pub(crate) fn gpus_of(lease: &Lease) -> u32 {
     lease.parts.iter().map(|part| part.gpus.count_ones()).sum()
 }

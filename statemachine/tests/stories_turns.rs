@@ -138,17 +138,32 @@ fn policies_end_turns() {
 }
 
 #[test]
-fn who_has_aged_keeps_its_place_after_half_the_age_of_others() {
+fn who_has_waited_long_in_all_keeps_its_place() {
     let (mut world, node) = site();
-    policy(&mut world, SetPolicy { aged_after_ms: Some(200 * SECOND), ..SetPolicy::default() });
-    let (_, token) = start(&mut world, node, unlimited());
-    world.wait(99 * SECOND);
+    policy(&mut world, SetPolicy { turn_wait_ms: Some(100 * SECOND), ..SetPolicy::default() });
+    let old = world.submit(unlimited());
+    world.wait(60 * SECOND);
+    let token = start_again(&mut world, node, old);
+    world.wait(100 * SECOND);
+    // 60 s of waiting are not 100, however long it ran: it gives its place.
     let young = world.submit(unlimited());
-    let lease = world.state.leases.get(&token).unwrap().value.clone();
-    assert_eq!(world.state.turn_ends_ms(&lease), lease.started_ms.map(|at| at + 25 * SECOND));
+    assert!(takes(&mut world, node, young, token));
+    drain(&mut world, node, token);
+    let own = start_again(&mut world, node, young);
+    world.wait(39 * SECOND);
+    let ran_ms = world.task(old).had.run_ms;
+    let is_first = |world: &World| world.state.is_owed_first(&world.state.jobs.get(&old).unwrap().value, ran_ms);
+    assert!(!is_first(&world));
     world.wait(SECOND);
-    assert!(!takes(&mut world, node, young, token), "it was submitted 100 s ago");
+    assert!(is_first(&world));
+    world.run(Command::Cancel { job: young });
+    drain(&mut world, node, own);
+    let token = start_again(&mut world, node, old);
+    world.wait(1_000 * SECOND);
+    let lease = world.state.leases.get(&token).unwrap().value.clone();
     assert_eq!(world.state.turn_ends_ms(&lease), None);
+    let young = world.submit(unlimited());
+    assert!(!takes(&mut world, node, young, token));
 }
 
 #[test]

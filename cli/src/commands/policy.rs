@@ -52,6 +52,9 @@ struct Set {
     /// An attempt gives its place to another one's turn no sooner than after so long, and so long again for each time before
     #[arg(long, value_name = "TIME")]
     turn_run: Option<String>,
+    /// Who takes turns and has waited so long, all of it together, goes first and gives its place to none: such as 64h, or never
+    #[arg(long, value_name = "TIME")]
+    turn_wait: Option<String>,
 }
 
 pub fn run(args: Args, global: Global) -> Outcome {
@@ -67,10 +70,10 @@ pub fn run(args: Args, global: Global) -> Outcome {
 
 fn request(set: Set) -> Result<v1::SetPolicyRequest, Failure> {
     let named = [set.order.is_some(), set.reservations.is_some(), set.preemptions.is_some()];
-    let times = [&set.aged_after, &set.min_run, &set.claim, &set.turn_gpu_time, &set.turn_run];
+    let times = [&set.aged_after, &set.min_run, &set.claim, &set.turn_gpu_time, &set.turn_run, &set.turn_wait];
     if !named.contains(&true) && times.iter().all(|time| time.is_none()) {
         return Err(Failure::usage("nothing to change").advise(
-            "name --order, --reservations, --aged-after, --min-run, --preemptions, --claim, --turn-gpu-time or --turn-run",
+            "name --order, --reservations, --aged-after, --min-run, --preemptions, --claim, --turn-gpu-time, --turn-run or --turn-wait",
         ));
     }
     let or_none = |name, text: Option<&str>, none: &str| match text {
@@ -90,6 +93,7 @@ fn request(set: Set) -> Result<v1::SetPolicyRequest, Failure> {
         claim_ms: timed("--claim", set.claim.as_deref())?,
         turn_gpu_ms: or_none("--turn-gpu-time", set.turn_gpu_time.as_deref(), "0")?,
         turn_run_ms: timed("--turn-run", set.turn_run.as_deref())?,
+        turn_wait_ms: or_none("--turn-wait", set.turn_wait.as_deref(), "never")?,
     })
 }
 
@@ -106,17 +110,15 @@ fn show(global: &Global) -> Outcome {
             "claim_ms": policy.claim_ms,
             "turn_gpu_ms": policy.turn_gpu_ms,
             "turn_run_ms": policy.turn_run_ms,
+            "turn_wait_ms": policy.turn_wait_ms,
         })),
         Format::Name => println!("{}", policy.order),
         Format::Table => {
-            let aged = match policy.aged_after_ms {
-                0 => "never".to_owned(),
-                ms => age(i64::try_from(ms).unwrap_or(i64::MAX)),
-            };
+            let time = |ms: u64| age(i64::try_from(ms).unwrap_or(i64::MAX));
+            let or_never = |ms: u64| if ms == 0 { "never".to_owned() } else { time(ms) };
             println!("Order         {}", policy.order);
             println!("Reservations  {} of each pool of GPUs", policy.reservations);
-            println!("Aged after    {aged}");
-            let time = |ms: u64| age(i64::try_from(ms).unwrap_or(i64::MAX));
+            println!("Aged after    {}", or_never(policy.aged_after_ms));
             println!(
                 "Makes room    {} times a job, after {} of an attempt",
                 policy.preemptions,
@@ -125,7 +127,12 @@ fn show(global: &Global) -> Outcome {
             println!("Room is kept  {} beyond the grace", time(policy.claim_ms));
             match policy.turn_gpu_ms {
                 0 => println!("Turns         none"),
-                ms => println!("Turns         {} of GPU time, {} of an attempt", time(ms), time(policy.turn_run_ms)),
+                ms => println!(
+                    "Turns         {} of GPU time, {} of an attempt; first after {} of waiting",
+                    time(ms),
+                    time(policy.turn_run_ms),
+                    or_never(policy.turn_wait_ms)
+                ),
             }
         }
     }

@@ -110,6 +110,7 @@ impl v1::tenants_server::Tenants for Api {
             claim_ms: request.claim_ms,
             turn_gpu_ms: request.turn_gpu_ms,
             turn_run_ms: request.turn_run_ms,
+            turn_wait_ms: request.turn_wait_ms,
         };
         self.commit(Some(id), ACTOR.to_owned(), Command::SetPolicy(set)).await?;
         Ok(Response::new(v1::SetPolicyReply {}))
@@ -127,6 +128,7 @@ impl v1::tenants_server::Tenants for Api {
             claim_ms: planning.claim_ms,
             turn_gpu_ms: planning.turn_gpu_ms,
             turn_run_ms: planning.turn_run_ms,
+            turn_wait_ms: planning.turn_wait_ms,
         }))
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! - Jobs that have had little are young. A young job that finds no room preempts old ones of its tenant, or of one that is over its
 //!   share: most jobs are short, and need not wait for the few long ones. Whose attempt loses least is the first choice.
-//! - Who was submitted `AGED_S` ago goes first and is preempted for no turn any more: that bounds what long jobs lose.
+//! - Who has waited for `WAIT_S` in all goes first and is preempted for no turn any more: that bounds what long jobs lose.
 //! - In a pool of several tenants each has a share. What one does not use is lent, and reclaimed from who is over its own.
 //! - A job runs for `RUN_S` before it is preempted for a turn, for twice that before the second time, and so on; and it runs
 //!   `RESTART_S` longer for each time.
@@ -20,8 +20,8 @@ use super::trace::{Trace, TraceJob};
 /// A job is young until it has had so many GPU seconds.
 const YOUNG_GPU_S: u64 = 12_000;
 
-/// Half of the week after which a job with a limit goes first.
-const AGED_S: u64 = 84 * 3_600;
+/// Waiting, all of it together, from which a job goes first.
+const WAIT_S: u64 = 64 * 3_600;
 
 /// A preemption within this would waste more than it gives.
 const RUN_S: u64 = 1_800;
@@ -141,8 +141,9 @@ impl<'a> Job<'a> {
         self.served_s + self.in_phase(Phase::Running, now) < self.youth_s()
     }
 
-    fn has_aged(&self, now: u64) -> bool {
-        now - self.of.submit_s >= AGED_S
+    /// It has waited for so long that it goes first.
+    fn is_owed_first(&self, now: u64) -> bool {
+        now - self.of.submit_s - self.served_s - self.in_phase(Phase::Running, now) >= WAIT_S
     }
 
     /// The least run before its turn is over.
@@ -152,7 +153,7 @@ impl<'a> Job<'a> {
 
     /// It makes room for another one's turn.
     fn had_turn(&self, now: u64) -> bool {
-        !self.is_young(now) && !self.has_aged(now) && self.in_phase(Phase::Running, now) >= self.run_s()
+        !self.is_young(now) && !self.is_owed_first(now) && self.in_phase(Phase::Running, now) >= self.run_s()
     }
 
     /// Lost, were it preempted.
@@ -199,7 +200,7 @@ impl Run<'_> {
         let jobs = &self.jobs;
         let order = |at: &usize| {
             let job = &jobs[*at];
-            (!job.has_aged(now), !job.is_young(now), job.of.submit_s, *at)
+            (!job.is_owed_first(now), !job.is_young(now), job.of.submit_s, *at)
         };
         self.waiting.sort_by_cached_key(order);
         for owed in [true, false] {

@@ -33,6 +33,7 @@ pub(super) fn set(state: &mut State, set: &SetPolicy) -> Result<Reply, Rejection
         claim_ms: set.claim_ms.unwrap_or(now.claim_ms),
         turn_gpu_ms: set.turn_gpu_ms.unwrap_or(now.turn_gpu_ms),
         turn_run_ms: set.turn_run_ms.unwrap_or(now.turn_run_ms),
+        turn_wait_ms: set.turn_wait_ms.unwrap_or(now.turn_wait_ms),
     };
     let wrong = planning.wrong();
     if !wrong.is_empty() {
@@ -50,9 +51,11 @@ impl Planning {
         if self.reservations > RESERVATIONS {
             wrong.push(format!("reservations is {}, the limit is {RESERVATIONS}", self.reservations));
         }
-        let (age, most) = (self.aged_after_ms, submit::MAX_LIMIT_MS);
-        if age != 0 && !(LEAST_AGE_MS..=most).contains(&age) {
-            wrong.push(format!("aged_after_ms is {age}, must be {LEAST_AGE_MS} to {most}, or 0 for never"));
+        let most = submit::MAX_LIMIT_MS;
+        for (name, age) in [("aged_after_ms", self.aged_after_ms), ("turn_wait_ms", self.turn_wait_ms)] {
+            if age != 0 && !(LEAST_AGE_MS..=most).contains(&age) {
+                wrong.push(format!("{name} is {age}, must be {LEAST_AGE_MS} to {most}, or 0 for never"));
+            }
         }
         if self.min_run_ms > MIN_RUN_MS {
             wrong.push(format!("min_run_ms is {}, the limit is {MIN_RUN_MS}", self.min_run_ms));

@@ -195,7 +195,7 @@ fn task(phase: Phase) -> Task {
         fence: Some(versioned(Token(77))),
         displaced: 8,
         checkpoint: Some(Checkpoint { path: "/c".into(), attempt: 2, clock_ms: 3, step: 300 }.into()),
-        had: Had { gpu_ms: 300, turn: true, given: 9 },
+        had: Had { gpu_ms: 300, run_ms: 301, turn: true, given: 9 },
     }
 }
 

@@ -161,6 +161,7 @@ pub(super) fn commands() -> Vec<Command> {
             claim_ms: Some(3_000),
             turn_gpu_ms: Some(0),
             turn_run_ms: Some(1_000),
+            turn_wait_ms: Some(60_000),
         }),
         Command::Preempt(Preempt {
             task: TaskKey { job: JobId(1), index: 0 },
