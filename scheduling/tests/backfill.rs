@@ -220,18 +220,29 @@ fn a_young_job_goes_before_an_old_one_that_has_run_its_least_time() {
 
 #[test]
 fn who_waited_long_is_preempted_for_no_young_job() {
-    // The second waits three days for the first, which is young all the time with its 0.04 GPUs.
-    let long = 72 * 3_600;
-    let head = "id,submit_s,duration_s,gpus,gpu_milli,gpu_type\n";
-    let jobs = format!("{head}a,0,{long},1,40,x\nb,0,50000,1,1000,x\nc,{},100,1,1000,x\n", long + 40_000);
-    let starts = |nodes: &str| -> Vec<u64> {
-        let log = read(("jobs", &jobs), ("nodes", nodes)).expect("a well-formed trace");
+    // The second waits for the first, which is young all the time with its 0.04 GPUs; the third would take its turn from the second.
+    let starts = |long: u64| -> Vec<u64> {
+        let head = "id,submit_s,duration_s,gpus,gpu_milli\n";
+        let jobs = format!("{head}a,0,{long},1,40\nb,0,50000,1,1000\nc,{},100,1,1000\n", long + 40_000);
+        let log = read(("jobs", &jobs), ("nodes", "name,gpus\nm,1\n")).expect("a well-formed trace");
         let course = run(&log, &Policy::by_name("default").expect("a policy"), Options::default());
         course.journeys.iter().map(|journey| journey.expect("it runs").start_s).collect()
     };
-    assert_eq!(starts("name,gpus,gpu_type\nm,1,x\nn,1,y\n"), [0, long, long + 50_000]);
-    // Protected jobs may hold half of the pool, and no more.
-    assert_eq!(starts("name,gpus,gpu_type\nm,1,x\n"), [0, long, long + 40_000]);
+    let long = 64 * 3_600;
+    assert_eq!(starts(long), [0, long, long + 50_000]);
+    assert_eq!(starts(long - 1), [0, long - 1, long - 1 + 40_000]);
+}
+
+#[test]
+fn each_time_a_job_is_preempted_after_a_longer_run() {
+    // Young ones come all the time. It is old after 1,500 s with its 8 GPUs, and loses 60 s each time.
+    let young: String = (0..11_000).step_by(10).map(|at| format!("y{at},{at},1,1\n")).collect();
+    let jobs = format!("id,submit_s,duration_s,gpus\na,0,12000,8\n{young}");
+    let log = read(("jobs", &jobs), ("nodes", "name,gpus\nm,8\n")).expect("a well-formed trace");
+    let course = run(&log, &Policy::by_name("default").expect("a policy"), Options::default());
+    let own = course.spells.iter().filter(|spell| spell.job == 0);
+    let own: Vec<u64> = own.map(|spell| spell.until_s - spell.from_s).collect();
+    assert_eq!(own, [1_800, 3_600, 5_400, 12_000 + 3 * 60 - 10_800]);
 }
 
 #[test]

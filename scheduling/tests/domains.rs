@@ -10,7 +10,7 @@ use scheduling::plan::Cache;
 use scheduling::why::why;
 use scheduling::{Outlook, Start};
 use site::{Site, hgx, shape};
-use statemachine::command::{CreateReservation, Machines, Preempt, SetPriority};
+use statemachine::command::{CreateReservation, Machines, Preempt, SetPolicy, SetPriority};
 use statemachine::domain::{Level, Topology};
 use statemachine::spec::Shape;
 use statemachine::{Command, JobId, Outcome, TaskKey};
@@ -388,6 +388,8 @@ fn urgent_and_low(site: &mut Site) {
         };
         assert!(matches!(site.command(Command::SetPriority(set)), Outcome::Done(_)));
     }
+    // Only urgent ones end others.
+    site.policy(SetPolicy { turn_gpu_ms: Some(0), ..SetPolicy::default() });
 }
 
 /// The two that lose least are in two racks.

@@ -10,7 +10,7 @@ use scheduling::plan::{Cache, Limits, plan};
 use scheduling::why::why;
 use scheduling::{Outlook, Start};
 use site::{Site, hgx, shape};
-use statemachine::command::{Preempt, SetPriority};
+use statemachine::command::{Preempt, SetPolicy, SetPriority};
 use statemachine::selector::Selector;
 use statemachine::spec::Shape;
 use statemachine::{Command, JobId, Outcome, TaskKey};
@@ -127,6 +127,8 @@ fn urgent_and_low(site: &mut Site) {
         let set = SetPriority { name: name.into(), create, value, tenants, preempts, preemptible: !preempts };
         assert!(matches!(site.command(Command::SetPriority(set)), Outcome::Done(_)));
     }
+    // Only urgent ones end others.
+    site.policy(SetPolicy { turn_gpu_ms: Some(0), ..SetPolicy::default() });
 }
 
 #[test]
