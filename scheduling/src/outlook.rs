@@ -154,7 +154,7 @@ impl Cycle<'_> {
                 continue;
             }
             let shape = self.shape_of(spec);
-            match self.keep(task, (spec, shape)) {
+            match self.keep(task, (spec, shape), u64::MAX) {
                 Some(start) => {
                     starts.insert(task, start);
                 }

@@ -435,7 +435,10 @@ impl<'a> Cycle<'a> {
 
     /// Keeps machines for the task, if a start can be told.
     fn reserve(&mut self, task: TaskKey, tenant: TenantId, (spec, shape): (&JobSpec, &Shape)) {
-        let made = self.keep(task, (spec, shape));
+        // What who takes turns kept for a time that nobody knows would stay idle while others could have their turns there.
+        let state = self.machines.state;
+        let takes_turns = state.jobs.get(&task.job).is_some_and(|job| state.takes_turns(&job.value));
+        let made = self.keep(task, (spec, shape), if takes_turns { ENDLESS_MS } else { u64::MAX });
         let tries = self.pools.entry(pool_of(self.machines.inside(), shape)).or_default();
         match made {
             Some(reservation) => {
@@ -447,16 +450,19 @@ impl<'a> Cycle<'a> {
         }
     }
 
-    /// The task's start, with its machines kept from then on.
-    pub(crate) fn keep(&mut self, task: TaskKey, (spec, shape): (&JobSpec, &Shape)) -> Option<Reservation> {
+    /// The task's start, with its machines kept from then on, if it is before this time.
+    pub(crate) fn keep(
+        &mut self,
+        task: TaskKey,
+        (spec, shape): (&JobSpec, &Shape),
+        before_ms: u64,
+    ) -> Option<Reservation> {
         self.machines.look_for(spec);
         let (length_ms, _) = self.machines.length_of(spec);
         let room_ms = self.machines.room_ms(spec);
         let known = (&mut *self.cache, &mut self.prospects);
         let start = earliest(&self.machines, known, shape, room_ms, &mut self.steps)?;
-        let job = self.machines.state.jobs.get(&task.job).map(|job| &job.value);
-        if start.at_ms >= ENDLESS_MS && job.is_some_and(|job| self.machines.state.takes_turns(job)) {
-            // What it kept for a time that nobody knows would stay idle while others could have their turns there.
+        if start.at_ms >= before_ms {
             return None;
         }
         let until_ms = length_ms.map_or(u64::MAX, |length| start.at_ms.saturating_add(length));
