@@ -8,7 +8,7 @@ use statemachine::command::{Code, CreateReservation, Machines, Outcome, Reply, S
 use statemachine::domain::{Level, Topology};
 use statemachine::record::{Array, PartState, StoredReply};
 use statemachine::selector::Selector;
-use statemachine::spec::{After, AfterKind, Body, JobSpec, Retry as JobRetry, Shape, Terms};
+use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape, Terms};
 use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
 
 use super::agent::{AGENTS_PER_RACK, SLICE};
@@ -267,14 +267,9 @@ impl World {
     pub fn user(&mut self, wish: Wish) {
         let (request, command) = match &wish {
             Wish::Submit(n) | Wish::Again(n) => {
-                let older = self.users.array_before(*n);
                 let job = &mut self.users.jobs[*n];
                 if matches!(wish, Wish::Again(_)) && !job.asked {
                     return;
-                }
-                // Two of three arrays wait, task by task, for those of an older one.
-                if let Some((parent, ranges)) = older.filter(|_| !job.asked && n % 3 > 0) {
-                    job.follow(parent, ranges);
                 }
                 job.asked = true;
                 let command = Command::SubmitJob(Box::new(job.command.clone()));
@@ -517,24 +512,6 @@ fn site_of(owner: &Owner) -> Site {
     match owner {
         Owner::Agent { agent, .. } => Site::Agent(*agent),
         Owner::User { wish, .. } => Site::User((wish.number() % 3) as usize),
-    }
-}
-
-impl Users {
-    /// The newest array before the n-th job that was accepted, with its indexes.
-    fn array_before(&self, n: usize) -> Option<(JobId, Vec<(u32, u32)>)> {
-        let older = self.jobs[..n].iter().rev();
-        older.filter_map(|older| Some((older.job?, older.command.spec.array()?.ranges.clone()))).next()
-    }
-}
-
-impl Submission {
-    /// If it is an array it has these indexes, and each task waits for the one of its index.
-    fn follow(&mut self, parent: JobId, ranges: Vec<(u32, u32)>) {
-        let Some(terms) = self.command.spec.terms.as_mut() else { return };
-        let Some(array) = terms.array.as_mut() else { return };
-        array.ranges = ranges;
-        terms.after = vec![After { kind: AfterKind::Corr, job: parent }];
     }
 }
 
