@@ -10,7 +10,7 @@ use scheduling::plan::Cache;
 use scheduling::why::why;
 use scheduling::{Outlook, Start};
 use site::{Site, hgx, shape};
-use statemachine::command::{CreateReservation, Machines, Preempt, SetPolicy, SetPriority};
+use statemachine::command::{CreateReservation, Machines, Preempt};
 use statemachine::domain::{Level, Topology};
 use statemachine::spec::Shape;
 use statemachine::{Command, JobId, Outcome, TaskKey};
@@ -168,7 +168,7 @@ proptest! {
         wants in topology(),
     ) {
         let mut site = Site::default();
-        urgent_and_low(&mut site);
+        site.urgent_and_low();
         paths.iter().enumerate().for_each(|(n, path)| join(&mut site, n, path));
         for (_, wait) in paths.iter().zip(waits) {
             site.submit_of("low", "default", shape(1, 1, 8));
@@ -376,27 +376,11 @@ fn a_start_to_come_is_when_one_rack_has_room() {
     assert_eq!(in_s(start), 189);
 }
 
-fn urgent_and_low(site: &mut Site) {
-    for (name, value, preempts) in [("low", 0, false), ("high", 100, true)] {
-        let set = SetPriority {
-            name: name.into(),
-            create: true,
-            value,
-            tenants: Vec::new(),
-            preempts,
-            preemptible: !preempts,
-        };
-        assert!(matches!(site.command(Command::SetPriority(set)), Outcome::Done(_)));
-    }
-    // Only urgent ones end others.
-    site.policy(SetPolicy { turn_gpu_ms: Some(0), ..SetPolicy::default() });
-}
-
 /// The two that lose least are in two racks.
 #[test]
 fn room_is_made_in_one_rack() {
     let mut site = racks(&[2, 2]);
-    urgent_and_low(&mut site);
+    site.urgent_and_low();
     let mut tokens = Vec::new();
     // n0 and n2 are young, n1 old, n3 a little older than they.
     for _ in 0..4 {

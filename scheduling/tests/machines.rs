@@ -10,7 +10,7 @@ use scheduling::plan::{Cache, Limits, plan};
 use scheduling::why::why;
 use scheduling::{Outlook, Start};
 use site::{Site, hgx, shape};
-use statemachine::command::{Preempt, SetPolicy, SetPriority};
+use statemachine::command::Preempt;
 use statemachine::selector::Selector;
 use statemachine::spec::Shape;
 use statemachine::{Command, JobId, Outcome, TaskKey};
@@ -69,7 +69,7 @@ proptest! {
         urgent in (selector(), 1u16..4),
     ) {
         let mut site = cluster(&machines);
-        urgent_and_low(&mut site);
+        site.urgent_and_low();
         let may = |is: Is, name: &str| {
             let (rack, ssd) = machines[name[1..].parse::<usize>().unwrap()];
             is(name, rack, ssd)
@@ -121,16 +121,6 @@ proptest! {
     }
 }
 
-fn urgent_and_low(site: &mut Site) {
-    for (name, value, preempts) in [("low", 0, false), ("high", 100, true)] {
-        let (create, tenants) = (true, Vec::new());
-        let set = SetPriority { name: name.into(), create, value, tenants, preempts, preemptible: !preempts };
-        assert!(matches!(site.command(Command::SetPriority(set)), Outcome::Done(_)));
-    }
-    // Only urgent ones end others.
-    site.policy(SetPolicy { turn_gpu_ms: Some(0), ..SetPolicy::default() });
-}
-
 #[test]
 fn who_keeps_too_many_machines_out_is_told_and_what_would_help() {
     let mut site = cluster(&[(0, false), (0, true), (1, false)]);
@@ -180,7 +170,7 @@ fn who_waits_for_machines_of_its_own_has_its_start_kept_there() {
 #[test]
 fn room_is_made_on_machines_of_its_own() {
     let mut site = cluster(&[(0, false), (1, false)]);
-    urgent_and_low(&mut site);
+    site.urgent_and_low();
     for _ in 0..2 {
         site.submit_of("low", "default", shape(1, 1, 8));
         let token = site.start()[0];

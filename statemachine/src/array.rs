@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::apply::Ctx;
+use crate::event::Change;
 use crate::id::*;
 use crate::record::*;
 use crate::settings::Settings;
@@ -280,8 +281,8 @@ impl State {
         Some((key.job.nth_task(progress.begun), job))
     }
 
-    /// The next task of an array becomes a job.
-    pub(crate) fn count_begun(&mut self, ctx: &mut Ctx<'_>, array: JobId) {
+    /// The next task of an array becomes this job: the array counts it, and it is told.
+    pub(crate) fn count_begun(&mut self, ctx: &mut Ctx<'_>, array: JobId, task: JobId) {
         self.change_job(ctx, array, |state, _| {
             state.jobs.update(&array, |job| {
                 if let Some(progress) = job.value.progress_mut() {
@@ -294,6 +295,13 @@ impl State {
                 }
             });
         });
+        ctx.tell(Change::JobSubmitted { job: task });
+    }
+
+    /// The record of a task that has become a job. Runs inside `change_job` of it.
+    pub(crate) fn insert_element(&mut self, ctx: &Ctx<'_>, id: JobId, job: Job) {
+        self.tenants.update(&job.tenant, |tenant| tenant.live_jobs = tenant.live_jobs.saturating_add(1));
+        self.jobs.insert(id, Versioned::new(ctx.rev, job));
     }
 
     /// A task of an array has ended.

@@ -16,6 +16,7 @@ use crate::id::*;
 use crate::lease::{decided, stale};
 use crate::record::*;
 use crate::state::{State, Timer, TimerKind};
+use crate::turns::gpus_of;
 
 /// How much later than its grace a lease that was decided may still hold its GPUs and be counted on to free them.
 const OVERDUE_MS: u64 = 10_000;
@@ -214,7 +215,7 @@ impl State {
         let checkpoint_ms = checkpoint.filter(|it| it.attempt == lease.attempt).map(|it| it.clock_ms);
         let since_ms = checkpoint_ms.unwrap_or(started_ms).max(started_ms);
         let ms = self.meta.clock_ms.saturating_sub(since_ms);
-        let gpus: u64 = lease.parts.iter().map(|part| u64::from(part.gpus.count_ones())).sum();
+        let gpus = u64::from(gpus_of(lease));
         let cores: u64 = lease.parts.iter().map(|part| u64::from(cores_of(&part.cores_by_numa))).sum();
         Loss {
             gpu_ms: ms.saturating_mul(gpus),

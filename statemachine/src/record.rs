@@ -10,6 +10,7 @@ use crate::command::PlacePart;
 use crate::id::*;
 use crate::settings::Settings;
 pub use crate::spec::{Body, JobSpec};
+pub use crate::turns::Had;
 
 /// A record with the revisions that every key of the keyspace shows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,18 +133,6 @@ pub struct Task {
     /// The newest one that an attempt recorded.
     pub checkpoint: Option<Box<Checkpoint>>,
     pub had: Had,
-}
-
-/// What a task has had of GPUs that go round.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Had {
-    /// GPU time of the attempts that ended, and time that they ran.
-    pub gpu_ms: u64,
-    pub run_ms: u64,
-    /// That was a whole turn, by the policy when the last of them ended.
-    pub turn: bool,
-    /// Attempts that ended for another one's turn.
-    pub given: u16,
 }
 
 /// Where an attempt can go on from.

@@ -106,7 +106,7 @@ impl QueueKey {
     }
 }
 
-const HOUR_MS: u64 = 3_600_000;
+pub(crate) const HOUR_MS: u64 = 3_600_000;
 
 /// What waits of one user with one time limit at one priority: jobs of which nothing but their turn tells one from the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

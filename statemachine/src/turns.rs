@@ -6,10 +6,24 @@
 //! have had that, once they have run for `turn_run_ms`; for twice as long the second time that a job gives its place, and so on: one that runs for `t` ms in all gives
 //! it at most `sqrt(2 t / turn_run_ms)` times. Who has waited for `turn_wait_ms` in all goes first and gives it to nobody. Under `fifo` nobody takes turns.
 
+use serde::{Deserialize, Serialize};
+
 use crate::id::*;
 use crate::record::*;
 use crate::settings::OrderBy;
 use crate::state::State;
+
+/// What a task has had of GPUs that go round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Had {
+    /// GPU time of the attempts that ended, and time that they ran.
+    pub gpu_ms: u64,
+    pub run_ms: u64,
+    /// That was a whole turn, by the policy when the last of them ended: a change of the policy moves nobody in the queue.
+    pub turn: bool,
+    /// Attempts that ended for another one's turn.
+    pub given: u16,
+}
 
 impl State {
     /// It takes turns with others of its priority.

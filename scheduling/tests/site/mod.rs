@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use scheduling::plan::{Cache, Limits, Plan, plan};
 use scheduling::{Reason, reason_for};
 use statemachine::command::{
-    GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportItem, SetPolicy,
-    SetTenant, SubmitJob, default_retry,
+    GpuFacts, GpuHealthChange, LaunchFault, NodeOut, PartReport, RegisterNode, Report, ReportExit, ReportItem,
+    SetPolicy, SetPriority, SetTenant, SubmitJob, default_retry,
 };
 use statemachine::record::{Array, Class, Exit, ExitCause, GpuHealth, KillStrength, PartState, PciClass, StoredReply};
 use statemachine::settings::Settings;
@@ -167,6 +167,16 @@ impl Site {
         self.done(Command::SetPolicy(set));
     }
 
+    /// Jobs of `high` end those of `low`, and nobody else ends any.
+    pub fn urgent_and_low(&mut self) {
+        for (name, value, preempts) in [("low", 0, false), ("high", 100, true)] {
+            let (name, create, tenants) = (name.into(), true, Vec::new());
+            let set = SetPriority { name, create, value, tenants, preempts, preemptible: !preempts };
+            self.done(Command::SetPriority(set));
+        }
+        self.policy(SetPolicy { turn_gpu_ms: Some(0), ..SetPolicy::default() });
+    }
+
     pub fn tenant(&mut self, set: SetTenant) {
         self.done(Command::SetTenant(Box::new(SetTenant { create: true, ..set })));
     }
@@ -319,23 +329,18 @@ impl Site {
 
     /// All ranks exit 0 and their GPUs are free.
     pub fn finish(&mut self, token: Token) {
-        let exit = Exit { code: 0, signal: 0 };
-        self.report(token, |first, ranks| PartReport::Exited {
-            exits: (first..first + u32::from(ranks))
-                .map(|rank| statemachine::command::ReportExit { rank, exit, cause: ExitCause::Own })
-                .collect(),
-            released: true,
-        });
+        self.exited(token, Exit { code: 0, signal: 0 }, ExitCause::Own);
     }
 
     /// The ranks of a lease that was decided are gone after their signal.
     pub fn drain(&mut self, token: Token) {
-        let exit = Exit { code: 0, signal: 15 };
-        self.report(token, |first, ranks| PartReport::Exited {
-            exits: (first..first + u32::from(ranks))
-                .map(|rank| statemachine::command::ReportExit { rank, exit, cause: ExitCause::Stopped })
-                .collect(),
-            released: true,
+        self.exited(token, Exit { code: 0, signal: 15 }, ExitCause::Stopped);
+    }
+
+    fn exited(&mut self, token: Token, exit: Exit, cause: ExitCause) {
+        self.report(token, |first, ranks| {
+            let ranks = first..first + u32::from(ranks);
+            PartReport::Exited { exits: ranks.map(|rank| ReportExit { rank, exit, cause }).collect(), released: true }
         });
     }
 

@@ -5,11 +5,9 @@
 use super::{Ctx, calendar, cancel, dependents, node_admin, peers, requests, restore, retain};
 use crate::id::*;
 use crate::record::*;
-use crate::state::{State, TimerKind};
+use crate::state::{HOUR_MS, State, TimerKind};
 use crate::storage;
 use crate::transition::{self, By};
-
-const HOUR_MS: u64 = 3_600_000;
 
 /// The bucket of history in which a job that is archived now is kept.
 pub(super) fn archive_bucket(clock_ms: u64) -> u32 {

@@ -98,12 +98,9 @@ fn skip(state: &mut State, ctx: &mut Ctx<'_>, array: JobId, peer: JobId) {
     });
     let key = next.map(|index| TaskKey { job: array, index });
     let Some((id, job)) = key.and_then(|key| state.next_element(key)) else { return };
-    let tenant = job.tenant;
-    state.count_begun(ctx, array);
-    ctx.tell(crate::event::Change::JobSubmitted { job: id });
+    state.count_begun(ctx, array, id);
     state.change_job(ctx, id, |state, ctx| {
-        state.jobs.insert(id, Versioned::new(ctx.rev, job));
-        state.tenants.update(&tenant, |tenant| tenant.live_jobs = tenant.live_jobs.saturating_add(1));
+        state.insert_element(ctx, id, job);
         state.end_unstarted(ctx, TaskKey::only(id), By::Skip, Some(EndCause::Parent(peer)));
     });
 }

@@ -51,13 +51,11 @@ fn grant(state: &mut State, ctx: &mut Ctx<'_>, place: &Place) -> Result<Token, R
     let task = born.as_ref().map_or(place.task, |(id, _)| TaskKey::only(*id));
     let lease = Lease { task, amounts, ..build_lease(state, place, &masks, ttl_ms, ranks) };
     if born.is_some() {
-        state.count_begun(ctx, place.task.job);
-        ctx.tell(Change::JobSubmitted { job: task.job });
+        state.count_begun(ctx, place.task.job, task.job);
     }
     state.change_job(ctx, task.job, |state, ctx| {
         if let Some((id, job)) = born {
-            state.jobs.insert(id, Versioned::new(ctx.rev, job));
-            state.tenants.update(&tenant, |tenant| tenant.live_jobs = tenant.live_jobs.saturating_add(1));
+            state.insert_element(ctx, id, job);
         }
         state.touch_task(task);
         state.tasks.update(&task, |task| {
