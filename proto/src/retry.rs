@@ -1,7 +1,8 @@
 //! Which replica to ask next, and when: the client's retry as a pure step, without clock or socket.
 //!
 //! A call repeats the *same* request (and request id) until it is answered or its deadline passes. NOT_LEADER is
-//! followed at once; without a hint, and when nobody answers, the client goes round the replicas with a growing wait.
+//! followed at once; without a hint, and when nobody answers, the client goes round the replicas with a growing wait. Between
+//! two waits it asks nobody twice: followers go on naming a leader that died, and all who wait would ask without pause.
 //! No try may spend the call's whole time: a replica that is frozen, or cut off, must leave time to ask the next one.
 
 /// What happened to the last try.
@@ -32,8 +33,6 @@ pub enum Action {
 /// First wait of a round without an answer, in ms; doubles up to the maximum.
 const WAIT_FIRST_MS: u64 = 10;
 const WAIT_MAX_MS: u64 = 80;
-/// Leader hints followed in a row without a wait: two replicas may name each other during an election.
-const HINTS_IN_ROW: u32 = 3;
 
 /// A try gets half of the time that is left, but no less than this (as far as it is there).
 const TRY_MIN_MS: u64 = 250;
@@ -46,8 +45,8 @@ pub struct Retry {
     servers: Vec<String>,
     at: usize,
     target: Option<String>,
-    hints: u32,
-    tried_in_round: usize,
+    /// Since the last wait.
+    asked: Vec<String>,
     wait_ms: u64,
     has_tried: bool,
     deadline_ms: u64,
@@ -69,8 +68,7 @@ impl Retry {
             servers,
             at,
             target: first,
-            hints: 0,
-            tried_in_round: 0,
+            asked: Vec::new(),
             wait_ms: WAIT_FIRST_MS,
             has_tried: false,
             deadline_ms,
@@ -84,8 +82,7 @@ impl Retry {
         }
         match event {
             Event::Ready => self.call(now_ms),
-            Event::NotLeader(Some(addr)) if self.hints < HINTS_IN_ROW => {
-                self.hints += 1;
+            Event::NotLeader(Some(addr)) if !self.asked.contains(&addr) => {
                 self.target = Some(addr);
                 self.call(now_ms)
             }
@@ -95,8 +92,14 @@ impl Retry {
             }
             Event::Unreachable => {
                 self.next_server();
-                self.tried_in_round += 1;
-                if self.tried_in_round < self.servers.len() { self.call(now_ms) } else { self.wait(now_ms) }
+                let round = self.servers.iter().cycle().skip(self.at).take(self.servers.len());
+                match round.zip(self.at..).find(|(addr, _)| !self.asked.contains(addr)) {
+                    Some((_, at)) => {
+                        self.at = at % self.servers.len();
+                        self.call(now_ms)
+                    }
+                    None => self.wait(now_ms),
+                }
             }
             Event::Busy { retry_ms } => Action::Wait { ms: retry_ms.clamp(1, self.deadline_ms - now_ms) },
         }
@@ -111,6 +114,7 @@ impl Retry {
             Some(addr) => addr.clone(),
             None => self.servers[self.at].clone(),
         };
+        self.asked.push(addr.clone());
         let share = (left / 2).max(TRY_MIN_MS);
         Action::Call { addr, timeout_ms: self.try_timeout_ms.min(share).min(left).max(1) }
     }
@@ -123,8 +127,7 @@ impl Retry {
     }
 
     fn wait(&mut self, now_ms: u64) -> Action {
-        self.tried_in_round = 0;
-        self.hints = 0;
+        self.asked.clear();
         let ms = self.wait_ms.min(self.deadline_ms - now_ms);
         self.wait_ms = (self.wait_ms * 2).min(WAIT_MAX_MS);
         Action::Wait { ms }
@@ -159,6 +162,20 @@ mod tests {
             matches!(retry.step(Event::NotLeader(Some(hint.into())), i), Action::Wait { .. })
         });
         assert!(waited);
+    }
+
+    #[test]
+    fn a_dead_leader_that_followers_name_is_asked_once_a_round() {
+        let mut retry = retry();
+        let dead = || Event::NotLeader(Some("c".into()));
+        assert_eq!(retry.step(Event::Ready, 0), call("a"));
+        assert_eq!(retry.step(dead(), 1), call("c"));
+        assert_eq!(retry.step(Event::Unreachable, 2), call("b"));
+        assert_eq!(retry.step(dead(), 3), Action::Wait { ms: WAIT_FIRST_MS });
+        // The next round begins with another one, who may lead by then.
+        assert_eq!(retry.step(Event::Ready, 13), call("c"));
+        assert_eq!(retry.step(Event::Unreachable, 14), call("a"));
+        assert_eq!(retry.step(Event::NotLeader(Some("b".into())), 15), call("b"));
     }
 
     #[test]
