@@ -104,6 +104,11 @@ impl Face {
         self.service == Service::In && self.cores_free == self.total.cores && self.kinds.iter().all(has_all)
     }
 
+    /// In service, for one lease more.
+    pub fn has_room(&self) -> bool {
+        self.service == Service::In && !self.is_full
+    }
+
     pub fn kind(&self, gpu_type: GpuTypeId) -> Option<&Kind> {
         self.kinds.iter().find(|kind| kind.gpu_type == gpu_type)
     }

@@ -4,6 +4,7 @@
 //! Whether a part fits is `statemachine::fit`'s answer, given here for the machine as the plan has left it.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use statemachine::{GpuTypeId, JobId, NodeId, State, TaskKey};
 
 use crate::cache::Cache;
 use crate::choose::Want;
+use crate::fleet::Face;
 use crate::holding::{self, End, Held, Holding, Kept};
 use crate::windows::{self, Window};
 
@@ -48,7 +50,12 @@ pub(crate) struct Machines<'a> {
     inside: Option<usize>,
     /// What this plan makes room for: not in the state yet.
     made_room: Vec<PlacePart>,
+    /// How machines look beside what is kept there, by bar and window, until they lose more.
+    faces: RefCell<BTreeMap<NodeId, Faces>>,
 }
+
+/// By bar and window.
+type Faces = Vec<((u64, Option<usize>), Arc<Face>)>;
 
 struct Left {
     alloc: Alloc,
@@ -75,6 +82,7 @@ impl<'a> Machines<'a> {
             window_starts: BTreeSet::new(),
             inside: None,
             made_room: Vec::new(),
+            faces: RefCell::default(),
         };
         machines.set_aside();
         machines
@@ -181,6 +189,20 @@ impl<'a> Machines<'a> {
         Some((node, Cow::Owned(self.free_during(id, self.state.meta.clock_ms, u64::MAX, bar)?)))
     }
 
+    /// How a machine in service looks to a task that runs on at `bar`.
+    pub(crate) fn face_beside(&self, id: NodeId, bar: u64) -> Option<Arc<Face>> {
+        let asked = (bar, self.inside);
+        let mut faces = self.faces.borrow_mut();
+        let known = faces.entry(id).or_default();
+        if let Some((_, face)) = known.iter().find(|(of, _)| *of == asked) {
+            return Some(face.clone());
+        }
+        let (node, alloc) = self.beside(id, bar)?;
+        let face = Arc::new(Face::of_free(node, &alloc));
+        known.push((asked, face.clone()));
+        Some(face)
+    }
+
     /// What is free on a machine during all of [`from_ms`, `until_ms`), beside what is kept from `bar` on or sooner.
     pub(crate) fn free_during(&self, id: NodeId, from_ms: u64, until_ms: u64, bar: u64) -> Option<Alloc> {
         let (node, alloc) = self.node(id)?;
@@ -277,7 +299,7 @@ impl<'a> Machines<'a> {
     /// Keeps a part for a task that waits.
     pub(crate) fn keep(&mut self, from_ms: u64, until_ms: u64, part: PlacePart) {
         self.starts.insert(from_ms);
-        self.touched.push(part.node);
+        self.touch(part.node);
         self.kept.entry(part.node).or_default().push(Kept { from_ms, until_ms, part, window: None });
     }
 
@@ -313,7 +335,12 @@ impl<'a> Machines<'a> {
         };
         left.parts.push(Holding::of_placed(part, end));
         holding::take(&mut left.alloc, part);
-        self.touched.push(part.node);
+        self.touch(part.node);
+    }
+
+    fn touch(&mut self, id: NodeId) {
+        self.touched.push(id);
+        self.faces.get_mut().remove(&id);
     }
 }
 

@@ -380,9 +380,9 @@ impl<'a> Cycle<'a> {
         }
         let open = self.open.get_or_insert_with(|| Open::of(state, &mut self.steps));
         self.plan.preempts_from = open.next_ms;
-        let before = Before { victims: self.victims.clone(), coming: self.coming.by_tenant().clone() };
+        let before = Before { victims: &self.victims, coming: self.coming.by_tenant() };
         let asked = (task, spec, shape);
-        let made = preempt::make_room(&self.machines, self.cache, (open, &before), asked, &mut self.steps);
+        let made = preempt::make_room(&self.machines, self.cache, (open, before), asked, &mut self.steps);
         let Some(made) = made else {
             self.hopeless.insert(equal, spec.priority);
             return None;

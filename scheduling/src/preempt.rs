@@ -8,6 +8,7 @@
 //! least loss one after the other; then those victims are spared, the costliest first, without whom it fits too. One that
 //! must be in one domain is looked for in each, and takes the one that loses least.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use statemachine::account::Amounts;
@@ -60,6 +61,7 @@ impl Cost {
 /// Leases that may be ended for some task, found once a cycle.
 #[derive(Debug, Default)]
 pub(crate) struct Open {
+    all: Vec<Token>,
     by_node: BTreeMap<NodeId, Vec<Token>>,
     /// The lowest priority among those of preemptible classes.
     lowest: Option<i32>,
@@ -69,6 +71,8 @@ pub(crate) struct Open {
     turns: bool,
     /// When the first of those leases that have not run for the least time, or have not had their turn, may be ended.
     pub next_ms: Option<u64>,
+    /// What machines have free once all that drains has gone: for a task for which nothing is kept.
+    drained: RefCell<BTreeMap<NodeId, Option<Alloc>>>,
 }
 
 impl Open {
@@ -96,6 +100,7 @@ impl Open {
                 let priority = job.value.spec.priority;
                 open.lowest = Some(open.lowest.map_or(priority, |lowest| lowest.min(priority)));
             }
+            open.all.push(*token);
             for part in lease.parts.iter().filter(|part| part.state != PartState::Released) {
                 open.by_node.entry(part.node).or_default().push(*token);
             }
@@ -106,16 +111,16 @@ impl Open {
     /// Without a look at any lease: the task could end one of them.
     fn is_worth_a_look(&self, by_class: bool, by_turn: bool, priority: i32) -> bool {
         let lower = by_class && self.lowest.is_some_and(|lowest| lowest < priority);
-        !self.by_node.is_empty() && (lower || self.guarantees || by_turn && self.turns)
+        !self.all.is_empty() && (lower || self.guarantees || by_turn && self.turns)
     }
 }
 
 /// What this cycle did for tasks before it.
-pub(crate) struct Before {
+pub(crate) struct Before<'a> {
     /// Who ends for them.
-    pub victims: BTreeSet<Token>,
+    pub victims: &'a BTreeSet<Token>,
     /// What they get, by tenant.
-    pub coming: BTreeMap<TenantId, Amounts>,
+    pub coming: &'a BTreeMap<TenantId, Amounts>,
 }
 
 /// What is looked at for one task, with GPUs of one type.
@@ -148,7 +153,7 @@ struct Found {
 pub(crate) fn make_room(
     machines: &Machines<'_>,
     cache: &mut Cache,
-    (open, before): (&Open, &Before),
+    (open, before): (&Open, Before<'_>),
     (task, spec, shape): (TaskKey, &JobSpec, &Shape),
     steps: &mut u64,
 ) -> Option<Preempt> {
@@ -161,16 +166,16 @@ pub(crate) fn make_room(
     let mut best: Option<(Cost, Preempt)> = None;
     for gpu_type in types_of(&cache.fleet, shape) {
         let asks = asks(shape, gpu_type);
-        let Some(mut rights) = Rights::new(state, task, &asks, &before.coming) else { continue };
+        let Some(mut rights) = Rights::new(state, task, &asks, before.coming) else { continue };
         before.victims.iter().for_each(|token| rights.count(*token));
         let (spared, cost) = (BTreeSet::new(), BTreeMap::new());
         let leaving = before.victims.iter().copied();
-        let headroom = Headroom::new(state, task, &before.coming, leaving);
+        let headroom = Headroom::new(state, task, before.coming, leaving);
         let until_ms = machines.room_until(spec);
         let mut search = Search {
             machines,
             open,
-            spoken_for: &before.victims,
+            spoken_for: before.victims,
             task,
             shape,
             gpu_type,
@@ -180,6 +185,9 @@ pub(crate) fn make_room(
             spared,
             cost,
         };
+        if !search.may_end_somebody(steps) {
+            continue;
+        }
         let Some((cost, preempt)) = search.run(cache, steps) else { continue };
         // Of equal ones the type that the job prefers.
         if best.as_ref().is_none_or(|(least, _)| cost < *least) {
@@ -215,6 +223,16 @@ impl Search<'_, '_> {
             };
         }
         None
+    }
+
+    /// Otherwise no machine need be looked at.
+    fn may_end_somebody(&self, steps: &mut u64) -> bool {
+        *steps += self.open.all.len() as u64;
+        self.open.all.iter().any(|token| self.may_end(*token))
+    }
+
+    fn may_end(&self, token: Token) -> bool {
+        !self.spoken_for.contains(&token) && !self.spared.contains(&token) && self.rights.against(token).is_ok()
     }
 
     /// The one machine where the least is lost.
@@ -322,9 +340,7 @@ impl Search<'_, '_> {
         let state = self.machines.state;
         let open = self.open.by_node.get(&node).map(Vec::as_slice).unwrap_or_default();
         *steps += open.len() as u64;
-        let free = |token: &&Token| !self.spoken_for.contains(*token) && !self.spared.contains(*token);
-        let able: Vec<Token> =
-            open.iter().filter(free).copied().filter(|token| self.rights.against(*token).is_ok()).collect();
+        let able: Vec<Token> = open.iter().copied().filter(|token| self.may_end(*token)).collect();
         for token in &able {
             if let Some(lease) = state.leases.get(token) {
                 self.cost.entry(*token).or_insert_with(|| Cost::of(state, &lease.value));
@@ -403,12 +419,19 @@ impl Search<'_, '_> {
         seats.iter().any(|(gpu_type, _)| *gpu_type == self.gpu_type)
     }
 
-    /// What the machine will have free then, less what this cycle gave to others.
+    /// What the machine will have free then, less what this cycle gave to others. `None` where that has too few GPUs.
     fn room(&self, node: NodeId, victims: &[Token]) -> Option<Alloc> {
         let state = self.machines.state;
         let leaving = victims.iter().chain(self.spoken_for).copied();
         let here: Vec<Token> = leaving.filter(|token| is_on(state, *token, node)).collect();
-        let mut alloc = state.free_after(node, &here, self.task)?;
+        let enough = |alloc: &Alloc| alloc.free_gpus.count_ones() >= self.shape.gpus_per_node();
+        let mut alloc = if here.is_empty() {
+            let mut drained = self.open.drained.borrow_mut();
+            let known = drained.entry(node).or_insert_with(|| state.free_after(node, &here, self.task));
+            known.as_ref().filter(|alloc| enough(alloc))?.clone()
+        } else {
+            state.free_after(node, &here, self.task).filter(enough)?
+        };
         self.machines.take_planned(node, &mut alloc);
         Some(alloc)
     }

@@ -16,7 +16,7 @@ use statemachine::{GpuTypeId, NodeId, State};
 
 use crate::cache::{Cache, Choices};
 use crate::domains::{APART, Domains, along};
-use crate::fleet::{self, Face, Fleet, Grouped, Service};
+use crate::fleet::{self, Face, Fleet, Grouped};
 use crate::machines::{Machines, want_of};
 
 /// A machine with room, in the order of best fit, then the oldest node.
@@ -346,15 +346,14 @@ fn fit_of(seats: &[Seat]) -> (u32, Reverse<u32>) {
 /// What each machine with this face offers to the shape, beside what is kept there from the bar on.
 fn offers_of(machines: &Machines<'_>, choices: &mut Choices, face: &Face, (shape, bar): (&Shape, u64)) -> Offers {
     let Some(alone) = &face.alone else { return offers(machines.state, choices, face, shape) };
-    let beside = machines.beside(alone.node, bar).filter(|_| machines.takes_leases(alone.node));
-    beside.map_or_else(Vec::new, |(node, alloc)| offers_on(machines.state, choices, shape, (node, &alloc)))
+    let beside = if face.has_room() { machines.face_beside(alone.node, bar) } else { None };
+    beside.map_or_else(Vec::new, |beside| offers(machines.state, choices, &beside, shape))
 }
 
 /// What a machine with this face offers to the shape, where it may be on it at all.
 fn offers(state: &State, choices: &mut Choices, face: &Face, shape: &Shape) -> Offers {
     let (cores, mem_mib) = face.total.request(shape);
-    let has_room = face.service == Service::In && !face.is_full;
-    if !has_room || face.cores_free < cores || face.mem_free_mib < mem_mib {
+    if !face.has_room() || face.cores_free < cores || face.mem_free_mib < mem_mib {
         return Vec::new();
     }
     let cores_free = face.cores_free;

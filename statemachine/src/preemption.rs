@@ -376,7 +376,6 @@ impl State {
         self.claims.insert(task, claim);
     }
 
-    /// What was kept for the task is anybody's again.
     /// What was kept for a job that does not wait any more, or for a task of an array that has become another job.
     pub(crate) fn drop_claims_of(&mut self, job: JobId) {
         let kept = self.claims.range(TaskKey::only(job)..=TaskKey { job, index: u32::MAX });
@@ -384,6 +383,7 @@ impl State {
         kept.into_iter().for_each(|task| self.drop_claim(task));
     }
 
+    /// What was kept for the task is anybody's again.
     pub(crate) fn drop_claim(&mut self, task: TaskKey) {
         let Some(claim) = self.claims.remove(&task) else { return };
         self.index.timers.remove(&claim.timer(task));
