@@ -9,8 +9,9 @@ use proto::v1::DesiredLease;
 use raft_node::leader::desired::gpu_uuids;
 use statemachine::command::{Code, Outcome, Reply};
 use statemachine::event::Change;
-use statemachine::record::{AttemptRow, Part, PartState, StoredReply, TaskOutcome, VerdictKind};
-use statemachine::{Command, Entry, JobId, NodeId, RequestId, Revision, SessionId, TaskKey, Token};
+use statemachine::record::{AttemptRow, Element, Part, PartState, StoredReply, TaskOutcome, VerdictKind};
+use statemachine::spec::AfterKind;
+use statemachine::{Command, Entry, JobId, NodeId, RequestId, Revision, SessionId, State, TaskKey, Token};
 
 use super::agent::AGENTS_PER_RACK;
 use super::event::Event;
@@ -218,7 +219,25 @@ impl World {
         let known = *self.audit.tasks.entry((element.array, element.index)).or_insert(job);
         if known != job {
             let text = format!("task {} of array {} is job {job}, it was {known}", element.index, element.array);
-            self.violate("array_counts", text);
+            return self.violate("array_counts", text);
+        }
+        self.audit_peers(at, job, element);
+    }
+
+    /// A task that starts behind that of the same index of another array: that one has succeeded.
+    fn audit_peers(&mut self, at: usize, job: JobId, element: Element) {
+        let state = &self.replicas[at].state;
+        let after = state.jobs.get(&element.array).map(|array| array.value.spec.after()).unwrap_or_default();
+        let peers = after.iter().filter(|after| after.kind == AfterKind::Corr);
+        // Ids of tasks lie behind their array's, in both alike.
+        let peers = peers.map(|parent| JobId(parent.job.0 + job.0 - element.array.0));
+        let peers: Vec<_> = peers.map(|peer| (peer, outcome_of(state, peer))).collect();
+        for (peer, outcome) in peers {
+            if outcome != Some(TaskOutcome::Succeeded) {
+                let text = format!("job {job} started behind job {peer}, which ended as {outcome:?}");
+                return self.violate("peers_first", text);
+            }
+            self.sometimes.hit("a task started behind the one of its index");
         }
     }
 
@@ -232,13 +251,22 @@ impl World {
             self.sometimes.hit("a cancel reached running tasks of an array");
         }
         let Some((_, progress)) = job.array() else { return };
-        let begun = self.audit.tasks.range((id, 0)..=(id, u32::MAX)).map(|(_, job)| *job).collect::<Vec<_>>();
-        let live = |task: &&JobId| self.replicas[at].state.jobs.get(task).is_some_and(|job| job.value.ended.is_none());
+        let state = &self.replicas[at].state;
+        let begun: BTreeSet<JobId> = self.audit.tasks.range((id, 0)..=(id, u32::MAX)).map(|(_, job)| *job).collect();
+        let live = |task: &&JobId| state.jobs.get(task).is_some_and(|job| job.value.ended.is_none());
         let open = begun.iter().find(live).copied();
-        if begun.len() != progress.begun as usize || open.is_some() {
-            let text =
-                format!("array {id} ended with {progress:?}, {} tasks began, {open:?} has not ended", begun.len());
+        // The one that it followed may have failed, so that it never ran.
+        let tasks = (0..progress.begun).map(|nth| id.nth_task(nth));
+        let skipped = tasks.filter(|task| outcome_of(state, *task) == Some(TaskOutcome::Skipped)).count();
+        if begun.len() + skipped != progress.begun as usize || open.is_some() {
+            let text = format!(
+                "array {id} ended with {progress:?}, {} tasks began, {skipped} were skipped, {open:?} has not ended",
+                begun.len()
+            );
             return self.violate("array_counts", text);
+        }
+        if skipped > 0 {
+            self.sometimes.hit("a task was skipped, for the one of its index had failed");
         }
         if !begun.is_empty() {
             self.sometimes.hit("an array came to its end with the last of its tasks");
@@ -533,5 +561,13 @@ impl World {
             );
         }
         self.trace.note("end", upto, own as u64);
+    }
+}
+
+/// How a job ended, as far as the state knows.
+fn outcome_of(state: &State, job: JobId) -> Option<TaskOutcome> {
+    match state.jobs.get(&job) {
+        Some(job) => job.value.ended.as_ref().map(|end| end.outcome),
+        None => state.ended_job(job).map(|(outcome, _)| outcome),
     }
 }

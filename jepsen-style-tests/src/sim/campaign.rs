@@ -67,8 +67,8 @@ pub struct Sum {
     /// Seeds with too few faults, or kinds of them, that took effect.
     pub thin: u64,
     pub hash: u64,
-    pub simulated_ms: u64,
-    pub cpu: Duration,
+    /// Simulated ms and CPU time, by the number of replicas.
+    pub spent: BTreeMap<usize, (u64, Duration)>,
     pub events: u64,
     pub started: u64,
     pub entries: u64,
@@ -87,8 +87,8 @@ impl Sum {
         let (faults, kinds) = (report.took.values().sum(), report.took.len());
         self.each_took.push((faults, kinds));
         self.thin += u64::from(faults < FAULTS || kinds < FAULT_KINDS);
-        self.simulated_ms += report.simulated_ms;
-        self.cpu += cpu;
+        let spent = self.spent.entry(report.setup.replicas).or_default();
+        *spent = (spent.0 + report.simulated_ms, spent.1 + cpu);
         self.events += report.events;
         self.started += report.started;
         self.entries += report.entries;
@@ -166,15 +166,22 @@ fn tell(plan: &Plan, report: &Report) {
 /// The verdict of a run, for people; the last line is the hash. Whether everything held.
 pub fn conclude(plan: &Plan, sum: &Sum) -> (String, bool) {
     let mut text = String::new();
-    let hours = sum.simulated_ms as f64 / 3_600_000.0;
-    let rate = sum.simulated_ms as f64 / 1e3 / sum.cpu.as_secs_f64().max(1e-9);
-    let _ = writeln!(
+    let simulated_ms: u64 = sum.spent.values().map(|(simulated_ms, _)| simulated_ms).sum();
+    let cpu: Duration = sum.spent.values().map(|(_, cpu)| *cpu).sum();
+    let rate = |simulated_ms: u64, cpu: Duration| simulated_ms as f64 / 1e3 / cpu.as_secs_f64().max(1e-9);
+    let _ = write!(
         text,
-        "{} seeds from {}, {hours:.2} simulated hours, {:.1} s of CPU time: {rate:.0} simulated s a CPU second",
+        "{} seeds from {}, {:.2} simulated hours, {:.1} s of CPU time: {:.0} simulated s a CPU second",
         sum.seeds,
         plan.first,
-        sum.cpu.as_secs_f64()
+        simulated_ms as f64 / 3_600_000.0,
+        cpu.as_secs_f64(),
+        rate(simulated_ms, cpu)
     );
+    for (replicas, (simulated_ms, cpu)) in &sum.spent {
+        let _ = write!(text, ", {:.0} with {replicas} replicas", rate(*simulated_ms, *cpu));
+    }
+    text.push('\n');
     let _ = writeln!(
         text,
         "{} events, {} entries applied, {} ranks begun, {} offices of leaders",

@@ -113,6 +113,7 @@ impl World {
         let replica = &mut self.replicas[at];
         let opened_ms = replica.clock.monotonic_ms(now);
         let opened_wall_ms = replica.clock.wall_ms(now);
+        let cache = std::mem::take(&mut self.planner_cache);
         replica.desk = Some(Box::new(Desk {
             id,
             term,
@@ -130,7 +131,7 @@ impl World {
             door: Vec::new(),
             packing: false,
             waiting: BTreeMap::new(),
-            planner: Planner::default(),
+            planner: Planner { cache, ..Planner::default() },
         }));
         replica.elected = None;
         self.audit.offices += 1;
@@ -517,6 +518,13 @@ impl World {
             Some(nodes) if nodes.is_empty() => {}
             nodes => self.offer(at, nodes.as_ref()),
         }
+    }
+
+    /// Its office is over. Whatever a planner's cache holds, the plan is the same: so the next one goes on with this one's.
+    pub fn leave_office(&mut self, at: usize) -> Option<Box<Desk>> {
+        let mut desk = self.replicas[at].desk.take()?;
+        self.planner_cache = std::mem::take(&mut desk.planner.cache);
+        Some(desk)
     }
 
     // ------------------------------------------------------------------------------------------ duties and planner

@@ -118,7 +118,6 @@ pub enum Event {
     },
     CallTimeout {
         call: u64,
-        attempt: u32,
     },
     RaftTick,
     Commit,
@@ -274,7 +273,7 @@ impl Event {
             Event::Request { replica, call, .. } => ("request", *replica as u64, *call),
             Event::Reply { call, attempt, .. } => ("reply", *call, u64::from(*attempt)),
             Event::CallReady { call } => ("call again", *call, 0),
-            Event::CallTimeout { call, attempt } => ("call timeout", *call, u64::from(*attempt)),
+            Event::CallTimeout { call } => ("call timeout", *call, 0),
             Event::RaftTick => ("raft", 0, 0),
             Event::Commit => ("commit", 0, 0),
             Event::Apply { replica, .. } => ("apply", *replica as u64, 0),

@@ -424,7 +424,7 @@ impl World {
     /// The replica no longer leads, if it did: callers and agents are told.
     pub fn step_down(&mut self, at: usize) {
         self.replicas[at].elected = None;
-        let Some(desk) = self.replicas[at].desk.take() else { return };
+        let Some(desk) = self.leave_office(at) else { return };
         let mut waiters: Vec<Waiter> = desk.door.into_iter().map(|(_, waiter)| waiter).collect();
         waiters.extend(desk.waiting.into_values().flatten());
         for pending in self.raft.pending.iter_mut().filter(|pending| pending.leader == at && pending.term == desk.term)
@@ -448,8 +448,7 @@ impl World {
         replica.elected = None;
         // It may be back before anybody missed it, but not as the leader of that term.
         self.raft.leader = self.raft.leader.filter(|leader| *leader != at);
-        let replica = &mut self.replicas[at];
-        let Some(desk) = replica.desk.take() else { return };
+        let Some(desk) = self.leave_office(at) else { return };
         // The kernel resets its connections; callers learn nothing of their requests.
         for (_, conn) in desk.conns {
             self.close(at, &conn);

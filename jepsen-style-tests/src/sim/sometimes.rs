@@ -29,6 +29,8 @@ pub const REQUIRED: &[&str] = &[
     "a replica was restarted and replayed its log",
     "a shim ended its rank after the agent had died",
     "a stale leader refused a read",
+    "a task started behind the one of its index",
+    "a task was skipped, for the one of its index had failed",
     "a younger job stood before an older one by its ratio",
     "an agent re-attached to running ranks",
     "an array came to its end with the last of its tasks",

@@ -8,7 +8,7 @@ use statemachine::command::{Code, CreateReservation, Machines, Outcome, Reply, S
 use statemachine::domain::{Level, Topology};
 use statemachine::record::{Array, PartState, StoredReply};
 use statemachine::selector::Selector;
-use statemachine::spec::{Body, JobSpec, Retry as JobRetry, Shape, Terms};
+use statemachine::spec::{After, AfterKind, Body, JobSpec, Retry as JobRetry, Shape, Terms};
 use statemachine::{Command, JobId, NodeId, RequestId, SessionId, State};
 
 use super::agent::{AGENTS_PER_RACK, SLICE};
@@ -71,6 +71,9 @@ pub struct Call {
     retry: Retry,
     began: u64,
     attempt: u32,
+    /// When the try that is under way has lasted too long, and when somebody looks.
+    lost_at: u64,
+    look_at: u64,
 }
 
 /// One job that somebody wants run.
@@ -107,13 +110,15 @@ impl World {
         let servers = (0..self.replicas.len()).map(|at| at.to_string()).collect();
         let start = self.rng.below(self.replicas.len() as u64) as usize;
         let retry = Retry::new(servers, None, start, call_ms, try_ms);
-        self.calls.insert(id, Call { owner, rpc: Arc::new(rpc), retry, began: self.now, attempt: 0 });
+        self.calls
+            .insert(id, Call { owner, rpc: Arc::new(rpc), retry, began: self.now, attempt: 0, lost_at: 0, look_at: 0 });
         self.drive(id, Tried::Ready);
     }
 
     fn drive(&mut self, id: u64, event: Tried) {
         let now = self.now;
         let Some(call) = self.calls.get_mut(&id) else { return };
+        call.lost_at = u64::MAX;
         match call.retry.step(event, (now - call.began) / 1_000) {
             Action::GiveUp => self.call_over(id, None),
             Action::Wait { ms } => self.after(ms * 1_000, Event::CallReady { call: id }),
@@ -121,7 +126,8 @@ impl World {
                 call.attempt += 1;
                 let (attempt, rpc, from) = (call.attempt, call.rpc.clone(), site_of(&call.owner));
                 let replica = addr.parse().unwrap_or(0);
-                self.after(timeout_ms * 1_000, Event::CallTimeout { call: id, attempt });
+                call.lost_at = now + timeout_ms * 1_000;
+                self.watch_call(id);
                 self.send_request(replica, from, id, attempt, rpc);
             }
         }
@@ -149,9 +155,22 @@ impl World {
         self.drive(id, Tried::Ready);
     }
 
-    pub fn call_timeout(&mut self, id: u64, attempt: u32) {
-        if self.calls.get(&id).is_some_and(|call| call.attempt == attempt) {
-            self.drive(id, Tried::Lost);
+    /// One look at a time is planned of each call, no later than its try may last: most tries are answered, or others by then.
+    fn watch_call(&mut self, id: u64) {
+        let Some(call) = self.calls.get_mut(&id).filter(|call| call.look_at <= self.now || call.lost_at < call.look_at)
+        else {
+            return;
+        };
+        call.look_at = call.lost_at;
+        self.queue.push(call.look_at, Event::CallTimeout { call: id });
+    }
+
+    pub fn call_timeout(&mut self, id: u64) {
+        let now = self.now;
+        match self.calls.get(&id) {
+            Some(call) if call.lost_at <= now => self.drive(id, Tried::Lost),
+            Some(call) if call.lost_at < u64::MAX => self.watch_call(id),
+            _ => {}
         }
     }
 
@@ -267,9 +286,14 @@ impl World {
     pub fn user(&mut self, wish: Wish) {
         let (request, command) = match &wish {
             Wish::Submit(n) | Wish::Again(n) => {
+                let older = self.users.array_before(*n);
                 let job = &mut self.users.jobs[*n];
                 if matches!(wish, Wish::Again(_)) && !job.asked {
                     return;
+                }
+                // Two of three arrays wait, task by task, for those of an older one.
+                if let Some((parent, ranges)) = older.filter(|_| !job.asked && n % 3 > 0) {
+                    job.follow(parent, ranges);
                 }
                 job.asked = true;
                 let command = Command::SubmitJob(Box::new(job.command.clone()));
@@ -512,6 +536,24 @@ fn site_of(owner: &Owner) -> Site {
     match owner {
         Owner::Agent { agent, .. } => Site::Agent(*agent),
         Owner::User { wish, .. } => Site::User((wish.number() % 3) as usize),
+    }
+}
+
+impl Users {
+    /// The newest array before the n-th job that was accepted, with its indexes.
+    fn array_before(&self, n: usize) -> Option<(JobId, Vec<(u32, u32)>)> {
+        let older = self.jobs[..n].iter().rev();
+        older.filter_map(|older| Some((older.job?, older.command.spec.array()?.ranges.clone()))).next()
+    }
+}
+
+impl Submission {
+    /// If it is an array it has these indexes, and each task waits for the one of its index.
+    fn follow(&mut self, parent: JobId, ranges: Vec<(u32, u32)>) {
+        let Some(terms) = self.command.spec.terms.as_mut() else { return };
+        let Some(array) = terms.array.as_mut() else { return };
+        array.ranges = ranges;
+        terms.after = vec![After { kind: AfterKind::Corr, job: parent }];
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use scheduling::plan::Cache;
 use statemachine::State;
 use statemachine::settings::{Planning, Settings};
 
@@ -60,6 +61,8 @@ pub struct World {
     pub passed_over: Option<Failure>,
     pub healed_at: Option<u64>,
     pub planner_wrong_until: u64,
+    /// Of the last office that ended.
+    pub planner_cache: Cache,
     pub events: u64,
     ids: u64,
 }
@@ -100,6 +103,7 @@ impl World {
             passed_over: None,
             healed_at: None,
             planner_wrong_until: 0,
+            planner_cache: Cache::default(),
             events: 0,
             ids: 0,
         };
@@ -160,7 +164,7 @@ impl World {
             Event::Request { replica, from, call, attempt, rpc } => self.request(replica, from, call, attempt, rpc),
             Event::Reply { call, attempt, answer, .. } => self.replied(call, attempt, answer),
             Event::CallReady { call } => self.call_ready(call),
-            Event::CallTimeout { call, attempt } => self.call_timeout(call, attempt),
+            Event::CallTimeout { call } => self.call_timeout(call),
             Event::RaftTick => {
                 self.raft_tick();
                 self.look_for_the_end();
