@@ -1,5 +1,7 @@
 //! Gangs on 1,250 machines in racks, planned and applied as in a cluster, under virtual time: best fit that knows no racks,
-//! domains as a preference, and gangs that require their rack. `cargo run --release -p scheduling --example racks [SEED..]`.
+//! domains as a preference, gangs that require their rack, and the same where it does not cost most. First with run times that are the
+//! same wherever a gang is, then with parts of them spent in collectives, which take as long as the bandwidth lets them.
+//! `cargo run --release -p scheduling --example racks [SEED..]`.
 #![allow(clippy::disallowed_types, clippy::disallowed_methods, clippy::print_stdout)]
 
 #[path = "../tests/site/mod.rs"]
@@ -30,6 +32,8 @@ const MINUTE: u64 = 60_000;
 const TICK: u64 = MINUTE;
 /// Of each GPU, in MB/s: a NIC of 400 Gbit/s at what collectives reach. Racks have half of theirs upwards, blocks a quarter.
 const NIC_MBPS: u64 = 48_000;
+/// So many times less than the best is the least bandwidth.
+const SLOWEST: u64 = 4;
 
 /// Machines and GPUs on each, by how often of 100.
 const SIZES: [(usize, u16, u16); 14] = [
@@ -54,19 +58,28 @@ enum How {
     BestFit,
     Domains,
     Required,
+    /// Not where it costs most: by a gang that needs a whole rack, or an urgent one of half a rack, which would end others for it.
+    Sparingly,
 }
+
+/// The most of a gang's run that is spent in collectives, where each rank waits for all, in percent where the bandwidth is best: each
+/// tenth up to it as often as any other.
+const COLLECTIVES: [u64; 3] = [0, 20, 40];
 
 struct Ask {
     at_ms: u64,
     nodes: u16,
     gpus: u16,
+    /// Where the bandwidth is best; so many percent of it in collectives.
     runs_ms: u64,
+    collectives: u64,
+    /// Nobody passes it, wherever he is.
     limit_ms: u64,
     class: &'static str,
 }
 
-fn draw(seed: u64) -> Vec<Ask> {
-    let mut dice = Dice::new(seed);
+fn draw(seed: u64, most: u64) -> Vec<Ask> {
+    let (mut dice, mut more) = (Dice::new(seed), Dice::new(seed ^ u64::MAX));
     let mut asks = Vec::new();
     for _ in 0..JOBS {
         let mut at = dice.below(100);
@@ -78,9 +91,11 @@ fn draw(seed: u64) -> Vec<Ask> {
         let (_, nodes, gpus) = *size.expect("the weights add up to 100");
         // 10 min to 21 h, each octave as often as any other.
         let runs_ms = ((10 + dice.below(10)) << dice.below(7)) as u64 * MINUTE;
-        let limit_ms = runs_ms * [2, 3, 4, 8][dice.below(4)] / 2;
+        let collectives = if nodes > 1 { 10 * more.below(most as usize / 10 + 1) as u64 } else { 0 };
+        let longest_ms = runs_ms * (100 + collectives * (SLOWEST - 1)) / 100;
+        let limit_ms = longest_ms * [2, 3, 4, 8][dice.below(4)] / 2;
         let class = ["low", "low", "low", "low", "low", "low", "", "", "", "urgent"][dice.below(10)];
-        asks.push(Ask { at_ms: 0, nodes, gpus, runs_ms, limit_ms, class });
+        asks.push(Ask { at_ms: 0, nodes, gpus, runs_ms, collectives, limit_ms, class });
     }
     let gpu_ms: u64 = asks.iter().map(|ask| u64::from(ask.nodes) * u64::from(ask.gpus) * ask.runs_ms).sum();
     let span_ms = gpu_ms * 100 / (MACHINES * GPUS) as u64 / LOAD;
@@ -134,7 +149,12 @@ impl Play {
         }
         asks.sort_by_key(|ask| ask.at_ms);
         let in_a_rack = Topology { level: Level::Rack, required: true };
-        let topology = |ask: &Ask| (how == How::Required && usize::from(ask.nodes) <= RACK).then_some(in_a_rack);
+        let requires = |ask: &Ask| match how {
+            How::BestFit | How::Domains => false,
+            How::Required => true,
+            How::Sparingly => usize::from(ask.nodes) < if ask.class == "urgent" { RACK / 2 } else { RACK },
+        };
+        let topology = |ask: &Ask| (requires(ask) && usize::from(ask.nodes) <= RACK).then_some(in_a_rack);
         let shapes =
             asks.iter().map(|ask| Shape { topology: topology(ask), ..shape(ask.nodes, 1, ask.gpus) }).collect();
         let (now_ms, last_ask_ms) = (site.state.meta.clock_ms, asks.last().map_or(0, |ask| ask.at_ms));
@@ -213,30 +233,12 @@ impl Play {
         let job = place.task.job;
         let ask = &self.asks[self.jobs.binary_search(&job).expect("a job of the trace")];
         self.site.started(token);
-        self.ends.push(Reverse((self.now_ms + ask.runs_ms, token)));
         if self.started.insert(job) {
             self.figures.waits_ms.push(self.now_ms - ask.at_ms);
         }
-        if ask.nodes < 2 {
-            return;
-        }
-        let crossed = |size: usize| {
-            let domains = place.parts.iter().map(|part| (part.node.0 as usize - 1) / size);
-            domains.collect::<BTreeSet<_>>().len() > 1
-        };
-        let figures = &mut self.figures;
-        if usize::from(ask.nodes) <= RACK {
-            figures.fit += 1;
-            figures.whole += u64::from(!crossed(RACK));
-        }
-        let mask = place.parts[0].gpu_order.iter().fold(0u128, |mask, slot| mask | 1 << slot);
-        let inside = u64::from(BandwidthTable::new(&hgx("h100").class).mbps(mask));
-        let network = |over_racks: bool, over_blocks: bool| {
-            let part = if over_blocks { 4 } else { 1 + u64::from(over_racks) };
-            inside.min(u64::from(ask.gpus) * NIC_MBPS / part)
-        };
-        figures.mbps += network(crossed(RACK), crossed(BLOCK));
-        figures.best_mbps += network(usize::from(ask.nodes) > RACK, usize::from(ask.nodes) > BLOCK);
+        let slower = if ask.nodes > 1 { self.figures.count_gang(ask, place) } else { 100 };
+        let runs_ms = ask.runs_ms * (100 - ask.collectives) / 100 + ask.runs_ms * ask.collectives * slower / 10_000;
+        self.ends.push(Reverse((self.now_ms + runs_ms, token)));
     }
 
     /// The victims end at once.
@@ -252,6 +254,29 @@ impl Play {
 }
 
 impl Figures {
+    /// How long its collectives take, in percent of the shortest time.
+    fn count_gang(&mut self, ask: &Ask, place: &Place) -> u64 {
+        let crossed = |size: usize| {
+            let domains = place.parts.iter().map(|part| (part.node.0 as usize - 1) / size);
+            domains.collect::<BTreeSet<_>>().len() > 1
+        };
+        if usize::from(ask.nodes) <= RACK {
+            self.fit += 1;
+            self.whole += u64::from(!crossed(RACK));
+        }
+        let mask = place.parts[0].gpu_order.iter().fold(0u128, |mask, slot| mask | 1 << slot);
+        let inside = u64::from(BandwidthTable::new(&hgx("h100").class).mbps(mask));
+        let network = |over_racks: bool, over_blocks: bool| {
+            let part = if over_blocks { SLOWEST } else { 1 + u64::from(over_racks) };
+            inside.min(u64::from(ask.gpus) * NIC_MBPS / part)
+        };
+        let mbps = network(crossed(RACK), crossed(BLOCK));
+        let best_mbps = network(usize::from(ask.nodes) > RACK, usize::from(ask.nodes) > BLOCK);
+        self.mbps += mbps;
+        self.best_mbps += best_mbps;
+        100 * best_mbps / mbps
+    }
+
     fn add(&mut self, more: Figures) {
         self.fit += more.fit;
         self.whole += more.whole;
@@ -269,33 +294,45 @@ fn main() {
     let seeds: Vec<u64> = std::env::args().skip(1).map(|seed| seed.parse().expect("a number")).collect();
     let seeds = if seeds.is_empty() { vec![1] } else { seeds };
     println!("a seed: {JOBS} jobs on {MACHINES} machines of {GPUS} GPUs, {RACK} a rack, {BLOCK} a block");
-    for (name, how) in [("best fit", How::BestFit), ("domains", How::Domains), ("rack:require", How::Required)] {
-        let began = Instant::now();
-        let (mut figures, mut all_ms) = (Figures::default(), 0);
-        for seed in &seeds {
-            let (play, shapes) = Play::new(how, draw(*seed));
-            all_ms += play.last_ask_ms * (MACHINES * GPUS) as u64;
-            figures.add(play.run(&shapes));
+    for most in COLLECTIVES {
+        println!("collectives take up to {most} % of a gang's run");
+        for (name, how) in [
+            ("best fit", How::BestFit),
+            ("domains", How::Domains),
+            ("rack:require", How::Required),
+            ("rack:require, sparingly", How::Sparingly),
+        ] {
+            run(&seeds, most, name, how);
         }
-        figures.waits_ms.sort_unstable();
-        let hours = |gpu_ms: u64| gpu_ms as f64 / 3_600_000.0 / seeds.len() as f64;
-        let percent = |part: u64, all: u64| 100.0 * part as f64 / all as f64;
-        let waits = figures.waits_ms.len();
-        println!(
-            "{name}: {:.1} % of {} gangs that fit a rack are in one; bandwidth {:.1} % of the optimum; used {:.1} %; \
-             GPU-hours a seed: {:.0} used, {:.0} idle that those who wait would take, were they together, {:.0} lost to {} preemptions; \
-             wait mean {:.1} min, p99 {:.1} h; {:.0} s",
-            percent(figures.whole, figures.fit),
-            figures.fit,
-            percent(figures.mbps, figures.best_mbps),
-            percent(figures.used, all_ms),
-            hours(figures.used),
-            hours(figures.idle),
-            hours(figures.lost),
-            figures.preempted / seeds.len() as u64,
-            figures.waits_ms.iter().sum::<u64>() as f64 / waits as f64 / MINUTE as f64,
-            figures.waits_ms[waits * 99 / 100] as f64 / 3_600_000.0,
-            began.elapsed().as_secs_f64()
-        );
     }
+}
+
+fn run(seeds: &[u64], most: u64, name: &str, how: How) {
+    let began = Instant::now();
+    let (mut figures, mut all_ms) = (Figures::default(), 0);
+    for seed in seeds {
+        let (play, shapes) = Play::new(how, draw(*seed, most));
+        all_ms += play.last_ask_ms * (MACHINES * GPUS) as u64;
+        figures.add(play.run(&shapes));
+    }
+    figures.waits_ms.sort_unstable();
+    let hours = |gpu_ms: u64| gpu_ms as f64 / 3_600_000.0 / seeds.len() as f64;
+    let percent = |part: u64, all: u64| 100.0 * part as f64 / all as f64;
+    let waits = figures.waits_ms.len();
+    println!(
+        "{name}: {:.1} % of {} gangs that fit a rack are in one; bandwidth {:.1} % of the optimum; used {:.1} %; \
+         GPU-hours a seed: {:.0} used, {:.0} idle that those who wait would take, were they together, {:.0} lost to {} preemptions; \
+         wait mean {:.1} min, p99 {:.1} h; {:.0} s",
+        percent(figures.whole, figures.fit),
+        figures.fit,
+        percent(figures.mbps, figures.best_mbps),
+        percent(figures.used, all_ms),
+        hours(figures.used),
+        hours(figures.idle),
+        hours(figures.lost),
+        figures.preempted / seeds.len() as u64,
+        figures.waits_ms.iter().sum::<u64>() as f64 / waits as f64 / MINUTE as f64,
+        figures.waits_ms[waits * 99 / 100] as f64 / 3_600_000.0,
+        began.elapsed().as_secs_f64()
+    );
 }
