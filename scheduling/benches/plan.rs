@@ -1,8 +1,8 @@
 //! What a planning cycle costs at three sizes, and with which exponent it grows: `cargo bench -p scheduling --bench plan`. At the
 //! end a verdict on each bar.
 //!
-//! Everything is CPU time of the thread, because others may want the cores, and allocates as `ares` does. A warm cache has seen
-//! another state of the same cluster before, one job different; cycles take turns on both.
+//! Everything is CPU time of the thread, because others may want the cores, and allocates as `ares` does. A warm cache has planned for
+//! another state of the same cluster before, one job different; cycles take turns on both. A new leader's has followed that state.
 #![allow(clippy::disallowed_types, clippy::disallowed_methods, clippy::print_stdout)]
 
 #[path = "../tests/site/mod.rs"]
@@ -56,7 +56,8 @@ type Set = fn(usize) -> Case;
 const CASES: &[(&str, Bar, Set)] = &[
     ("a full cluster of equal jobs", CYCLE, |machines| Case { reservations: 0, ..full(machines, &ONE) }),
     ("the same and a reservation", CYCLE, |machines| full(machines, &ONE)),
-    ("the same with an empty cache", CYCLE, |machines| Case { is_warm: false, ..full(machines, &ONE) }),
+    ("the same, a new leader's first", CYCLE, |machines| Case { has: Cached::Followed, ..full(machines, &ONE) }),
+    ("the same with an empty cache", CYCLE, |machines| Case { has: Cached::Nothing, ..full(machines, &ONE) }),
     ("a full cluster of many shapes", CYCLE, |machines| Case { reservations: 0, ..full(machines, &MANY) }),
     ("the same and a reservation, many shapes", CYCLE, |machines| full(machines, &MANY)),
     ("an empty cluster, jobs of many shapes", PLACEMENTS, |machines| empty(machines, &MANY)),
@@ -105,11 +106,18 @@ fn of_case(criterion: &mut Criterion, (name, bar, set): &(&str, Bar, Set)) -> Op
     Some(format!("{name}: {measured:.1?}, bar: {bar}: {verdict}; exponents {}", exponents.join(", ")))
 }
 
+/// What a cycle's cache has.
+enum Cached {
+    Plans,
+    Followed,
+    Nothing,
+}
+
 /// Two states of one cluster.
 struct Case {
     states: [State; 2],
     site: Site,
-    is_warm: bool,
+    has: Cached,
     reservations: u32,
     /// Of the last job, instead of a cycle.
     asks_why: bool,
@@ -122,8 +130,13 @@ impl Case {
         let mut took = Duration::ZERO;
         self.cycle(&mut cache, 1);
         for round in 0..rounds {
-            if !self.is_warm {
-                cache = Cache::default();
+            match self.has {
+                Cached::Plans => {}
+                Cached::Followed => {
+                    cache = Cache::default();
+                    cache.follow(&self.states[(round as usize + 1) % 2]);
+                }
+                Cached::Nothing => cache = Cache::default(),
             }
             let began = cpu_time();
             if self.asks_why {
@@ -215,7 +228,7 @@ fn full(count: usize, runs: &Mix) -> Case {
     start(&mut site);
     let before = site.state.clone();
     site.finish(tokens[count]);
-    Case { states: [before, site.state.clone()], site, is_warm: true, reservations: 1, asks_why: false, last }
+    Case { states: [before, site.state.clone()], site, has: Cached::Plans, reservations: 1, asks_why: false, last }
 }
 
 /// Twice as many jobs as fit.
@@ -225,7 +238,7 @@ fn empty(count: usize, arrives: &Mix) -> Case {
     let last = submit(&mut site, &shapes, 2 * arrives.on_each * count / usize::from(shapes[0].nodes), 60..61);
     let before = site.state.clone();
     site.submit_limited("default", shapes[0].clone(), 0, &[], 60 * MINUTE);
-    Case { states: [before, site.state.clone()], site, is_warm: true, reservations: 1, asks_why: false, last }
+    Case { states: [before, site.state.clone()], site, has: Cached::Plans, reservations: 1, asks_why: false, last }
 }
 
 /// Half of the GPUs are taken, and one job waits.
@@ -237,7 +250,7 @@ fn quiet(count: usize) -> Case {
     let before = site.state.clone();
     start(&mut site);
     let last = site.submit_limited("default", shape(1, 4, 1), 0, &[], 60 * MINUTE);
-    Case { states: [before, site.state.clone()], site, is_warm: true, reservations: 1, asks_why: false, last }
+    Case { states: [before, site.state.clone()], site, has: Cached::Plans, reservations: 1, asks_why: false, last }
 }
 
 /// The GPUs of a job in a machine, for each set of free ones and each size.

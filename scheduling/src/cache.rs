@@ -34,6 +34,11 @@ impl Cache {
         self.choices.choose(state, class, usable, want)
     }
 
+    /// Follows a state without a plan: the first one of a new leader then looks at what has changed since, not at everything.
+    pub fn follow(&mut self, state: &State) {
+        self.begin(state, &BTreeSet::new());
+    }
+
     /// What is known of this state, as one with these machines unheard sees it before it plans.
     pub(crate) fn begin(&mut self, state: &State, unheard: &BTreeSet<NodeId>) {
         self.choices.keep_what_holds(state);

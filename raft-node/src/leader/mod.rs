@@ -17,9 +17,10 @@ mod world;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use planted::{Bug, planted};
+use scheduling::plan::Cache;
 use statemachine::{NodeId, State};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -121,23 +122,48 @@ impl Board {
     }
 }
 
+/// How often a replica that does not lead brings the planner's cache up to its state.
+const FOLLOW: Duration = Duration::from_secs(10);
+
+/// The planner's cache, between two terms of office.
+type Kept = Arc<Mutex<Cache>>;
+
 /// Opens a desk for each term of office and closes it at its end; returns when the replica stops.
 pub async fn run(replica: Replica, board: Board) {
     let mut leadership = replica.leadership();
+    let kept = Kept::default();
     loop {
         let office = leadership.borrow_and_update().clone();
         if let Some(office) = office {
-            serve(office, &replica, &board, &mut leadership).await;
+            serve(office, &replica, &board, &mut leadership, &kept).await;
             continue;
         }
-        if leadership.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = leadership.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(FOLLOW) => follow(&replica, &kept),
         }
     }
 }
 
+/// Nobody waits for it but a planner that begins meanwhile.
+fn follow(replica: &Replica, kept: &Kept) {
+    let (state, kept) = (replica.state(), kept.clone());
+    tokio::task::spawn_blocking(move || {
+        // Who panicked in it left it as nobody knows: it stays where it is.
+        if let Ok(mut cache) = kept.lock() {
+            cache.follow(&state);
+        }
+    });
+}
+
 /// One term of office, until leadership changes in any way.
-async fn serve(office: Office, replica: &Replica, board: &Board, leadership: &mut watch::Receiver<Option<Office>>) {
+async fn serve(
+    office: Office,
+    replica: &Replica,
+    board: &Board,
+    leadership: &mut watch::Receiver<Option<Office>>,
+    kept: &Kept,
+) {
     tracing::info!(term = office.term, "took office");
     let desk = Arc::new(Desk::new(office, replica.clone()));
     board.put(Some(desk.clone()));
@@ -145,7 +171,7 @@ async fn serve(office: Office, replica: &Replica, board: &Board, leadership: &mu
     loops.spawn(beats::run(desk.clone()));
     loops.spawn(duties::run(desk.clone()));
     loops.spawn(links::run(desk.clone()));
-    loops.spawn(planner::run(desk.clone()));
+    loops.spawn(planner::run(desk.clone(), kept.clone()));
     let _ = leadership.changed().await;
     board.put(None);
     desk.closed.send_replace(true);

@@ -9,9 +9,9 @@ use statemachine::command::Preempt;
 use statemachine::{Cmd, Command};
 use tokio::sync::watch;
 
-use super::Desk;
 use super::duties::ACTOR;
 use super::settled::Settled;
+use super::{Desk, Kept};
 use crate::replica::Applied;
 
 /// Changes within this time are one cycle.
@@ -21,9 +21,10 @@ const REST: u32 = 3;
 /// A cycle that placed nothing, though nothing changed, is worth another look after this time: a node may have gone silent.
 const IDLE: Duration = Duration::from_secs(2);
 
-pub(super) async fn run(desk: Arc<Desk>) {
+pub(super) async fn run(desk: Arc<Desk>, kept: Kept) {
     let mut applied = desk.replica.applied();
-    let mut cache = Cache::default();
+    let take = move || kept.lock().map(|mut cache| std::mem::take(&mut *cache)).unwrap_or_default();
+    let mut cache = tokio::task::spawn_blocking(take).await.unwrap_or_default();
     let mut limits = Limits::default();
     let mut settled: Option<Settled> = None;
     loop {
