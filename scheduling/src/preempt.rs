@@ -252,8 +252,9 @@ impl Search<'_, '_> {
         let state = self.machines.state;
         let mut by_domain: BTreeMap<Path<'_>, Vec<Found>> = BTreeMap::new();
         for id in self.nodes() {
-            let Some(found) = self.on_node(cache, id, Cost::MOST, steps) else { continue };
-            if let Some(domain) = state.nodes.get(&id).and_then(|node| domain_for(&node.value, self.shape)) {
+            let domain = state.nodes.get(&id).and_then(|node| domain_for(&node.value, self.shape));
+            let Some(domain) = domain else { continue };
+            if let Some(found) = self.on_node(cache, id, Cost::MOST, steps) {
                 by_domain.entry(domain).or_default().push(found);
             }
         }
