@@ -236,13 +236,19 @@ impl World {
     }
 
     pub fn answer(&mut self, at: usize, waiter: &Waiter, answer: Answer) {
-        let Waiter::Call { from, call, attempt, .. } = waiter else { return };
+        self.send_answer(at, waiter, answer);
+    }
+
+    /// When it arrives; `None` if it does not.
+    fn send_answer(&mut self, at: usize, waiter: &Waiter, answer: Answer) -> Option<u64> {
+        let Waiter::Call { from, call, attempt, .. } = waiter else { return None };
         let (from, call, attempt) = (*from, *call, *attempt);
         if !self.net.reaches(Site::Replica(at), from) || self.net.loses(&mut self.rng) {
-            return;
+            return None;
         }
         let way = self.net.way(&mut self.rng);
         self.after(way, Event::Reply { to: from, call, attempt, answer });
+        Some(self.now + way)
     }
 
     pub fn answer_waiters(&mut self, at: usize, waiters: Vec<Waiter>, outcomes: Vec<Outcome>) {
@@ -378,10 +384,11 @@ impl World {
         waiter: &Waiter,
     ) {
         let id = self.fresh();
+        // Nothing that is said in a stream overtakes what opens it.
+        let sent_until = self.send_answer(at, waiter, Answer::Opened { replica: at, conn: id }).unwrap_or(0);
         let Some(desk) = self.replicas[at].desk.as_deref_mut() else { return };
-        desk.conns
-            .insert(id, Conn { agent, life, generation, node: None, last: None, unsent: Vec::new(), sent_until: 0 });
-        self.answer(at, waiter, Answer::Opened { replica: at, conn: id });
+        let conn = Conn { agent, life, generation, node: None, last: None, unsent: Vec::new(), sent_until };
+        desk.conns.insert(id, conn);
         self.from_agent(at, id, hello);
     }
 

@@ -286,13 +286,14 @@ impl World {
     pub fn user(&mut self, wish: Wish) {
         let (request, command) = match &wish {
             Wish::Submit(n) | Wish::Again(n) => {
-                let older = self.users.array_before(*n);
+                // Two of three arrays wait, task by task, for those of an older one.
+                let is_new = !self.users.jobs[*n].asked;
+                let older = if is_new && n % 3 > 0 { self.users.array_before(*n) } else { None };
                 let job = &mut self.users.jobs[*n];
-                if matches!(wish, Wish::Again(_)) && !job.asked {
+                if matches!(wish, Wish::Again(_)) && is_new {
                     return;
                 }
-                // Two of three arrays wait, task by task, for those of an older one.
-                if let Some((parent, ranges)) = older.filter(|_| !job.asked && n % 3 > 0) {
+                if let Some((parent, ranges)) = older {
                     job.follow(parent, ranges);
                 }
                 job.asked = true;
