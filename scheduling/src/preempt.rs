@@ -8,7 +8,7 @@
 //! least loss one after the other; then those victims are spared, the costliest first, without whom it fits too. One that
 //! must be in one domain is looked for in each, and takes the one that loses least.
 
-use std::cell::RefCell;
+use std::cell::{RefCell, RefMut};
 use std::collections::{BTreeMap, BTreeSet};
 
 use statemachine::account::Amounts;
@@ -16,7 +16,7 @@ use statemachine::command::{PlacePart, Preempt};
 use statemachine::domain::Path;
 use statemachine::fit;
 use statemachine::preemption::{Headroom, Rights};
-use statemachine::record::{Alloc, Lease, NodeAdmin, PartState};
+use statemachine::record::{Alloc, Lease, Node, NodeAdmin, PartState};
 use statemachine::spec::{JobSpec, Shape};
 use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 
@@ -24,7 +24,7 @@ use crate::cache::Cache;
 use crate::domains::{along, domain_for};
 use crate::fleet::Fleet;
 use crate::machines::Machines;
-use crate::seats::seats_on;
+use crate::seats::has_seat;
 
 /// Looks at sets of victims on one machine.
 const SEARCH: u32 = 2_048;
@@ -73,6 +73,8 @@ pub(crate) struct Open {
     pub next_ms: Option<u64>,
     /// What machines have free once all that drains has gone: for a task for which nothing is kept.
     drained: RefCell<BTreeMap<NodeId, Option<Alloc>>>,
+    /// The GPUs that machines had free if all of these ended too.
+    most: RefCell<BTreeMap<NodeId, u128>>,
 }
 
 impl Open {
@@ -87,7 +89,7 @@ impl Open {
             if lease.verdict.is_some() || !(by_class || open.guarantees) {
                 continue;
             }
-            let (turn_ends_ms, makes_room) = (state.turn_ends_ms(lease), state.may_make_room(*token, lease).is_ok());
+            let (turn_ends_ms, makes_room) = (state.turn_ends_ms(lease), state.may_make_room(lease).is_ok());
             let turn_ended = turn_ends_ms.is_some_and(|ends_ms| ends_ms <= state.meta.clock_ms);
             let protected_until_ms = if makes_room { None } else { state.protected_until_ms(lease) };
             let opens_ms = protected_until_ms.into_iter().chain(turn_ends_ms.filter(|_| !turn_ended));
@@ -106,6 +108,20 @@ impl Open {
             }
         }
         open
+    }
+
+    /// Free once all that drains has gone: for a task for which nothing is kept.
+    fn drained(&self, state: &State, node: NodeId, task: TaskKey) -> RefMut<'_, Option<Alloc>> {
+        RefMut::map(self.drained.borrow_mut(), |drained| {
+            drained.entry(node).or_insert_with(|| state.free_after(node, &[], task))
+        })
+    }
+
+    fn most_gpus(&self, state: &State, node: NodeId, task: TaskKey) -> u128 {
+        let free = self.drained(state, node, task).as_ref().map_or(0, |alloc| alloc.free_gpus);
+        let leases = self.by_node.get(&node).into_iter().flatten().filter_map(|token| state.leases.get(token));
+        let parts = leases.flat_map(|lease| &lease.value.parts).filter(|part| part.node == node);
+        parts.fold(free, |gpus, part| gpus | part.gpus)
     }
 
     /// Without a look at any lease: the task could end one of them.
@@ -238,7 +254,7 @@ impl Search<'_, '_> {
     /// The one machine where the least is lost.
     fn one(&mut self, cache: &mut Cache, steps: &mut u64) -> Option<(Vec<NodeId>, Vec<Token>)> {
         let mut best: Option<Found> = None;
-        for node in self.nodes() {
+        for node in self.nodes(steps) {
             let bound = best.as_ref().map_or(Cost::MOST, |found| found.cost);
             if let Some(found) = self.on_node(cache, node, bound, steps) {
                 best = Some(found);
@@ -250,8 +266,12 @@ impl Search<'_, '_> {
     /// Machine after machine, the least addition first; then who is not needed is spared.
     fn gang(&mut self, cache: &mut Cache, steps: &mut u64) -> Option<(Vec<NodeId>, Vec<Token>)> {
         let state = self.machines.state;
+        let nodes = self.nodes(steps);
+        if nodes.len() < usize::from(self.shape.nodes) {
+            return None;
+        }
         let mut by_domain: BTreeMap<Path<'_>, Vec<Found>> = BTreeMap::new();
-        for id in self.nodes() {
+        for id in nodes {
             let domain = state.nodes.get(&id).and_then(|node| domain_for(&node.value, self.shape));
             let Some(domain) = domain else { continue };
             if let Some(found) = self.on_node(cache, id, Cost::MOST, steps) {
@@ -297,14 +317,18 @@ impl Search<'_, '_> {
         Some((nodes, kept))
     }
 
-    /// Machines in service where somebody may be ended or something drains.
-    fn nodes(&self) -> Vec<NodeId> {
-        let nodes = self.machines.state.nodes.iter();
-        let usable =
-            nodes.filter(|(id, node)| node.value.admin == NodeAdmin::Ready && !self.machines.unheard.contains(id));
-        let usable = usable
-            .filter(|(id, _)| self.machines.is_open(**id) && self.machines.window_on(**id, self.until_ms).is_none());
-        let usable = usable.filter(|(_, node)| self.shape.allows(&node.value));
+    /// Machines in service that the task may be on, and that could have its GPUs.
+    fn nodes(&self, steps: &mut u64) -> Vec<NodeId> {
+        let state = self.machines.state;
+        *steps += state.nodes.len() as u64 / 8;
+        let ready = state.nodes.iter().filter(|(_, node)| node.value.admin == NodeAdmin::Ready);
+        let usable = ready.filter(|(id, node)| {
+            !self.machines.unheard.contains(id)
+                && self.machines.is_open(**id)
+                && self.could_have_gpus(**id, &node.value)
+                && self.machines.window_on(**id, self.until_ms).is_none()
+                && self.shape.allows(&node.value)
+        });
         usable.map(|(id, _)| *id).collect()
     }
 
@@ -335,6 +359,14 @@ impl Search<'_, '_> {
         self.walk(cache, node, &mut walk, 0, Cost::default(), (&mut cost, &mut best));
         *steps += u64::from(walk.looks);
         (!best.is_empty() && cost < bound).then_some(Found { node, victims: best, cost })
+    }
+
+    /// Enough usable ones of the type, if everybody ended whom anybody may end.
+    fn could_have_gpus(&self, id: NodeId, node: &Node) -> bool {
+        let Some(gpu_type) = self.gpu_type else { return true };
+        let mut most = self.open.most.borrow_mut();
+        let most = *most.entry(id).or_insert_with(|| self.open.most_gpus(self.machines.state, id, self.task));
+        (most & fit::healthy_gpus(node, &[gpu_type])).count_ones() >= self.shape.gpus_per_node()
     }
 
     /// Who may be ended on a machine; their costs are noted.
@@ -410,15 +442,17 @@ impl Search<'_, '_> {
     }
 
     fn is_within_limits(&self, node: NodeId, victims: &[Token]) -> bool {
-        let Some(node) = self.machines.state.nodes.get(&node).filter(|_| self.shape.nodes == 1) else { return true };
+        if self.shape.nodes > 1 || !self.headroom.is_bounded() {
+            return true;
+        }
+        let Some(node) = self.machines.state.nodes.get(&node) else { return true };
         let (cores, mem_mib) = fit::request_on(&node.value, self.shape);
         self.headroom.hit(&Amounts { cores, mem_mib, ..asks(self.shape, self.gpu_type) }, victims).is_none()
     }
 
     fn fits_in(&self, cache: &mut Cache, id: NodeId, alloc: &Alloc) -> bool {
         let Some(node) = self.machines.state.nodes.get(&id) else { return false };
-        let seats = seats_on(self.machines, cache, self.shape, (id, &node.value, alloc));
-        seats.iter().any(|(gpu_type, _)| *gpu_type == self.gpu_type)
+        has_seat(self.machines, cache, (self.shape, self.gpu_type), (&node.value, alloc))
     }
 
     /// What the machine will have free then, less what this cycle gave to others. `None` where that has too few GPUs.
@@ -428,9 +462,7 @@ impl Search<'_, '_> {
         let here: Vec<Token> = leaving.filter(|token| is_on(state, *token, node)).collect();
         let enough = |alloc: &Alloc| alloc.free_gpus.count_ones() >= self.shape.gpus_per_node();
         let mut alloc = if here.is_empty() {
-            let mut drained = self.open.drained.borrow_mut();
-            let known = drained.entry(node).or_insert_with(|| state.free_after(node, &here, self.task));
-            known.as_ref().filter(|alloc| enough(alloc))?.clone()
+            self.open.drained(state, node, self.task).as_ref().filter(|alloc| enough(alloc))?.clone()
         } else {
             state.free_after(node, &here, self.task).filter(enough)?
         };

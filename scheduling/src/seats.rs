@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use statemachine::domain::{Level, Path};
+use statemachine::fit::{self, cores_of};
 use statemachine::record::{Alloc, Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State};
@@ -395,4 +396,21 @@ pub(crate) fn seats_on(
 ) -> Vec<(Option<GpuTypeId>, Seat)> {
     let offers = offers_on(machines.state, &mut cache.choices, shape, (node, alloc));
     offers.into_iter().map(|(gpu_type, offer)| (gpu_type, Seat { offer, node: id })).collect()
+}
+
+/// Such a machine has a seat for the shape, with GPUs of this type where it needs some.
+pub(crate) fn has_seat(
+    machines: &Machines<'_>,
+    cache: &mut Cache,
+    (shape, gpu_type): (&Shape, Option<GpuTypeId>),
+    (node, alloc): (&Node, &Alloc),
+) -> bool {
+    let (cores, mem_mib) = fit::request_on(node, shape);
+    let has_rest = cores_of(&alloc.cores_free) >= cores && alloc.mem_free_mib >= mem_mib;
+    if node.admin != NodeAdmin::Ready || !has_rest || !shape.allows(node) {
+        return false;
+    }
+    let (Some(want), Some(gpu_type)) = (want_of(shape), gpu_type) else { return true };
+    let usable = fit::usable_gpus(node, alloc, &[gpu_type]);
+    usable.count_ones() >= want.gpus && cache.choices.choose(machines.state, node.class, usable, want).is_ok()
 }

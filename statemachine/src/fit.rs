@@ -253,17 +253,22 @@ pub(crate) fn alloc_of<'a>(
 impl Alloc {
     /// Takes what a part holds. `leases` stays sorted by token.
     pub(crate) fn take(&mut self, token: Token, part: &Part) {
-        self.free_gpus &= !part.gpus;
+        self.take_share(part);
         for slot in &part.gpu_order {
             self.holders.insert(*slot, token);
         }
+        if let Err(place) = self.leases.binary_search(&token) {
+            self.leases.insert(place, token);
+        }
+    }
+
+    /// The same, without a word of who holds it.
+    pub(crate) fn take_share(&mut self, part: &Part) {
+        self.free_gpus &= !part.gpus;
         for (free, cores) in self.cores_free.iter_mut().zip(&part.cores_by_numa) {
             *free = free.saturating_sub(*cores);
         }
         self.mem_free_mib = self.mem_free_mib.saturating_sub(part.mem_mib);
-        if let Err(place) = self.leases.binary_search(&token) {
-            self.leases.insert(place, token);
-        }
     }
 }
 

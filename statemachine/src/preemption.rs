@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::account::QuotaHit;
 use crate::command::{Code, PlacePart, Rejection};
-use crate::fit::cores_of;
+use crate::fit::{self, cores_of};
 use crate::id::*;
 use crate::lease::{decided, stale};
 use crate::record::*;
@@ -43,6 +43,25 @@ impl Loss {
         };
         if text.is_empty() { lost } else { format!("{text}; {lost}") }
     }
+}
+
+/// Why a lease is not ended for a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protection {
+    /// There is no such lease.
+    Gone,
+    Decided(VerdictKind),
+    /// It has made room so often already.
+    Budget(u32),
+    /// It has not run for the least time before this cluster time.
+    LeastRun {
+        until_ms: u64,
+    },
+    NoGround,
+    /// The task made room for its job.
+    MadeRoomForIt,
+    /// Its tenant would fall below what is guaranteed to it.
+    Guarantee,
 }
 
 /// Why one may end another.
@@ -105,19 +124,17 @@ impl<'a> Rights<'a> {
     }
 
     /// On which ground it may end this lease, beside those counted so far.
-    pub fn against(&self, token: Token) -> Result<Ground, Rejection> {
+    pub fn against(&self, token: Token) -> Result<Ground, Protection> {
         let state = self.state;
-        let lease = &state.leases.get(&token).ok_or_else(|| stale(token))?.value;
-        let protected = |why: &str| Rejection::new(Code::VictimProtected, format!("job {}: {why}", lease.task.job));
-        let job = &state.jobs.get(&lease.task.job).ok_or_else(|| stale(token))?.value;
-        let below: Vec<(TenantId, &Tenant)> =
-            state.tenant_chain(job.tenant).take_while(|(id, _)| !self.chain.contains(id)).collect();
-        let guaranteed = |gpu_type| below.iter().any(|(_, tenant)| tenant.policy.guaranteed.contains_key(gpu_type));
-        let borrows = lease.amounts.gpus.keys().any(guaranteed);
-        let equal = job.spec.priority == self.priority && (self.chain.first() == Some(&job.tenant) || borrows);
-        let by_turn = self.by_turn && equal && state.gives_turn(lease);
+        let lease = &state.leases.get(&token).ok_or(Protection::Gone)?.value;
+        let job = &state.jobs.get(&lease.task.job).ok_or(Protection::Gone)?.value;
+        let below = || state.tenant_chain(job.tenant).take_while(|(id, _)| !self.chain.contains(id));
+        let guaranteed = |gpu_type| below().any(|(_, tenant)| tenant.policy.guaranteed.contains_key(gpu_type));
+        let borrows = || lease.amounts.gpus.keys().any(guaranteed);
+        let equal = || job.spec.priority == self.priority && (self.chain.first() == Some(&job.tenant) || borrows());
+        let by_turn = self.by_turn && equal() && state.gives_turn(lease);
         if !by_turn {
-            state.may_make_room(token, lease)?;
+            state.may_make_room(lease)?;
         }
         let is_above = |id: TenantId| state.tenant_chain(job.tenant).any(|(other, _)| other == id);
         let by_class = self.by_class && job.spec.priority < self.priority && state.is_preemptible(job);
@@ -125,13 +142,13 @@ impl<'a> Rights<'a> {
             _ if by_turn => Ground::Turn,
             _ if by_class => Ground::Priority,
             Some(tenant) if !is_above(tenant) => Ground::Reclaim,
-            _ => return Err(protected("neither its priority nor a guarantee nor a turn lets this task end it")),
+            _ => return Err(Protection::NoGround),
         };
         if self.made_room_for.contains(&lease.task.job) {
-            return Err(protected("this task made room for it"));
+            return Err(Protection::MadeRoomForIt);
         }
-        let keeps = below.iter().all(|(id, tenant)| self.keeps_guarantee(*id, tenant, &lease.amounts));
-        if keeps { Ok(ground) } else { Err(protected("its tenant would fall below what is guaranteed to it")) }
+        let keeps = below().all(|(id, tenant)| self.keeps_guarantee(id, tenant, &lease.amounts));
+        if keeps { Ok(ground) } else { Err(Protection::Guarantee) }
     }
 
     fn keeps_guarantee(&self, id: TenantId, tenant: &Tenant, loses: &Amounts) -> bool {
@@ -174,7 +191,7 @@ impl<'a> Headroom<'a> {
         let bounded = state.tenant_chain(tenant).filter(|(_, tenant)| tenant.policy.is_bounded());
         let used = bounded.map(|(id, tenant)| (id, tenant.used.clone())).collect();
         let mut headroom = Self { state, used };
-        if headroom.used.is_empty() {
+        if !headroom.is_bounded() {
             return headroom;
         }
         let draining = state.leases.iter().filter(|(_, lease)| state.is_draining(&lease.value));
@@ -185,6 +202,11 @@ impl<'a> Headroom<'a> {
             [planned.get(id), kept.get(id)].into_iter().flatten().for_each(|more| used.add(more));
         }
         headroom
+    }
+
+    /// Some tenant of the task's has a bound.
+    pub fn is_bounded(&self) -> bool {
+        !self.used.is_empty()
     }
 
     fn free(&mut self, token: Token) {
@@ -200,7 +222,7 @@ impl<'a> Headroom<'a> {
     /// The bound that these amounts would pass once these leases have gone too.
     pub fn hit(&self, asks: &Amounts, leaving: &[Token]) -> Option<QuotaHit> {
         let mut after = Cow::Borrowed(self);
-        if !self.used.is_empty() && !leaving.is_empty() {
+        if self.is_bounded() && !leaving.is_empty() {
             leaving.iter().for_each(|token| after.to_mut().free(*token));
         }
         after.used.iter().find_map(|(id, used)| self.state.tenants.get(id)?.hit(*id, used, asks))
@@ -246,23 +268,38 @@ impl State {
     }
 
     /// The lease may be ended for another task, as far as it alone is concerned.
-    pub fn may_make_room(&self, token: Token, lease: &Lease) -> Result<(), Rejection> {
+    pub fn may_make_room(&self, lease: &Lease) -> Result<(), Protection> {
         if let Some(verdict) = &lease.verdict {
-            return Err(decided(token, verdict.kind));
+            return Err(Protection::Decided(verdict.kind));
         }
-        let protected = |why: String| Err(Rejection::new(Code::VictimProtected, why));
-        let (planning, job) = (&self.meta.settings.planning, lease.task.job);
         let made = self.tasks.get(&lease.task).map_or(0, |task| u32::from(task.value.displaced));
-        if made >= planning.preemptions {
-            return protected(format!("job {job} has made room {made} times, the limit is {}", planning.preemptions));
+        if made >= self.meta.settings.planning.preemptions {
+            return Err(Protection::Budget(made));
         }
-        match self.protected_until_ms(lease) {
-            Some(until) => protected(format!(
-                "job {job} makes room at {until} ms, the clock is {} ms: min_run_ms is {}",
+        self.protected_until_ms(lease).map_or(Ok(()), |until_ms| Err(Protection::LeastRun { until_ms }))
+    }
+
+    /// The refusal to end a lease.
+    pub(crate) fn refusal(&self, token: Token, protection: Protection) -> Rejection {
+        let Some(lease) = self.leases.get(&token) else { return stale(token) };
+        let (planning, job) = (&self.meta.settings.planning, lease.value.task.job);
+        let why = match protection {
+            Protection::Gone => return stale(token),
+            Protection::Decided(kind) => return decided(token, kind),
+            Protection::Budget(made) => {
+                format!("job {job} has made room {made} times, the limit is {}", planning.preemptions)
+            }
+            Protection::LeastRun { until_ms } => format!(
+                "job {job} makes room at {until_ms} ms, the clock is {} ms: min_run_ms is {}",
                 self.meta.clock_ms, planning.min_run_ms
-            )),
-            None => Ok(()),
-        }
+            ),
+            Protection::NoGround => {
+                format!("job {job}: neither its priority nor a guarantee nor a turn lets this task end it")
+            }
+            Protection::MadeRoomForIt => format!("job {job}: this task made room for it"),
+            Protection::Guarantee => format!("job {job}: its tenant would fall below what is guaranteed to it"),
+        };
+        Rejection::new(Code::VictimProtected, why)
     }
 
     /// Until when its attempt has not run for the least time.
@@ -352,14 +389,19 @@ impl State {
         in_time && lease.parts.iter().all(|part| part.state != PartState::Stuck)
     }
 
-    /// What a node will have free for the task once these leases and all that drain have gone.
+    /// What a node will have free for the task once these leases and all that drain have gone, with the leases that stay; who holds which
+    /// GPU is not told.
     pub fn free_after(&self, node: NodeId, leaving: &[Token], task: TaskKey) -> Option<Alloc> {
         let now = self.allocs.get(&node)?;
-        let stays = |token: &&Token| {
-            !leaving.contains(token) && self.leases.get(token).is_some_and(|lease| !self.is_draining(&lease.value))
-        };
-        let staying: Vec<Token> = now.leases.iter().filter(stays).copied().collect();
-        let mut alloc = self.count_alloc(node, &staying, now.orphans.clone())?;
+        let mut alloc = fit::alloc_of(&self.nodes.get(&node)?.value, [].into_iter(), now.orphans.clone());
+        for token in now.leases.iter().filter(|token| !leaving.contains(token)) {
+            let Some(lease) = self.leases.get(token).filter(|lease| !self.is_draining(&lease.value)) else { continue };
+            let here = |part: &&Part| part.node == node && part.state != PartState::Released;
+            if let Some(part) = lease.value.parts.iter().find(here) {
+                alloc.take_share(part);
+                alloc.leases.push(*token);
+            }
+        }
         for (_, part) in self.claimed(node, task) {
             alloc.free_gpus &= !mask_of(part);
             for (free, cores) in alloc.cores_free.iter_mut().zip(&part.cores_by_numa) {

@@ -120,7 +120,7 @@ fn check_rights(state: &State, preempt: &Preempt, amounts: &Amounts) -> Result<V
     let mut rights = Rights::new(state, preempt.task, amounts, &BTreeMap::new()).ok_or_else(nobody)?;
     let mut grounds = Vec::with_capacity(preempt.victims.len());
     for victim in &preempt.victims {
-        grounds.push(rights.against(*victim)?);
+        grounds.push(rights.against(*victim).map_err(|why| state.refusal(*victim, why))?);
         rights.count(*victim);
     }
     Ok(grounds)
