@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use statemachine::record::Class;
-use statemachine::spec::Shape;
+use statemachine::settings::Settings;
+use statemachine::spec::{JobSpec, Shape};
 use statemachine::{ClassId, GpuTypeId, NodeId, State};
 
 use crate::bandwidth::BandwidthTable;
@@ -15,7 +16,7 @@ use crate::links::Mask;
 
 /// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
 const CHOICES: usize = 65_536;
-/// Shapes of which it is remembered that idle machines would do; over it all are forgotten.
+/// Shapes of which it is remembered how they are cut, or that idle machines would do; over it all are forgotten.
 const SHAPES: usize = 16_384;
 
 /// What a planner may keep from plan to plan. Everything in it follows from the state: an empty cache gives the same
@@ -25,6 +26,8 @@ pub struct Cache {
     pub(crate) choices: Choices,
     pub(crate) fleet: Fleet,
     pub(crate) able: Able,
+    pub(crate) cutting: Cutting,
+    pub(crate) seatless: Seatless,
     pub(crate) held: Arc<Held>,
 }
 
@@ -41,8 +44,12 @@ impl Cache {
 
     /// What is known of this state, as one with these machines unheard sees it before it plans.
     pub(crate) fn begin(&mut self, state: &State, unheard: &BTreeSet<NodeId>) {
-        self.choices.keep_what_holds(state);
+        if !self.choices.keep_what_holds(state) || self.seatless.since.len() >= SHAPES {
+            self.seatless = Seatless::default();
+        }
         self.fleet.begin(state, unheard);
+        self.able.begin(self.fleet.facts());
+        self.cutting.begin(self.fleet.facts(), &state.meta.settings);
         Arc::make_mut(&mut self.held).begin(state);
     }
 }
@@ -57,15 +64,73 @@ pub(crate) struct Able {
 }
 
 impl Able {
-    pub fn away(&mut self, facts: u64, shape: &Shape, types: &[GpuTypeId]) -> Option<u32> {
+    fn begin(&mut self, facts: u64) {
         if self.facts != facts || self.away.len() >= SHAPES {
             (self.facts, self.away) = (facts, BTreeMap::new());
         }
+    }
+
+    /// Machines could run the shape were they idle, with GPUs of some type.
+    pub fn is_known(&self, shape: &Shape) -> bool {
+        self.away.contains_key(shape)
+    }
+
+    pub fn away(&self, shape: &Shape, types: &[GpuTypeId]) -> Option<u32> {
         self.away.get(shape)?.get(types).copied()
     }
 
     pub fn note(&mut self, shape: &Shape, types: &[GpuTypeId], away: u32) {
         self.away.entry(shape.clone()).or_default().insert(types.to_vec(), away);
+    }
+}
+
+/// How open shapes are cut, by how often they may be doubled. It follows from what machines are and from two limits; but for a job that names a
+/// reservation, from that too.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Cutting {
+    /// `Fleet::facts` when it was learned, and the limits on parts and ranks of a lease.
+    of: (u64, u32, u32),
+    known: BTreeMap<Shape, BTreeMap<u8, Arc<[Shape]>>>,
+}
+
+impl Cutting {
+    fn begin(&mut self, facts: u64, settings: &Settings) {
+        let of = (facts, settings.parts_per_lease, settings.ranks_per_lease);
+        if self.of != of || self.known.len() >= SHAPES {
+            (self.of, self.known) = (of, BTreeMap::new());
+        }
+    }
+
+    /// As `State::cuts` has them.
+    pub fn cuts(&mut self, state: &State, spec: &JobSpec) -> Arc<[Shape]> {
+        if !spec.reservation().is_empty() {
+            return state.cuts(spec).into();
+        }
+        if let Some(known) = self.known.get(&spec.shape).and_then(|known| known.get(&spec.doublings())) {
+            return known.clone();
+        }
+        let cuts: Arc<[Shape]> = state.cuts(spec).into();
+        self.known.entry(spec.shape.clone()).or_default().insert(spec.doublings(), cuts.clone());
+        cuts
+    }
+}
+
+/// Shapes for which too few machines had seats: after how many of `Fleet::moves`.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seatless {
+    since: BTreeMap<Shape, u64>,
+}
+
+impl Seatless {
+    pub fn since(&self, shape: &Shape) -> Option<u64> {
+        self.since.get(shape).copied()
+    }
+
+    pub fn note(&mut self, shape: &Shape, moves: u64) {
+        match self.since.get_mut(shape) {
+            Some(since) => *since = moves,
+            None => _ = self.since.insert(shape.clone(), moves),
+        }
     }
 }
 
@@ -78,13 +143,15 @@ pub(crate) struct Choices {
 }
 
 impl Choices {
-    /// Forgets what was derived from classes that are not those of the state.
-    fn keep_what_holds(&mut self, state: &State) {
+    /// Forgets all if some was derived from classes that are not those of the state; false if so.
+    fn keep_what_holds(&mut self, state: &State) -> bool {
         let holds =
             |(class, table): (&ClassId, &Arc<BandwidthTable>)| state.classes.get(class) == Some(table.links().facts());
-        if !self.tables.iter().all(holds) {
+        let hold = self.tables.iter().all(holds);
+        if !hold {
             *self = Self::default();
         }
+        hold
     }
 
     pub fn choose(&mut self, state: &State, class: ClassId, usable: Mask, want: Want) -> &Result<Choice, Shortage> {

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use statemachine::State;
 use statemachine::spec::{JobSpec, Shape};
 
+use crate::cache::Cutting;
 use crate::reason::{Lack, Needs, Reason};
 
 /// Keeps what was cut where it is for as long as a cycle lasts: a list that only grows.
 #[derive(Default)]
-pub(crate) struct Shelf(OnceCell<Box<(Vec<Shape>, Shelf)>>);
+pub(crate) struct Shelf(OnceCell<Box<(Arc<[Shape]>, Shelf)>>);
 
 /// What jobs say: their reservation, the open shape, and how often its GPUs may be doubled.
 type Said<'a> = (&'a str, &'a Shape, u8);
@@ -31,17 +32,22 @@ impl<'a> Cuts<'a> {
     }
 
     /// The shapes in which the job is looked at, the largest first: its own alone, or where that is open the cut of each
-    /// size. Adds the looks that it took to `steps`.
-    pub(crate) fn sizes_of(&mut self, state: &State, spec: &'a JobSpec, steps: &mut u64) -> &'a [Shape] {
+    /// size. Adds the looks that it took to `steps`, or would have without what is known.
+    pub(crate) fn sizes_of(
+        &mut self,
+        (state, known): (&State, &mut Cutting),
+        spec: &'a JobSpec,
+        steps: &mut u64,
+    ) -> &'a [Shape] {
         if !spec.shape.is_open() {
             return std::slice::from_ref(&spec.shape);
         }
         let key = said(spec);
-        if let Some(known) = self.known.get(&key).copied() {
-            return known;
+        if let Some(sizes) = self.known.get(&key).copied() {
+            return sizes;
         }
         *steps += state.nodes.len() as u64;
-        let (sizes, next) = &**self.shelf.0.get_or_init(|| Box::new((state.cuts(spec), Shelf::default())));
+        let (sizes, next) = &**self.shelf.0.get_or_init(|| Box::new((known.cuts(state, spec), Shelf::default())));
         self.shelf = next;
         self.known.insert(key, sizes);
         sizes

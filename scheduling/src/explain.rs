@@ -224,7 +224,7 @@ impl Question<'_> {
     /// With GPUs of one of these types.
     fn answer(&self, choices: &mut Choices, able: &mut Able, types: &[GpuTypeId]) -> (Progress, Reason) {
         let asked = Asked { shape: self.shape, types };
-        let away = match able.away(self.fleet.facts(), self.shape, types) {
+        let away = match able.away(self.shape, types) {
             Some(away) => away,
             None => {
                 let idle = asked.survey_idle(self.state, choices, &self.idle);

@@ -4,7 +4,7 @@
 //! What a job says of single machines (names, labels) is not in a face: such a job is told which members it may be on. Nor is
 //! what is kept for others, which binds one task and not another: a machine where something is kept stands alone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use statemachine::account::Amounts;
@@ -21,6 +21,10 @@ use crate::racks::Racks;
 
 /// Selectors whose machines are remembered; over it all are forgotten.
 const SELECTORS: usize = 1_024;
+/// Moves of machines that are remembered.
+const ENTERED: usize = 1_024;
+/// In the place of a group: the machine left its own for none.
+const GONE: usize = usize::MAX;
 
 /// All that a request sees of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -212,6 +216,8 @@ pub(crate) struct Fleet {
     chosen: BTreeMap<Selector, Chosen>,
     /// Machines that have changed their group so far.
     moves: u64,
+    /// The groups into which the last of these went, in order.
+    entered: VecDeque<usize>,
     /// How often one of the machines has become another, come, gone, or fallen silent.
     facts: u64,
 }
@@ -280,6 +286,10 @@ impl Fleet {
             return;
         }
         self.moves += 1;
+        self.entered.push_back(number.unwrap_or(GONE));
+        if self.entered.len() > ENTERED {
+            self.entered.pop_front();
+        }
         let rack = self.racks.of(id);
         if let Some(before) = before {
             self.of_node.remove(&id);
@@ -391,6 +401,24 @@ impl Fleet {
             nodes.iter().find(|node| may_be(node)).map(|node| (self.racks.idle(*rack), *node))
         };
         racks.filter_map(first).min()
+    }
+
+    /// Machines that have changed their group so far.
+    pub fn moves(&self) -> u64 {
+        self.moves
+    }
+
+    /// The groups with machines into which some went after so many moves; `None` = these are forgotten, or so many that a look at all
+    /// groups costs no more.
+    pub fn entered_since(&self, moves: u64) -> Option<Vec<usize>> {
+        let most = self.entered.len().min(self.groups.len());
+        let new = usize::try_from(self.moves - moves).ok().filter(|new| *new <= most)?;
+        let entered = self.entered.range(self.entered.len() - new..).copied();
+        let is_there = |number: &usize| self.groups.get(*number).is_some_and(|group| !group.nodes.is_empty());
+        let mut numbers: Vec<usize> = entered.filter(is_there).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        Some(numbers)
     }
 
     /// The group that a machine stands in now.

@@ -33,6 +33,7 @@ mod seats;
 mod selection;
 pub mod simulate;
 mod survey;
+mod unplaced;
 pub mod why;
 mod windows;
 pub mod world;

@@ -136,9 +136,9 @@ impl<'a> Machines<'a> {
         first.window.map(|nth| self.windows[nth])
     }
 
-    /// Some machine is set aside at some time.
-    pub(crate) fn has_windows(&self) -> bool {
-        !self.windows.is_empty()
+    /// Some machine is set aside from before then on.
+    pub(crate) fn has_windows_before(&self, until_ms: u64) -> bool {
+        self.window_starts.range(..until_ms).next().is_some()
     }
 
     /// When windows that have not begun begin.

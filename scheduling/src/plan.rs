@@ -27,7 +27,7 @@ use statemachine::{GpuTypeId, NodeId, State, TaskKey, TenantId, Token};
 
 pub use crate::cache::Cache;
 use crate::cuts::{Cuts, Shelf};
-use crate::explain::{explain, needs_of};
+use crate::explain::needs_of;
 use crate::holding::ENDLESS_MS;
 use crate::machines::Machines;
 use crate::order::{Order, Position};
@@ -38,7 +38,8 @@ use crate::prospects::Prospects;
 use crate::quota::Planned;
 use crate::reason::Reason;
 use crate::reserve::earliest;
-use crate::seats::Seats;
+use crate::seats::{Seats, is_seatless_still};
+use crate::unplaced::Brief;
 use crate::windows;
 
 /// Tasks of one pool whose reservation is tried, beyond those that get one: each may cost a look at every machine.
@@ -57,11 +58,13 @@ pub struct Limits {
     pub reservations: Option<u32>,
     /// Go on from here, where an earlier cycle over the same state ran out of steps. `None` = from the front.
     pub after: Option<Position>,
+    /// Reasons that end with time tell no more than that: who plans and tells nobody needs no numbers. Nothing else in the plan differs.
+    pub in_brief: bool,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { steps: 500_000, places: PLACES_PER_COMMAND, reservations: None, after: None }
+        Self { steps: 500_000, places: PLACES_PER_COMMAND, reservations: None, after: None, in_brief: false }
     }
 }
 
@@ -82,13 +85,15 @@ pub(crate) struct Cycle<'a> {
     seats: BTreeMap<(Inside, &'a Shape, u64), Seats<'a>>,
     /// Shapes that failed at a bar. Resources only shrink within a cycle, and a higher bar leaves less: so they fail for
     /// all that follow at this bar or a higher one.
-    failed: BTreeMap<Ask<'a>, (u64, Arc<Reason>)>,
+    pub(crate) failed: BTreeMap<Ask<'a>, (u64, Arc<Reason>)>,
     planned: Planned,
     /// What was planned and what is kept.
     promised: Planned,
     pools: BTreeMap<Pool, Tries>,
     prospects: Prospects,
     reservations: u32,
+    /// What is said where no numbers are wanted.
+    pub(crate) brief: Option<Brief>,
     /// Who may be ended, once somebody asks.
     open: Option<Open>,
     victims: BTreeSet<Token>,
@@ -106,7 +111,7 @@ type Inside = Option<usize>;
 
 /// What tasks of one shape ask for. The numbers stand in front because shapes lie apart in memory, and most differ in them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Ask<'a> {
+pub(crate) struct Ask<'a> {
     inside: Inside,
     counts: [u16; 4],
     mem_mib_per_rank: u64,
@@ -114,7 +119,7 @@ struct Ask<'a> {
 }
 
 impl<'a> Ask<'a> {
-    fn new(inside: Inside, shape: &'a Shape) -> Self {
+    pub(crate) fn new(inside: Inside, shape: &'a Shape) -> Self {
         let counts = [shape.cores_per_rank, shape.gpus_per_rank, shape.ranks_per_node, shape.nodes];
         Self { inside, counts, mem_mib_per_rank: shape.mem_mib_per_rank, shape }
     }
@@ -152,6 +157,7 @@ impl<'a> Cycle<'a> {
             pools: BTreeMap::new(),
             prospects: Prospects::default(),
             reservations: limits.reservations.unwrap_or(state.meta.settings.planning.reservations),
+            brief: limits.in_brief.then(Brief::new),
             open: None,
             victims: BTreeSet::new(),
             coming: Planned::default(),
@@ -211,7 +217,7 @@ impl<'a> Cycle<'a> {
             return None;
         }
         self.machines.look_for(spec);
-        let sizes = self.cuts.sizes_of(state, spec, &mut self.steps);
+        let sizes = self.cuts.sizes_of((state, &mut self.cache.cutting), spec, &mut self.steps);
         // The largest that fits starts; who finds no room waits for the least that it takes.
         let (shape, larger) = sizes.split_last()?;
         if let Some(reason) = windows::not_yet(state, spec) {
@@ -278,46 +284,40 @@ impl<'a> Cycle<'a> {
     ) -> Result<Place, Arc<Reason>> {
         let inside = self.machines.inside();
         self.cache.fleet.follow(&self.machines);
-        let seats = match self.seats.entry((inside, shape, bar)) {
+        // Without a domain that it must be in, a gang that finds too few seats was listed fewer than it has machines.
+        let few_looks = self.is_remembered(shape).then(|| self.cache.fleet.len() as u64 + u64::from(shape.nodes));
+        let is_new = !self.seats.contains_key(&(inside, shape, bar));
+        if let Some(looks) = few_looks
+            && is_new
+            && is_seatless_still(&self.machines, self.cache, shape)
+        {
+            self.steps += looks;
+            return Err(self.seatless((spec, shape), bar, Some(0)));
+        }
+        let (seats, looks) = match self.seats.entry((inside, shape, bar)) {
             Entry::Occupied(known) => {
                 let seats = known.into_mut();
-                self.steps += seats.refresh(&self.machines, self.cache);
-                seats
+                let looks = seats.refresh(&self.machines, self.cache);
+                (seats, looks)
             }
             Entry::Vacant(new) => {
                 let (seats, looks) = Seats::new(&self.machines, self.cache, shape, bar);
-                self.steps += looks;
-                new.insert(seats)
+                (new.insert(seats), looks)
             }
         };
         let no_avoid = VecDeque::new();
         let picked = seats.pick(&self.cache.fleet, record.map_or(&no_avoid, |task| &task.avoid));
+        self.steps += few_looks.filter(|_| is_new && picked.is_none()).unwrap_or(looks);
         let part = |(id, gpu_type): (NodeId, Option<GpuTypeId>)| {
             let (node, alloc) = self.machines.beside(id, bar)?;
             self.machines.part(self.cache, (id, node, &alloc), shape, gpu_type)
         };
+        let full_from = picked.is_none().then_some(bar);
         let parts: Option<Vec<PlacePart>> = picked.and_then(|nodes| nodes.into_iter().map(part).collect());
         match parts {
             Some(parts) => Ok(Place { task, attempt: next_attempt(record), parts }),
-            None => {
-                self.steps += self.looks_to_explain(shape);
-                let reason = match explain(&self.machines, self.cache, shape) {
-                    Reason::Soon if bar > 0 => self.kept_for_another((spec, shape), bar),
-                    reason => reason,
-                };
-                let reason = Arc::new(reason);
-                self.failed.insert(Ask::new(inside, shape), (bar, reason.clone()));
-                Err(reason)
-            }
+            None => Err(self.seatless((spec, shape), bar, full_from)),
         }
-    }
-
-    /// A shape is explained by groups of machines, one that says which machines it may have, or how near, by these.
-    fn looks_to_explain(&self, shape: &Shape) -> u64 {
-        let by_machine =
-            shape.machines.is_some() || shape.required_level().is_some() || self.machines.inside().is_some();
-        let fleet = &self.cache.fleet;
-        if by_machine { fleet.machines() as u64 } else { fleet.len() as u64 }
     }
 
     /// Starts each task for which others ended, once all that is kept for it is free; until then it is kept.
@@ -396,34 +396,10 @@ impl<'a> Cycle<'a> {
         Some(Reason::Preempting { needs: needs_of(state, shape), victims })
     }
 
-    /// Who has the machines that it could have, and how short it would have to be.
-    fn kept_for_another(&self, (spec, shape): (&JobSpec, &Shape), bar: u64) -> Reason {
-        let state = self.machines.state;
-        let has_room = |part: &PlacePart| {
-            let machine = self.machines.node(part.node);
-            machine.is_some_and(|(node, alloc)| fit::room_for(node, alloc, shape).is_ok())
-        };
-        let barred = || self.plan.reservations.iter().filter(|kept| kept.start_ms <= bar);
-        let first = barred().find(|kept| kept.parts.iter().any(has_room)).or_else(|| barred().next());
-        let in_ms = |kept: &Reservation| kept.known_start_ms().map(|start| start.saturating_sub(state.meta.clock_ms));
-        let windows = self.machines.has_windows().then(|| self.machines.room_until(spec));
-        match windows.and_then(|until_ms| windows::in_the_way(&self.machines, (spec, shape), until_ms)) {
-            Some((reason, others_have_room)) if first.is_none() || !others_have_room => return reason,
-            None if first.is_none() => return Reason::Soon,
-            _ => {}
-        }
-        let starts_in_ms = first.and_then(in_ms);
-        Reason::Reserved {
-            needs: needs_of(state, shape),
-            job: first.map(|kept| kept.task.job).unwrap_or_default(),
-            starts_in_ms,
-            fits_ms: starts_in_ms.and_then(|ms| ms.checked_sub(spec.kill_grace_ms)),
-        }
-    }
-
     /// The shape in which the job waits: the least that it takes.
     pub(crate) fn shape_of(&mut self, spec: &'a JobSpec) -> &'a Shape {
-        let sizes = self.cuts.sizes_of(self.machines.state, spec, &mut self.steps);
+        let known = (self.machines.state, &mut self.cache.cutting);
+        let sizes = self.cuts.sizes_of(known, spec, &mut self.steps);
         sizes.last().unwrap_or(&spec.shape)
     }
 

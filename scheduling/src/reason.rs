@@ -204,7 +204,7 @@ pub const CODES: &[(&str, &str, &str)] = &[
 ];
 
 /// What the gang asks for, as far as the reason needs it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Needs {
     /// 0 = as few as hold the GPUs in equal parts.
     pub machines: u32,
@@ -292,7 +292,7 @@ impl Reason {
     }
 
     /// It starts once enough of what runs has ended, if nothing else changes.
-    pub(crate) fn ends_with_time(&self) -> bool {
+    pub fn ends_with_time(&self) -> bool {
         matches!(
             self,
             Reason::GpusBusy { .. }

@@ -322,6 +322,21 @@ impl<'a> Listing<'a> {
     }
 }
 
+/// The shape has too few seats, as it had when that was last found: no machine that has changed since offers one. The fleet has followed the
+/// plan.
+pub(crate) fn is_seatless_still(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape) -> bool {
+    let Cache { choices, fleet, seatless, .. } = cache;
+    let entered = seatless.since(shape).and_then(|moves| fleet.entered_since(moves));
+    let is_seatless = entered.is_some_and(|groups| {
+        let mut faces = groups.into_iter().map(|number| &fleet.group(number).face);
+        faces.all(|face| offers_of(machines, choices, face, (shape, 0)).is_empty())
+    });
+    if is_seatless {
+        seatless.note(shape, fleet.moves());
+    }
+    is_seatless
+}
+
 /// The machines that a shape's job may be on, where its own word or its window says which.
 fn among(machines: &Machines<'_>, fleet: &mut Fleet, shape: &Shape) -> Option<Arc<Grouped>> {
     let chosen = shape.machines.as_ref().map(|selector| fleet.chosen(selector));
@@ -363,11 +378,6 @@ fn offers(state: &State, choices: &mut Choices, face: &Face, shape: &Shape) -> O
         let gpus_free = face.kinds.iter().map(|kind| kind.usable.count_ones()).sum();
         return vec![(None, Offer { gpus_free, gbps: Reverse(0), cores_free })];
     };
-    // In the shape's order, else in that of the slots.
-    let kinds: Vec<&fleet::Kind> = match shape.gpu_types.is_empty() {
-        true => face.kinds.iter().filter(|kind| shape.accepts(kind.gpu_type)).collect(),
-        false => shape.gpu_types.iter().filter_map(|gpu_type| face.kind(*gpu_type)).collect(),
-    };
     let offer = |kind: &fleet::Kind| {
         let gpus_free = kind.usable.count_ones();
         if gpus_free < want.gpus {
@@ -376,7 +386,11 @@ fn offers(state: &State, choices: &mut Choices, face: &Face, shape: &Shape) -> O
         let choice = choices.choose(state, face.class, kind.usable, want).as_ref().ok()?;
         Some((Some(kind.gpu_type), Offer { gpus_free, gbps: Reverse(choice.mbps / 1_000), cores_free }))
     };
-    kinds.into_iter().filter_map(offer).collect()
+    // In the shape's order, else in that of the slots.
+    match shape.gpu_types.is_empty() {
+        true => face.kinds.iter().filter(|kind| shape.accepts(kind.gpu_type)).filter_map(offer).collect(),
+        false => shape.gpu_types.iter().filter_map(|gpu_type| face.kind(*gpu_type)).filter_map(offer).collect(),
+    }
 }
 
 /// The same of one machine within what is free there.

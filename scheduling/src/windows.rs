@@ -67,6 +67,9 @@ pub(crate) fn in_the_way(
     (spec, shape): (&JobSpec, &Shape),
     until_ms: u64,
 ) -> Option<(Reason, bool)> {
+    if !machines.has_windows_before(until_ms) {
+        return None;
+    }
     let state = machines.state;
     let has_room = |id: &NodeId| {
         let machine = machines.node(*id).filter(|_| machines.is_open(*id) && machines.takes_leases(*id));

@@ -6,7 +6,8 @@ mod site;
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
-use scheduling::plan::{Cache, Limits, plan};
+use scheduling::plan::{Cache, Limits, Plan, plan};
+use scheduling::reason::Reason;
 use scheduling::{Explainer, Outlook};
 use site::{Machine, Site, cpu_only, hgx, mock_v100, shape};
 use statemachine::command::{CreateReservation, Machines, SetPriority};
@@ -230,12 +231,14 @@ impl History {
 
 fn agrees(site: &Site, warm: &mut Cache) -> Result<(), TestCaseError> {
     let Site { state, unheard, .. } = site;
-    for limits in [Limits::default(), Limits { steps: 30, ..Limits::default() }] {
+    let in_brief = Limits { in_brief: true, ..Limits::default() };
+    for limits in [Limits::default(), Limits { steps: 30, ..Limits::default() }, in_brief] {
         let mut at = limits;
         // On to the end, piece by piece.
         for _ in 0..20 {
             let fresh = plan(state, &mut Cache::default(), &at, unheard);
             prop_assert_eq!(&plan(state, warm, &at, unheard), &fresh);
+            says_less(&plan(state, warm, &Limits { in_brief: true, ..at.clone() }, unheard), &fresh)?;
             if !fresh.unfinished || fresh.reached == at.after {
                 break;
             }
@@ -253,8 +256,21 @@ fn agrees(site: &Site, warm: &mut Cache) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// In brief a plan differs in the reasons alone, and these only in their numbers.
+fn says_less(brief: &Plan, full: &Plan) -> Result<(), TestCaseError> {
+    prop_assert_eq!(&Plan { reasons: full.reasons.clone(), ..brief.clone() }, full);
+    prop_assert_eq!(brief.reasons.len(), full.reasons.len());
+    for ((task, short), (of, long)) in brief.reasons.iter().zip(&full.reasons) {
+        prop_assert_eq!(task, of);
+        let is_kept = |reason: &Reason| matches!(reason, Reason::Reserved { .. });
+        let alike = short == long || short.ends_with_time() && long.ends_with_time() && is_kept(short) == is_kept(long);
+        prop_assert!(alike, "{task:?} waits: {long}; in brief: {short}");
+    }
+    Ok(())
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, max_shrink_iters: 256, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 200, max_shrink_iters: 256, ..ProptestConfig::default() })]
 
     #[test]
     fn a_kept_cache_answers_as_an_empty_one(
