@@ -6,7 +6,8 @@ use statemachine::spec::AfterKind;
 use statemachine::view::ShownState;
 
 pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let digit = |nibble: u8| char::from_digit(nibble.into(), 16).unwrap_or_default();
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 /// 32 hex digits, dashes ignored.
@@ -24,8 +25,9 @@ pub fn unhex16(text: &str) -> Option<[u8; 16]> {
 
 /// `GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx`, or `MIG-` for a slice, as NVML writes it and CUDA reads it.
 pub fn gpu_uuid(gpu: &Gpu) -> String {
-    let kind = if gpu.gpu_type.is_slice() { "MIG" } else { "GPU" };
-    format!("{kind}-{}", uuid::Uuid::from_bytes(gpu.uuid.0).hyphenated())
+    let kind = if gpu.gpu_type.is_slice() { "MIG-" } else { "GPU-" };
+    let mut digits = uuid::Uuid::encode_buffer();
+    kind.to_owned() + uuid::Uuid::from_bytes(gpu.uuid.0).hyphenated().encode_lower(&mut digits)
 }
 
 pub fn parse_gpu_uuid(text: &str) -> Option<GpuUuid> {
