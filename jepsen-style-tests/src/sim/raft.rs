@@ -19,7 +19,7 @@ const PATIENCE_TICKS: std::ops::RangeInclusive<u64> = (2, 6).0..=(2, 6).1;
 /// What was not acknowledged by then is sent again.
 const RESEND_US: u64 = 1_500_000;
 /// Digests are compared at each so many entries.
-const DIGEST_EVERY: u64 = 8;
+const DIGEST_EVERY: u64 = 16;
 
 /// A committed entry; a blank one begins a term.
 pub struct Logged {
