@@ -13,6 +13,7 @@ use crate::choose::{Choice, Shortage, Want, choose};
 use crate::fleet::Fleet;
 use crate::holding::Held;
 use crate::links::Mask;
+use crate::tables::Tables;
 
 /// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
 const CHOICES: usize = 65_536;
@@ -32,6 +33,11 @@ pub struct Cache {
 }
 
 impl Cache {
+    /// An empty one that asks these tables.
+    pub fn with(tables: &Tables) -> Self {
+        Self { choices: Choices { shared: tables.clone(), ..Choices::default() }, ..Self::default() }
+    }
+
     /// The best set of a machine's usable GPUs, as `choose` finds it; remembered.
     pub fn choose(&mut self, state: &State, class: ClassId, usable: Mask, want: Want) -> &Result<Choice, Shortage> {
         self.choices.choose(state, class, usable, want)
@@ -137,6 +143,7 @@ impl Seatless {
 /// Which GPUs of a machine are the best, as often as it is asked.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Choices {
+    shared: Tables,
     tables: BTreeMap<ClassId, Arc<BandwidthTable>>,
     known: BTreeMap<(ClassId, Want), BTreeMap<Mask, Result<Choice, Shortage>>>,
     count: usize,
@@ -149,7 +156,7 @@ impl Choices {
             |(class, table): (&ClassId, &Arc<BandwidthTable>)| state.classes.get(class) == Some(table.links().facts());
         let hold = self.tables.iter().all(holds);
         if !hold {
-            *self = Self::default();
+            *self = Self { shared: self.shared.clone(), ..Self::default() };
         }
         hold
     }
@@ -159,10 +166,10 @@ impl Choices {
             self.known.clear();
             self.count = 0;
         }
-        let Self { tables, known, count } = self;
+        let Self { shared, tables, known, count } = self;
         known.entry((class, want)).or_default().entry(usable).or_insert_with(|| {
             *count += 1;
-            let new = || Arc::new(BandwidthTable::new(state.classes.get(&class).unwrap_or(&Class::default())));
+            let new = || shared.of(state.classes.get(&class).unwrap_or(&Class::default()));
             choose(tables.entry(class).or_insert_with(new), usable, want)
         })
     }

@@ -33,6 +33,7 @@ mod seats;
 mod selection;
 pub mod simulate;
 mod survey;
+pub mod tables;
 mod unplaced;
 pub mod why;
 mod windows;

@@ -2,8 +2,10 @@
 //! same run, to the last event.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use scheduling::plan::Cache;
+use scheduling::tables::Tables;
 use statemachine::State;
 use statemachine::settings::{Planning, Settings};
 
@@ -36,6 +38,9 @@ pub struct Failure {
     /// In ms from the beginning.
     pub at_ms: u64,
 }
+
+/// What links carry follows from the class of a machine: the seeds of one process share it.
+static TABLES: LazyLock<Tables> = LazyLock::new(Tables::default);
 
 pub struct World {
     pub setup: Setup,
@@ -103,7 +108,7 @@ impl World {
             passed_over: None,
             healed_at: None,
             planner_wrong_until: 0,
-            planner_cache: Cache::default(),
+            planner_cache: Cache::with(&TABLES),
             events: 0,
             ids: 0,
         };

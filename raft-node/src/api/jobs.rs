@@ -209,7 +209,7 @@ impl Api {
     }
 
     fn find(&self, state: &State, id: JobId, outlook: &Arc<Outlook>) -> Result<v1::Job, Unread> {
-        let (unheard, mut cache) = (self.unheard(state), Cache::default());
+        let (unheard, mut cache) = (self.unheard(state), Cache::with(&self.tables));
         let mut reasons = Explainer::new(state, &mut cache, &unheard).with(outlook.clone());
         if let Some(job) = view::live(state, id, &mut reasons, &self.tables) {
             return Ok(job);
@@ -232,7 +232,7 @@ impl Api {
         ended: bool,
         outlook: &Arc<Outlook>,
     ) -> Result<(Vec<v1::Job>, Cursor), Unread> {
-        let (unheard, mut cache) = (self.unheard(state), Cache::default());
+        let (unheard, mut cache) = (self.unheard(state), Cache::with(&self.tables));
         let mut reasons = Explainer::new(state, &mut cache, &unheard).with(outlook.clone());
         let (mut at, mut jobs) = (from, Vec::new());
         while jobs.len() < limit && at != Cursor::End {

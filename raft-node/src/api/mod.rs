@@ -28,6 +28,8 @@ use statemachine::{Cmd, Outcome, Reply, RequestId, State};
 use tokio::sync::Mutex;
 use tonic::{Request, Status};
 
+use scheduling::tables::Tables;
+
 use crate::leader::{Board, Desk};
 use crate::replica::Replica;
 
@@ -42,7 +44,7 @@ pub struct Api {
     pub join_token: Arc<str>,
     /// Hex of the cluster's id.
     cluster: Arc<str>,
-    tables: view::Tables,
+    tables: Tables,
     outlooks: why::Outlooks,
     /// Held by whoever judges a whole state: it takes a core for seconds, and anybody may ask.
     judging: Arc<Mutex<()>>,

@@ -1,12 +1,9 @@
 //! A job as the wire shows it, from records in memory or from a row of history.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
-
 use proto::v1;
-use scheduling::bandwidth::BandwidthTable;
 use scheduling::explain::Explainer;
 use scheduling::predict::{gbps, network_mbps, predict};
+use scheduling::tables::Tables;
 use statemachine::record::*;
 use statemachine::view::ShownState;
 use statemachine::{GpuTypeId, JobId, RequestId, State, TaskKey, UserId};
@@ -21,27 +18,6 @@ pub fn user_name(state: &State, user: UserId) -> String {
 
 pub fn gpu_type(state: &State, id: GpuTypeId) -> String {
     state.gpu_type_name(id).to_owned()
-}
-
-/// Bandwidth tables by class: one takes a linear program for each set of GPUs, which is much for a look at a job.
-#[derive(Clone, Default)]
-pub struct Tables(Arc<Mutex<BTreeMap<Class, Arc<BandwidthTable>>>>);
-
-impl Tables {
-    fn of(&self, class: &Class) -> Arc<BandwidthTable> {
-        let known = |tables: &Self| tables.map().get(class).cloned();
-        if let Some(table) = known(self) {
-            return table;
-        }
-        // Not under the lock: two that need the same one at once both make it.
-        let table = Arc::new(BandwidthTable::new(class));
-        self.map().insert(class.clone(), table.clone());
-        table
-    }
-
-    fn map(&self) -> std::sync::MutexGuard<'_, BTreeMap<Class, Arc<BandwidthTable>>> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
 }
 
 /// A job in memory; why it waits is in the planner's own words.
