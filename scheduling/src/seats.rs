@@ -322,6 +322,24 @@ impl<'a> Listing<'a> {
     }
 }
 
+/// Enough machines have seats for the shape beside nothing that is kept, wherever they are. The fleet has followed the plan.
+pub(crate) fn has_enough(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape) -> bool {
+    let among = among(machines, &mut cache.fleet, shape);
+    let (choices, fleet) = (&mut cache.choices, &cache.fleet);
+    let mut counts: BTreeMap<Option<GpuTypeId>, usize> = BTreeMap::new();
+    fleet.alike(among.as_deref()).iter().any(|alike| {
+        let offers = offers_of(machines, choices, alike.face, (shape, 0));
+        // Where types may be mixed, each machine counts once.
+        let kinds = offers.iter().map(|(gpu_type, _)| gpu_type.filter(|_| !shape.mix_types));
+        let most = if shape.mix_types { 1 } else { offers.len() };
+        kinds.take(most).any(|kind| {
+            let count = counts.entry(kind).or_default();
+            *count += alike.nodes.len();
+            *count >= usize::from(shape.nodes)
+        })
+    })
+}
+
 /// The shape has too few seats, as it had when that was last found: no machine that has changed since offers one. The fleet has followed the
 /// plan.
 pub(crate) fn is_seatless_still(machines: &Machines<'_>, cache: &mut Cache, shape: &Shape) -> bool {

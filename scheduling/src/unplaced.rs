@@ -11,6 +11,7 @@ use crate::explain::{explain, needs_of};
 use crate::outcome::Reservation;
 use crate::plan::{Ask, Cycle};
 use crate::reason::{Best, Needs, Reason};
+use crate::seats::has_enough;
 use crate::windows;
 
 /// Reasons without numbers.
@@ -54,8 +55,13 @@ impl<'a> Cycle<'a> {
         let cache = &mut *self.cache;
         // Where machines are counted by domains, which of them are short is told in any case.
         let brief = self.brief.as_ref().filter(|_| shape.required_level().is_none());
-        let known = brief.filter(|_| full_from == Some(0) && cache.able.is_known(shape));
-        let reason = known.is_none().then(|| explain(&self.machines, cache, shape));
+        // Idle machines would do: it waits for those that are busy, or for those that are kept.
+        let would_do = brief.is_some() && is_remembered && cache.able.is_known(shape);
+        let reason = match would_do {
+            true if full_from == Some(0) || !has_enough(&self.machines, cache, shape) => None,
+            true => Some(Reason::Soon),
+            false => Some(explain(&self.machines, cache, shape)),
+        };
         let fits = reason == Some(Reason::Soon);
         if !fits && is_remembered {
             cache.seatless.note(shape, cache.fleet.moves());
