@@ -151,8 +151,7 @@ impl Case {
     }
 
     fn cycle(&self, cache: &mut Cache, round: u64) -> Plan {
-        let limits =
-            Limits { steps: u64::MAX, reservations: Some(self.reservations), in_brief: true, ..Limits::default() };
+        let limits = Limits { steps: u64::MAX, reservations: Some(self.reservations), ..Limits::of_leader() };
         plan(&self.states[round as usize % 2], cache, &limits, &self.site.unheard)
     }
 

@@ -17,7 +17,7 @@ use crate::tables::Tables;
 
 /// Remembered choices; ~100 bytes each. Over it all are forgotten: recomputing is cheaper than an order of eviction.
 const CHOICES: usize = 65_536;
-/// Shapes of which it is remembered how they are cut, or that idle machines would do; over it all are forgotten.
+/// Shapes of which it is remembered how they are cut, that idle machines would do, or that too few have seats; over it all are forgotten.
 const SHAPES: usize = 16_384;
 
 /// What a planner may keep from plan to plan. Everything in it follows from the state: an empty cache gives the same

@@ -23,8 +23,6 @@ use crate::racks::Racks;
 const SELECTORS: usize = 1_024;
 /// Moves of machines that are remembered.
 const ENTERED: usize = 1_024;
-/// In the place of a group: the machine left its own for none.
-const GONE: usize = usize::MAX;
 
 /// All that a request sees of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -216,8 +214,8 @@ pub(crate) struct Fleet {
     chosen: BTreeMap<Selector, Chosen>,
     /// Machines that have changed their group so far.
     moves: u64,
-    /// The groups into which the last of these went, in order.
-    entered: VecDeque<usize>,
+    /// The groups into which the last of these went, in order; `None` = it left its own for none.
+    entered: VecDeque<Option<usize>>,
     /// How often one of the machines has become another, come, gone, or fallen silent.
     facts: u64,
 }
@@ -286,7 +284,7 @@ impl Fleet {
             return;
         }
         self.moves += 1;
-        self.entered.push_back(number.unwrap_or(GONE));
+        self.entered.push_back(number);
         if self.entered.len() > ENTERED {
             self.entered.pop_front();
         }
@@ -413,8 +411,8 @@ impl Fleet {
     pub fn entered_since(&self, moves: u64) -> Option<Vec<usize>> {
         let most = self.entered.len().min(self.groups.len());
         let new = usize::try_from(self.moves - moves).ok().filter(|new| *new <= most)?;
-        let entered = self.entered.range(self.entered.len() - new..).copied();
-        let is_there = |number: &usize| self.groups.get(*number).is_some_and(|group| !group.nodes.is_empty());
+        let entered = self.entered.range(self.entered.len() - new..).copied().flatten();
+        let is_there = |number: &usize| !self.groups[*number].nodes.is_empty();
         let mut numbers: Vec<usize> = entered.filter(is_there).collect();
         numbers.sort_unstable();
         numbers.dedup();

@@ -62,6 +62,13 @@ pub struct Limits {
     pub in_brief: bool,
 }
 
+impl Limits {
+    /// Of a leader, who tells nobody why a task waits.
+    pub fn of_leader() -> Self {
+        Self { in_brief: true, ..Self::default() }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self { steps: 500_000, places: PLACES_PER_COMMAND, reservations: None, after: None, in_brief: false }
@@ -284,30 +291,25 @@ impl<'a> Cycle<'a> {
     ) -> Result<Place, Arc<Reason>> {
         let inside = self.machines.inside();
         self.cache.fleet.follow(&self.machines);
-        // Without a domain that it must be in, a gang that finds too few seats was listed fewer than it has machines.
-        let few_looks = self.is_remembered(shape).then(|| self.cache.fleet.len() as u64 + u64::from(shape.nodes));
-        let is_new = !self.seats.contains_key(&(inside, shape, bar));
-        if let Some(looks) = few_looks
-            && is_new
-            && is_seatless_still(&self.machines, self.cache, shape)
-        {
-            self.steps += looks;
-            return Err(self.seatless((spec, shape), bar, Some(0)));
-        }
-        let (seats, looks) = match self.seats.entry((inside, shape, bar)) {
+        let is_remembered = self.is_remembered(shape);
+        let (seats, looks, is_new) = match self.seats.entry((inside, shape, bar)) {
             Entry::Occupied(known) => {
                 let seats = known.into_mut();
                 let looks = seats.refresh(&self.machines, self.cache);
-                (seats, looks)
+                (seats, looks, false)
+            }
+            Entry::Vacant(_) if is_remembered && is_seatless_still(&self.machines, self.cache, shape) => {
+                self.steps += self.few_looks(shape);
+                return Err(self.seatless((spec, shape), bar, Some(0)));
             }
             Entry::Vacant(new) => {
                 let (seats, looks) = Seats::new(&self.machines, self.cache, shape, bar);
-                (new.insert(seats), looks)
+                (new.insert(seats), looks, true)
             }
         };
         let no_avoid = VecDeque::new();
         let picked = seats.pick(&self.cache.fleet, record.map_or(&no_avoid, |task| &task.avoid));
-        self.steps += few_looks.filter(|_| is_new && picked.is_none()).unwrap_or(looks);
+        self.steps += if is_remembered && is_new && picked.is_none() { self.few_looks(shape) } else { looks };
         let part = |(id, gpu_type): (NodeId, Option<GpuTypeId>)| {
             let (node, alloc) = self.machines.beside(id, bar)?;
             self.machines.part(self.cache, (id, node, &alloc), shape, gpu_type)

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use statemachine::domain::{Level, Path};
-use statemachine::fit::{self, cores_of};
+use statemachine::fit;
 use statemachine::record::{Alloc, Node, NodeAdmin};
 use statemachine::spec::Shape;
 use statemachine::{GpuTypeId, NodeId, State};
@@ -437,9 +437,7 @@ pub(crate) fn has_seat(
     (shape, gpu_type): (&Shape, Option<GpuTypeId>),
     (node, alloc): (&Node, &Alloc),
 ) -> bool {
-    let (cores, mem_mib) = fit::request_on(node, shape);
-    let has_rest = cores_of(&alloc.cores_free) >= cores && alloc.mem_free_mib >= mem_mib;
-    if node.admin != NodeAdmin::Ready || !has_rest || !shape.allows(node) {
+    if fit::room_beside_gpus(node, alloc, shape).is_err() {
         return false;
     }
     let (Some(want), Some(gpu_type)) = (want_of(shape), gpu_type) else { return true };

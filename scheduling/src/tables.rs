@@ -1,4 +1,4 @@
-//! Bandwidth tables by class, shared by all who ask in one process: one takes a linear program for each set of GPUs, which is much for a
+//! Bandwidth tables by class, shared by all who have a clone: one takes a linear program for each set of GPUs, which is much for a
 //! look at a job, and follows from the class alone.
 
 use std::collections::BTreeMap;

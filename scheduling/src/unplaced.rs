@@ -35,6 +35,12 @@ impl<'a> Cycle<'a> {
         self.machines.inside().is_none() && shape.required_level().is_none()
     }
 
+    /// What a first look at its seats counts when there are too few: without a domain that it must be in, a gang is then listed fewer
+    /// than it has machines. It is the same whether that was remembered or found.
+    pub(crate) fn few_looks(&self, shape: &Shape) -> u64 {
+        self.cache.fleet.len() as u64 + u64::from(shape.nodes)
+    }
+
     /// The shape starts nowhere beside what is kept from the bar on, for the rest of this cycle: why. No machine has a seat for it from
     /// `full_from` on.
     pub(crate) fn seatless(

@@ -110,16 +110,7 @@ pub fn take_cores(alloc: &Alloc, cores: u32, prefer: &[u8]) -> Option<Vec<u16>> 
 /// Room for some part of `shape`: enough usable GPUs of one acceptable type, cores and memory. Answers the usable
 /// GPUs of the first acceptable type (in the shape's order) that has enough; 0 for a shape without GPUs.
 pub fn room_for(node: &Node, alloc: &Alloc, shape: &Shape) -> Result<u128, NoFit> {
-    ready(node)?;
-    allowed(node, shape)?;
-    let (cores, mem_mib) = request_on(node, shape);
-    let free = cores_of(&alloc.cores_free);
-    if free < cores {
-        return Err(NoFit::Cores { needs: cores, free });
-    }
-    if alloc.mem_free_mib < mem_mib {
-        return Err(NoFit::Memory { needs: mem_mib, free: alloc.mem_free_mib });
-    }
+    room_beside_gpus(node, alloc, shape)?;
     let gpus = shape.gpus_per_node();
     if gpus == 0 {
         return Ok(0);
@@ -133,6 +124,21 @@ pub fn room_for(node: &Node, alloc: &Alloc, shape: &Shape) -> Result<u128, NoFit
         most = most.max(usable.count_ones());
     }
     Err(NoFit::Shape(format!("needs {gpus} GPUs of one acceptable type, {most} are usable")))
+}
+
+/// The same but for its GPUs: the machine is in service and allowed, and has the cores and the memory.
+pub fn room_beside_gpus(node: &Node, alloc: &Alloc, shape: &Shape) -> Result<(), NoFit> {
+    ready(node)?;
+    allowed(node, shape)?;
+    let (cores, mem_mib) = request_on(node, shape);
+    let free = cores_of(&alloc.cores_free);
+    if free < cores {
+        return Err(NoFit::Cores { needs: cores, free });
+    }
+    if alloc.mem_free_mib < mem_mib {
+        return Err(NoFit::Memory { needs: mem_mib, free: alloc.mem_free_mib });
+    }
+    Ok(())
 }
 
 /// The types to try on this machine, best first: the shape's, or all of whole GPUs that the machine has, by slot.

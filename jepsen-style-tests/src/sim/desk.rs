@@ -131,7 +131,7 @@ impl World {
             door: Vec::new(),
             packing: false,
             waiting: BTreeMap::new(),
-            planner: Planner { cache, limits: Limits { in_brief: true, ..Limits::default() }, ..Planner::default() },
+            planner: Planner { cache, limits: Limits::of_leader(), ..Planner::default() },
         }));
         replica.elected = None;
         self.audit.offices += 1;

@@ -22,13 +22,12 @@ use std::sync::Arc;
 
 use proto::client::{CLUSTER, JOIN_TOKEN};
 use proto::{error, reason, v1};
+use scheduling::tables::Tables;
 use statemachine::command::Command;
 use statemachine::record::StoredReply;
 use statemachine::{Cmd, Outcome, Reply, RequestId, State};
 use tokio::sync::Mutex;
 use tonic::{Request, Status};
-
-use scheduling::tables::Tables;
 
 use crate::leader::{Board, Desk};
 use crate::replica::Replica;

@@ -25,7 +25,7 @@ pub(super) async fn run(desk: Arc<Desk>, kept: Kept) {
     let mut applied = desk.replica.applied();
     let take = move || kept.lock().map(|mut cache| std::mem::take(&mut *cache)).unwrap_or_default();
     let mut cache = tokio::task::spawn_blocking(take).await.unwrap_or_default();
-    let mut limits = Limits { in_brief: true, ..Limits::default() };
+    let mut limits = Limits::of_leader();
     let mut settled: Option<Settled> = None;
     loop {
         // Before the look is taken: what is applied after it wakes the loop again.
